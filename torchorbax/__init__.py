@@ -1,0 +1,39 @@
+"""Checkpointing for PyTorch models that run on TPU through torchax, on top of Orbax."""
+
+from torchorbax import policies
+from torchorbax.adapter import assign_, to_jax
+from torchorbax.checkpointer import Checkpointer, resume
+from torchorbax.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    CorruptCheckpointError,
+    DeletedArrayError,
+    MismatchError,
+    SaveError,
+    TorchorbaxError,
+    UnsupportedLeafError,
+)
+from torchorbax.loading import load
+from torchorbax.optimizers import OptaxOptimizer
+from torchorbax.placement import place_
+from torchorbax.training import train_step
+
+__all__ = [
+    "CheckpointNotFoundError",
+    "Checkpointer",
+    "ConfigError",
+    "CorruptCheckpointError",
+    "DeletedArrayError",
+    "MismatchError",
+    "OptaxOptimizer",
+    "SaveError",
+    "TorchorbaxError",
+    "UnsupportedLeafError",
+    "assign_",
+    "load",
+    "place_",
+    "policies",
+    "resume",
+    "to_jax",
+    "train_step",
+]

@@ -1,0 +1,278 @@
+"""The only module that imports Orbax: one run's folder, its steps, and reading and writing them.
+
+A step is an ordinary Orbax checkpoint (`CheckpointManager`'s layout): one item per entry of the state and the JSON item
+`manifest`. Orbax's errors are translated here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Sharding
+from orbax.checkpoint import checkpoint_managers as orbax_policies
+from orbax.checkpoint.path import step as orbax_steps
+
+from torchorbax.adapter import Array
+from torchorbax.dtypes import BY_NAME, fits_on_device
+from torchorbax.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, SaveError
+from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
+
+__all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies"]
+
+MANIFEST = "manifest"
+VERSION = importlib.metadata.version("orbax-checkpoint")
+
+_NAMES = orbax_steps.standard_name_format()
+_DELETED = ".torchorbax-deleted"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+_logger = logging.getLogger(__name__)
+
+
+def decision_context(*, saving: bool, preempted: bool) -> orbax_policies.DecisionContext:
+    """What Orbax's save policies get to know besides the steps."""
+    return orbax_policies.DecisionContext(
+        is_saving_in_progress=saving, reached_preemption=preempted, multiprocessing_options=_one_process()
+    )
+
+
+@functools.cache
+def _one_process() -> ocp.options.MultiprocessingOptions:
+    return ocp.options.MultiprocessingOptions()
+
+
+class Storage:
+    """The folder of one run, on local disk or under a URI that Orbax knows (`gs://`).
+
+    Args:
+        path: relative paths are taken from the current folder, now.
+
+    Raises:
+        ConfigError: the path is a file, or holds something that is no run, or its file system needs an extra.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = _absolute(path)
+        self._root = epath.Path(self.path)
+
+    def check(self) -> None:
+        """Raise ConfigError if the path is a file or holds something that is no run."""
+        with _as_config_error(self.path):
+            if not self._root.exists():
+                return
+            if not self._root.is_dir():
+                raise ConfigError(f"{self.path} is a file; a run needs a folder")
+            entries = [entry for entry in self._root.iterdir() if not entry.name.startswith(".")]
+        if entries and not any(_belongs_to_run(entry) for entry in entries):
+            names = ", ".join(sorted(entry.name for entry in entries)[:5])
+            raise ConfigError(f"{self.path} holds no run but other things ({names}); choose a folder that is new or empty")
+
+    def create(self) -> None:
+        """Make the folder and see that it can be written to.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        with _as_config_error(self.path):
+            self._root.mkdir(parents=True, exist_ok=True)
+            probe = self._root / ".torchorbax-write-probe"
+            probe.write_text("")
+            probe.unlink()
+
+    def remove_leftovers(self) -> None:
+        """Delete what interrupted saves and deletions of an earlier process left behind. Call it before the first save."""
+        if not self._root.exists():
+            return
+        for entry in self._root.iterdir():
+            if _TEMPORARY in entry.name or entry.name.startswith(_DELETED):
+                _logger.info("removing %s, left behind by an interrupted run", entry)
+                entry.rmtree()
+
+    def steps(self) -> list[int]:
+        """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged."""
+        if not self._root.exists():
+            return []
+        return sorted(found.step for found in _NAMES.find_all(self._root))
+
+    def write(
+        self,
+        manifest: Manifest,
+        arrays: Mapping[str, Mapping[str, Array]],
+    ) -> None:
+        """Write one step and commit it; blocks until it is listed.
+
+        Raises:
+            SaveError: anything that went wrong, as `__cause__`. The step is not listed.
+        """
+        items = {item: {name: array for name, array in one.items() if array.size} for item, one in arrays.items()}
+        args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
+        try:
+            with _new_checkpointer(args.keys()) as checkpointer:
+                checkpointer.save(
+                    self._folder(manifest.step),
+                    args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave(manifest.to_json())}),
+                )
+        except Exception as error:
+            raise SaveError(manifest.step, self.path, f"{type(error).__name__}: {error}") from error
+
+    def manifest(self, step: int) -> Manifest:
+        """What the step says about itself.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step.
+            CorruptCheckpointError: there is, but its manifest is missing or unreadable.
+        """
+        folder = self._folder(step)
+        if not folder.exists():
+            raise CheckpointNotFoundError(self.path, step, self.steps())
+        with self._as_corrupt(step):
+            if not (folder / MANIFEST).exists():
+                raise ValueError("it has no manifest, so it was not written by torchorbax or is half deleted")
+            with _new_checkpointer(()) as checkpointer:
+                json = checkpointer.restore(folder, args=ocp.args.Composite(**{MANIFEST: ocp.args.JsonRestore()}))[MANIFEST]
+            manifest = Manifest.from_json(json)
+            if manifest.step != step:
+                raise ValueError(f"its manifest is that of step {manifest.step}")
+            return manifest
+
+    def read(
+        self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
+    ) -> dict[str, dict[str, Array]]:
+        """Load leaves of a step.
+
+        Args:
+            step: which.
+            items: what the manifest says about them.
+            targets: by item and leaf, the sharding to load into, or None for a numpy array.
+
+        Raises:
+            CorruptCheckpointError: something is missing, unreadable, or not what the manifest says.
+        """
+        wanted = {
+            item: {name: target for name, target in leaves.items() if not items[item].leaves[name].is_empty}
+            for item, leaves in targets.items()
+        }
+        wanted = {item: leaves for item, leaves in wanted.items() if leaves}
+        with self._as_corrupt(step):
+            loaded: Mapping[str, Any] = {}
+            if wanted:
+                args = {item: _restore_args(leaves, items[item].leaves) for item, leaves in wanted.items()}
+                with _new_checkpointer(args.keys()) as checkpointer:
+                    loaded = checkpointer.restore(self._folder(step), args=ocp.args.Composite(**args))
+            arrays: dict[str, dict[str, Array]] = {}
+            for item, leaves in targets.items():
+                arrays[item] = {
+                    name: _empty(items[item].leaves[name], target)
+                    if items[item].leaves[name].is_empty
+                    else _checked(f"{item}.{name}", loaded[item][name], items[item].leaves[name])
+                    for name, target in leaves.items()
+                }
+            return arrays
+
+    def delete(self, step: int) -> None:
+        """Delete a step so that it is never listed half deleted."""
+        folder = self._folder(step)
+        if "://" in self.path:  # no atomic rename there: take the commit marker away first
+            (folder / "commit_success.txt").unlink(missing_ok=True)
+            folder.rmtree()
+        else:
+            hidden = self._root / f"{_DELETED}-{step}"
+            folder.rename(hidden)
+            hidden.rmtree()
+
+    def _folder(self, step: int) -> Any:
+        return self._root / _NAMES.build_name(step)
+
+    @contextmanager
+    def _as_corrupt(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (CheckpointNotFoundError, CorruptCheckpointError):
+            raise
+        except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
+            reason = str(error).strip().splitlines()
+            raise CorruptCheckpointError(
+                self.path, {step: f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}"}
+            ) from error
+
+
+def _new_checkpointer(items: Any) -> ocp.Checkpointer:
+    handlers: dict[str, Any] = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in items}
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers, **{MANIFEST: ocp.JsonCheckpointHandler()}))
+
+
+def _restore_args(targets: Mapping[str, Sharding | None], leaves: Mapping[str, LeafMeta]) -> Any:
+    # No dtype is asked for: Orbax would cast to it without a word, and `_checked` could not tell.
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaves[name].shape, BY_NAME[leaves[name].dtype], sharding=target)
+        for name, target in targets.items()
+    }
+    restore_args = {
+        name: ocp.RestoreArgs(restore_type=np.ndarray)
+        if target is None
+        else ocp.ArrayRestoreArgs(sharding=target, global_shape=leaves[name].shape)
+        for name, target in targets.items()
+    }
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
+
+
+def _checked(name: str, array: Any, meta: LeafMeta) -> Array:
+    """`array`, if it is what the manifest says: Orbax gives a bare description for what it lacks, and casts and pads silently."""
+    if not isinstance(array, jax.Array | np.ndarray):
+        raise ValueError(f"{name} is missing from the array data")
+    if tuple(array.shape) != meta.shape or str(array.dtype) != meta.dtype:
+        raise ValueError(f"{name} is {array.dtype}{tuple(array.shape)}, but the manifest says {meta}")
+    return array
+
+
+def _empty(meta: LeafMeta, target: Sharding | None) -> Array:
+    array = np.empty(meta.shape, BY_NAME[meta.dtype])
+    return array if target is None or not fits_on_device(array.dtype) else jax.device_put(array, target)
+
+
+def _absolute(path: str) -> str:
+    path = str(path)
+    if "://" not in path:
+        return str(Path(path).expanduser().absolute())
+    if path.startswith("gs://"):
+        for module in ("gcsfs", "google.cloud.storage"):
+            if not _installed(module):
+                raise ConfigError(f"{path}: gs:// needs {module}: pip install 'torchorbax[gcs]'")
+        return path
+    raise ConfigError(f"{path}: only local folders and gs:// are supported")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+@contextmanager
+def _as_config_error(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be used for a run: {type(error).__name__}: {error}") from error
+
+
+def _belongs_to_run(entry: Any) -> bool:
+    if _TEMPORARY in entry.name:
+        return True
+    return entry.name.isdigit() and entry.is_dir() and (_is_checkpoint(entry) or not any(entry.iterdir()))
+
+
+def _is_checkpoint(folder: Any) -> bool:
+    return any((folder / name).exists() for name in ("_CHECKPOINT_METADATA", MANIFEST, "commit_success.txt"))

@@ -1,0 +1,44 @@
+"""One table of dtypes: torch's, numpy's (with ml_dtypes) and the name the manifest uses, which is the same for all.
+
+A torch dtype that is not in the table (packed float4, complex32, quantised and sub-byte types) has no counterpart that
+keeps its bits, and a leaf of it is an `UnsupportedLeafError`.
+"""
+
+from __future__ import annotations
+
+import jax
+import ml_dtypes
+import numpy as np
+import torch
+
+_NUMPY_NAMES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+)
+_ML_NAMES = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+TORCH_TO_NUMPY: dict[torch.dtype, np.dtype] = {
+    **{getattr(torch, name): np.dtype(name) for name in _NUMPY_NAMES},
+    **{getattr(torch, name): np.dtype(getattr(ml_dtypes, name)) for name in _ML_NAMES},
+}
+NUMPY_TO_TORCH: dict[np.dtype, torch.dtype] = {numpy: torch_ for torch_, numpy in TORCH_TO_NUMPY.items()}
+BY_NAME: dict[str, np.dtype] = {dtype.name: dtype for dtype in NUMPY_TO_TORCH}
+
+
+def fits_on_device(dtype: np.dtype) -> bool:
+    """Can a `jax.Array` hold `dtype`? Not the 64-bit ones while `jax_enable_x64` is off: JAX would narrow them."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype)) == dtype
+
+
+def host_to_torch(array: np.ndarray) -> torch.Tensor:
+    """A CPU torch tensor with the values, shape and dtype of `array`, in memory of its own."""
+    tensor = torch.empty(array.shape, dtype=NUMPY_TO_TORCH[array.dtype], device="cpu")
+    tensor.reshape(-1).view(torch.uint8).numpy()[...] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return tensor
+
+
+def torch_to_host(tensor: torch.Tensor) -> np.ndarray:
+    """A numpy array with the values, shape and dtype of a CPU torch tensor, in memory of its own."""
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    bits = dense.reshape(-1).view(torch.uint8).numpy().copy()
+    return bits.view(TORCH_TO_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))

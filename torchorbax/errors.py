@@ -1,0 +1,158 @@
+"""Every error that torchorbax raises on purpose.
+
+```
+TorchorbaxError
+├── ConfigError              an argument, a path or a combination of objects that cannot work
+├── CheckpointNotFoundError  no checkpoint where one was asked for
+├── CorruptCheckpointError   a step is damaged, or none of the steps is good
+├── MismatchError            the checkpoint and the live objects differ; `.problems` has every difference
+├── UnsupportedLeafError     a value that a checkpoint cannot hold, or a device cannot
+├── DeletedArrayError        a live tensor whose buffer was donated to a jitted function
+└── SaveError                a save failed; `.step` says which
+```
+
+Errors of Orbax, TensorStore and the file system arrive as one of these, with the original as `__cause__`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+_LINES_PER_KIND = 5
+
+ProblemKind = Literal["missing", "unexpected", "shape", "dtype", "ties", "placement"]
+
+
+class TorchorbaxError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(TorchorbaxError, ValueError):
+    """An argument, a path or a combination of objects cannot work. Raised before anything is changed."""
+
+
+class CheckpointNotFoundError(TorchorbaxError, FileNotFoundError):
+    """There is no checkpoint at `path` (or no step `step` there).
+
+    Attributes:
+        path: the run's folder or URI.
+        step: the step asked for; None when any would have done.
+    """
+
+    def __init__(self, path: str, step: int | None = None, available: Sequence[int] = ()) -> None:
+        wanted = "no checkpoint" if step is None else f"no step {step}"
+        listed = f"; steps there: {', '.join(map(str, available))}" if available else ""
+        super().__init__(f"{path}: {wanted} found{listed}")
+        self.path = path
+        self.step = step
+
+
+class CorruptCheckpointError(TorchorbaxError):
+    """A step cannot be read back, or none of the steps under a path can.
+
+    Attributes:
+        path: the run's folder or URI.
+        reasons: what is wrong, by step.
+    """
+
+    def __init__(self, path: str, reasons: Mapping[int, str]) -> None:
+        lines = "".join(f"\n  step {step}: {reason}" for step, reason in sorted(reasons.items(), reverse=True))
+        what = "this step cannot be restored" if len(reasons) == 1 else f"none of {len(reasons)} steps can be restored"
+        super().__init__(
+            f"{path}: {what}:{lines}\nNothing was changed. Restore the files from a copy, or start a new run elsewhere."
+        )
+        self.path = path
+        self.reasons = dict(reasons)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One difference between a checkpoint and the live objects.
+
+    Attributes:
+        kind: `missing` (live, not in the checkpoint), `unexpected` (in the checkpoint, not live), `shape`, `dtype`,
+            `ties` (names share one tensor on one side only) or `placement` (the value cannot go where it should).
+        item: the item, such as `model`.
+        name: the leaf's name within the item.
+        expected: what the live object has.
+        found: what the checkpoint has.
+    """
+
+    kind: ProblemKind
+    item: str
+    name: str
+    expected: str = ""
+    found: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "missing":
+            return f"{self.item}: {self.name}: expected {self.expected}, not in the checkpoint"
+        if self.kind == "unexpected":
+            return f"{self.item}: {self.name}: in the checkpoint ({self.found}), but there is no such live value"
+        return f"{self.item}: {self.name}: {self.kind}: expected {self.expected}, found {self.found}"
+
+
+class MismatchError(TorchorbaxError):
+    """The checkpoint (or the arrays handed over) and the live objects differ. Nothing was changed.
+
+    Attributes:
+        problems: every difference found, not only the first.
+    """
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        counts = Counter(problem.kind for problem in problems)
+        lines = [f"{source} does not fit the live objects: " + ", ".join(f"{n} {kind}" for kind, n in counts.items())]
+        for kind, count in counts.items():
+            of_kind = [problem for problem in problems if problem.kind == kind]
+            lines += [f"  {problem}" for problem in of_kind[:_LINES_PER_KIND]]
+            if count > _LINES_PER_KIND:
+                lines.append(f"  ... and {count - _LINES_PER_KIND} more of kind {kind} (see .problems)")
+        lines.append("Nothing was changed. Build the model and the optimizer as they were when this was saved.")
+        super().__init__("\n".join(lines))
+        self.problems = tuple(problems)
+
+
+class UnsupportedLeafError(TorchorbaxError, TypeError):
+    """A value that a checkpoint cannot hold bit for bit, or that its destination cannot.
+
+    Attributes:
+        name: the leaf's name.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name or 'the value'}: {reason}")
+        self.name = name
+
+
+class DeletedArrayError(TorchorbaxError, RuntimeError):
+    """Live tensors whose buffers are gone, because they were donated to a jitted function.
+
+    Attributes:
+        names: the leaves concerned, all of them.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        shown = ", ".join(names[:_LINES_PER_KIND]) + (", ..." if len(names) > _LINES_PER_KIND else "")
+        super().__init__(
+            f"{len(names)} array(s) have been deleted, most likely donated to a jitted function: {shown}. "
+            "Hand over what that function returned (run.save(step, {'model': weights, ...})), write it back with "
+            "torchorbax.assign_, or let torchorbax.train_step run the step."
+        )
+        self.names = tuple(names)
+
+
+class SaveError(TorchorbaxError):
+    """A save failed. Older steps are untouched, and later saves are tried as usual.
+
+    Attributes:
+        step: the step that was not saved.
+        path: the run's folder or URI.
+    """
+
+    def __init__(self, step: int, path: str, reason: str) -> None:
+        super().__init__(f"{path}: step {step} was not saved: {reason}")
+        self.step = step
+        self.path = path

@@ -1,0 +1,48 @@
+"""Reading a checkpoint without live objects."""
+
+from __future__ import annotations
+
+from torchorbax._orbax import Storage
+from torchorbax.adapter import Array
+from torchorbax.dtypes import BY_NAME, fits_on_device
+from torchorbax.errors import CheckpointNotFoundError, ConfigError
+from torchorbax.sharding import ShardingRules, Shardings
+from torchorbax.state import default_device
+
+
+def load(
+    path: str, step: int | None = None, item: str = "model", shardings: Shardings | None = None
+) -> dict[str, Array]:
+    """The arrays of one item of a step, by name.
+
+    Args:
+        path: the run's folder or `gs://` URI.
+        step: which step; None for the newest.
+        item: which item.
+        shardings: `(mesh, rules by name)`; None loads onto the default device.
+
+    Returns:
+        `jax.Array`s with the shapes and dtypes that were saved. Tied weights are under each of their names, as the same array.
+        A dtype that JAX would narrow (64 bits while `jax_enable_x64` is off) comes as a numpy array.
+
+    Raises:
+        CheckpointNotFoundError: no such path or step.
+        ConfigError: the step has no such item, or the rules do not fit.
+        CorruptCheckpointError: the step is damaged.
+    """
+    storage = Storage(path)
+    steps = storage.steps()
+    if not steps:
+        raise CheckpointNotFoundError(storage.path, step)
+    step = steps[-1] if step is None else step
+    manifest = storage.manifest(step)
+    if item not in manifest.items:
+        raise ConfigError(f"{storage.path}: step {step} has no item {item!r}; it has {', '.join(manifest.items)}")
+    meta = manifest.items[item]
+    on_device = {name: leaf.shape for name, leaf in meta.leaves.items() if fits_on_device(BY_NAME[leaf.dtype])}
+    if shardings is None:
+        targets = dict.fromkeys(on_device, default_device())
+    else:
+        targets = dict(ShardingRules(shardings).for_leaves(on_device))
+    arrays = storage.read(step, {item: meta}, {item: {name: targets.get(name) for name in meta.leaves}})[item]
+    return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}

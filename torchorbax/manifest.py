@@ -1,0 +1,107 @@
+"""What a step says about itself: the JSON item `manifest`, with all that Orbax cannot hold."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torchorbax.values import Json
+
+FORMAT = 1
+
+Residence = Literal["jax", "host"]
+
+
+@dataclass(frozen=True)
+class LeafMeta:
+    """One stored array.
+
+    Attributes:
+        shape: its dimensions.
+        dtype: its dtype's name, the same for torch, numpy and JAX (`torchorbax.dtypes`).
+        residence: whether it lived on jax devices or in host memory.
+        sharding: how it was sharded when saved, for people to read (`torchorbax.sharding.describe`).
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    residence: Residence
+    sharding: Mapping[str, Any] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{self.shape}"
+
+    @property
+    def is_empty(self) -> bool:
+        """Has no elements: Orbax cannot store such an array, and there is nothing to store."""
+        return 0 in self.shape
+
+
+@dataclass(frozen=True)
+class ItemMeta:
+    """One item of a step.
+
+    Attributes:
+        kind: what it was taken from: `module`, `torch.optim`, `optax`, `object`, `pytree` or `rng`.
+        leaves: the stored arrays by name.
+        ties: further names of stored arrays, `{alias: name}`.
+        values: everything that is no array, as `torchorbax.values.encode` writes it.
+    """
+
+    kind: str
+    leaves: Mapping[str, LeafMeta]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    values: Json = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One step.
+
+    Attributes:
+        step: its number.
+        time: when `save` was called, in UTC.
+        metrics: the numbers given with it.
+        items: what was saved, by item name.
+        versions: the libraries that wrote it.
+    """
+
+    step: int
+    time: datetime.datetime
+    metrics: Mapping[str, float]
+    items: Mapping[str, ItemMeta]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Json]:
+        """The JSON object that `from_json` reads."""
+        return {"format": FORMAT, **asdict(self), "time": self.time.isoformat()}
+
+    @classmethod
+    def from_json(cls, json: Json) -> Manifest:
+        """The manifest in a JSON object.
+
+        Raises:
+            ValueError: not a manifest, or of a newer format.
+        """
+        try:
+            if json["format"] > FORMAT:
+                raise ValueError(f"manifest format {json['format']} is newer than this torchorbax reads ({FORMAT})")
+            items = {
+                name: ItemMeta(
+                    kind=item["kind"],
+                    leaves={leaf: _leaf_meta(meta) for leaf, meta in item["leaves"].items()},
+                    ties=dict(item["ties"]),
+                    values=item["values"],
+                )
+                for name, item in json["items"].items()
+            }
+            time = datetime.datetime.fromisoformat(json["time"])
+            return cls(json["step"], time, dict(json["metrics"]), items, dict(json["versions"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {error}") from error
+
+
+def _leaf_meta(json: Json) -> LeafMeta:
+    return LeafMeta(tuple(json["shape"]), json["dtype"], json["residence"], json["sharding"])

@@ -1,0 +1,67 @@
+"""The random number generators of a training process as one item: torchax's key, torch's CPU, numpy's and Python's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from torchorbax import _torchax
+from torchorbax.adapter import Array
+from torchorbax.errors import ConfigError
+from torchorbax.manifest import ItemMeta
+from torchorbax.sharding import ShardingRules
+from torchorbax.state import Captured, ItemPlan, kind_problem
+from torchorbax.values import decode, encode
+
+
+class RngItem:
+    """The state of all generators of the calling thread. The jax key is saved in either of its forms, typed or raw."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def capture(self, handed: Any = None) -> Captured:
+        if handed is not None:
+            raise ConfigError(f"{self._name}: random number generators are saved from the live process")
+        leaves: dict[str, Any] = {}
+        return Captured("rng", leaves, values=encode(_read(), leaves))
+
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
+        if problem := kind_problem(self._name, "rng", saved):
+            return ItemPlan(problems=[problem])
+        return ItemPlan({name: None for name in saved.leaves})  # small: loaded on the host and put where needed
+
+    def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        undo.callback(_write, _read())
+        _write(decode(saved.values, arrays))
+
+
+def _read() -> dict[str, Any]:
+    key = _torchax.rng_key()
+    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    version, words, gauss = random.getstate()
+    return {
+        "torchax": {
+            "impl": str(jax.random.key_impl(key)) if typed else None,
+            "key": jax.random.key_data(key) if typed else key,
+        },
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(legacy=False),
+        "python": {"version": version, "words": np.asarray(words, np.uint32), "gauss": gauss},
+    }
+
+
+def _write(state: Mapping[str, Any]) -> None:
+    impl = state["torchax"]["impl"]
+    key = jax.device_put(np.asarray(state["torchax"]["key"]))
+    _torchax.set_rng_key(key if impl is None else jax.random.wrap_key_data(key, impl=impl))
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    python = state["python"]
+    random.setstate((python["version"], tuple(int(word) for word in python["words"]), python["gauss"]))
