@@ -76,7 +76,9 @@ class Storage:
             entries = [entry for entry in self._root.iterdir() if not entry.name.startswith(".")]
         if entries and not any(_belongs_to_run(entry) for entry in entries):
             names = ", ".join(sorted(entry.name for entry in entries)[:5])
-            raise ConfigError(f"{self.path} holds no run but other things ({names}); choose a folder that is new or empty")
+            raise ConfigError(
+                f"{self.path} holds no run but other things ({names}); choose a folder that is new or empty"
+            )
 
     def create(self) -> None:
         """Make the folder and see that it can be written to.
@@ -91,7 +93,7 @@ class Storage:
             probe.unlink()
 
     def remove_leftovers(self) -> None:
-        """Delete what interrupted saves and deletions of an earlier process left behind. Call it before the first save."""
+        """Delete what interrupted saves and deletions left behind. Call it before the first save."""
         if not self._root.exists():
             return
         for entry in self._root.iterdir():
@@ -140,7 +142,9 @@ class Storage:
             if not (folder / MANIFEST).exists():
                 raise ValueError("it has no manifest, so it was not written by torchorbax or is half deleted")
             with _new_checkpointer(()) as checkpointer:
-                json = checkpointer.restore(folder, args=ocp.args.Composite(**{MANIFEST: ocp.args.JsonRestore()}))[MANIFEST]
+                json = checkpointer.restore(folder, args=ocp.args.Composite(**{MANIFEST: ocp.args.JsonRestore()}))[
+                    MANIFEST
+                ]
             manifest = Manifest.from_json(json)
             if manifest.step != step:
                 raise ValueError(f"its manifest is that of step {manifest.step}")
@@ -228,7 +232,7 @@ def _restore_args(targets: Mapping[str, Sharding | None], leaves: Mapping[str, L
 
 
 def _checked(name: str, array: Any, meta: LeafMeta) -> Array:
-    """`array`, if it is what the manifest says: Orbax gives a bare description for what it lacks, and casts and pads silently."""
+    """`array`, if it is what the manifest says: Orbax pads, casts and leaves out without a word."""
     if not isinstance(array, jax.Array | np.ndarray):
         raise ValueError(f"{name} is missing from the array data")
     if tuple(array.shape) != meta.shape or str(array.dtype) != meta.dtype:

@@ -2,10 +2,10 @@
 
 torchax 0.0.13 registers its lowerings under aten operators and overloads by name, and later torch releases have
 dropped some of them (the named-dimension overloads in 2.13, `aten.qr` and `aten.cholesky` in 2.14), so that
-`import torchax` raises AttributeError there. A name that is gone can never be called; all torchax needs is a key for its
-registry. So while torchax is being imported, a name that its own code asks for and torch lacks yields a placeholder.
-Nothing is registered with torch, code outside torchax sees no difference, and afterwards nothing stays patched. This module's import
-runs it, so Python's import lock makes it happen once, whatever the number of threads.
+`import torchax` raises AttributeError there. A name that is gone can never be called; all torchax needs is a key for
+its registry. So while torchax is being imported, a name that its own code asks for and torch lacks yields a
+placeholder. Nothing is registered with torch, code outside torchax sees no difference, and afterwards nothing stays
+patched. This module's import runs it, so Python's import lock makes it happen once, whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _SUBMODULES = ("torchax", "torchax.decompositions", "torchax.ops.jaten", "torcha
 
 
 class _MissingOp:
-    """Stands for an aten operator or overload that this torch does not have: a registry key that nothing ever looks up."""
+    """Stands for an aten operator or overload that this torch does not have: a registry key that nothing ever looks
+    up."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -62,15 +63,15 @@ def _or_missing(lookup: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
 
 @contextlib.contextmanager
 def _placeholders_for_missing_ops() -> Iterator[None]:
-    patched = (torch._ops._OpNamespace, torch._ops.OpOverloadPacket)
+    patched: tuple[Any, ...] = (torch._ops._OpNamespace, torch._ops.OpOverloadPacket)
     originals = [cls.__getattr__ for cls in patched]
     for cls, original in zip(patched, originals, strict=True):
-        cls.__getattr__ = _or_missing(original)  # type: ignore[method-assign]  # undone below
+        cls.__getattr__ = _or_missing(original)  # undone below
     try:
         yield
     finally:
         for cls, original in zip(patched, originals, strict=True):
-            cls.__getattr__ = original  # type: ignore[method-assign]
+            cls.__getattr__ = original
 
 
 with _placeholders_for_missing_ops():
@@ -78,8 +79,8 @@ with _placeholders_for_missing_ops():
         importlib.import_module(_name)
 
 import torchax  # noqa: E402  # importable only now
-from torchax.tensor import Tensor  # noqa: E402
-from torchax.view import View  # noqa: E402
+from torchax.tensor import Tensor as Tensor  # noqa: E402
+from torchax.view import View as View  # noqa: E402
 
 VERSION: str = torchax.__version__
 
@@ -116,7 +117,8 @@ def array_of(tensor: torch.Tensor) -> jax.Array:
 
 def wrap(array: jax.Array, *, requires_grad: bool = False) -> torch.Tensor:
     """A torchax tensor that holds `array` (no copy)."""
-    return Tensor(array, torchax.default_env(), requires_grad=requires_grad)
+    tensor: torch.Tensor = Tensor(array, torchax.default_env(), requires_grad=requires_grad)
+    return tensor
 
 
 def readable(array: jax.Array) -> Readable:
@@ -127,7 +129,8 @@ def readable(array: jax.Array) -> Readable:
 def set_array(tensor: torch.Tensor, array: jax.Array) -> None:
     """Put `array` into a torchax tensor or View, seen by every alias. Checks nothing.
 
-    Assigning `_elem` is the write that reaches the tensor; `_jax_array`, `data = array` and a View's `_elem` do nothing.
+    Assigning `_elem` is the write that reaches the tensor; `_jax_array`, `data = array` and a View's `_elem` do
+    nothing.
     """
     if isinstance(tensor, View):
         tensor.update(array)
@@ -147,13 +150,13 @@ def become_torchax(tensor: torch.Tensor, array: jax.Array) -> torch.Tensor:
     new = wrap(array, requires_grad=tensor.requires_grad)
     vars(new).update({name: value for name, value in vars(tensor).items() if name not in vars(new)})
     if isinstance(tensor, torch.nn.Parameter):
-        new._is_param = True  # type: ignore[attr-defined]  # how torch tells a Parameter that is a tensor subclass
+        new._is_param = True  # how torch tells a Parameter that is a tensor subclass
     torch.utils.swap_tensors(tensor, new)
     return new
 
 
 def rng_key() -> jax.Array:
-    """torchax's random key of this thread: a typed key, or raw `uint32[2]` after `manual_seed`."""
+    """Torchax's random key of this thread: a typed key, or raw `uint32[2]` after `manual_seed`."""
     key: jax.Array = torchax.default_env().param.prng
     return key
 
@@ -215,7 +218,10 @@ def _update_running_statistics(
     x = jax.lax.stop_gradient(array_of(input))
     axes = tuple(range(2, x.ndim)) if per_instance else tuple(axis for axis in range(x.ndim) if axis != 1)
     count = math.prod(x.shape[axis] for axis in axes)
-    for running, statistic in ((running_mean, jnp.mean), (running_var, functools.partial(jnp.var, ddof=min(1, count - 1)))):
+    for running, statistic in (
+        (running_mean, jnp.mean),
+        (running_var, functools.partial(jnp.var, ddof=min(1, count - 1))),
+    ):
         before = array_of(running)
         batch = statistic(x, axes, dtype=before.dtype)
         batch = batch.mean(0) if per_instance else batch

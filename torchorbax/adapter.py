@@ -24,9 +24,10 @@ Live = TypeVar("Live")
 def to_jax(tree: Any) -> Any:
     """The same tree with every tensor as a `jax.Array`.
 
-    A torchax tensor gives the very array it holds (no copy), and a View the array it describes. CPU torch tensors and numpy
-    arrays are copied, so that changing them later does not change the result. A dtype that JAX would narrow (64 bits while
-    `jax_enable_x64` is off) gives a numpy array of that dtype. Python numbers, strings and None stay as they are.
+    A torchax tensor gives the very array it holds (no copy), and a View the array it describes. CPU torch tensors and
+    numpy arrays are copied, so that changing them later does not change the result. A dtype that JAX would narrow (64
+    bits while `jax_enable_x64` is off) gives a numpy array of that dtype. Python numbers, strings and None stay as they
+    are.
 
     Args:
         tree: a tensor, a module (gives a dict by the names of its `state_dict`, tied weights under each of their
@@ -100,7 +101,9 @@ def live_array(name: str, leaf: Any) -> jax.Array | np.ndarray | torch.Tensor:
     if tensor.layout is not torch.strided or tensor.dtype not in TORCH_TO_NUMPY:
         raise UnsupportedLeafError(name, f"torch {tensor.dtype} with {tensor.layout} cannot be kept bit for bit")
     if tensor.device.type != "cpu":
-        raise UnsupportedLeafError(name, f"tensors on {tensor.device} are not supported; move it to the CPU or to 'jax'")
+        raise UnsupportedLeafError(
+            name, f"tensors on {tensor.device} are not supported; move it to the CPU or to 'jax'"
+        )
     return tensor
 
 
@@ -127,15 +130,16 @@ def assign_(live: Live, arrays: Any) -> Live:
     """Write `arrays` into the live tensors of `live`, in place, and return `live`.
 
     Every alias, tied weight, View and optimizer that refers to a tensor sees the new values. A torchax tensor keeps its
-    sharding, a CPU tensor its memory; a tensor on meta becomes a torchax tensor where its array is. Everything is checked
+    sharding, a CPU tensor its memory; a tensor on meta becomes a torchax tensor where its array is. Everything is
+    checked
     first: if anything does not fit, nothing is written.
 
-    A torchax tensor whose sharding is that of its array holds that very array afterwards (no copy), so donating one donates
-    the other.
+    A torchax tensor whose sharding is that of its array holds that very array afterwards (no copy), so donating one
+    donates the other.
 
     Args:
-        live: a tensor; a module; or a tree of mutable containers (dicts, lists) of tensors and arrays, in which raw `jax.Array`s
-            are replaced. Tuples may hold tensors, but no raw arrays.
+        live: a tensor; a module; or a tree of mutable containers (dicts, lists) of tensors and arrays, in which raw
+            `jax.Array`s are replaced. Tuples may hold tensors, but no raw arrays.
         arrays: the same tree with arrays (jax or numpy). For a module a dict by `state_dict` names; a tied weight needs
             only one of its names.
 
@@ -190,7 +194,9 @@ def _plan_writes(
             problems.append(Problem("missing", "tree", name, "a mapping"))
             return
         problems += [Problem("missing", "tree", f"{join}{key}", _kind(live[key])) for key in live if key not in value]
-        problems += [Problem("unexpected", "tree", f"{join}{key}", "", _kind(value[key])) for key in value if key not in live]
+        problems += [
+            Problem("unexpected", "tree", f"{join}{key}", "", _kind(value[key])) for key in value if key not in live
+        ]
         for key in [key for key in live if key in value]:
             put = _setter(live, key) if isinstance(live, MutableMapping) else None
             _plan_writes(f"{join}{key}", live[key], value[key], put, writes, problems)
@@ -205,7 +211,9 @@ def _plan_writes(
         if (checked := _checked(name, live.shape, live.dtype, value, problems)) is not None:
             writes.append(lambda undo: _overwrite(live, np.asarray(checked), undo))
     elif replace is None:
-        raise UnsupportedLeafError(name, f"a {type(live).__name__} in an immutable container cannot be replaced in place")
+        raise UnsupportedLeafError(
+            name, f"a {type(live).__name__} in an immutable container cannot be replaced in place"
+        )
     elif isinstance(live, jax.Array):
         if (checked := _checked(name, live.shape, live.dtype, value, problems)) is not None:
             writes.append(lambda undo: replace(place_like(checked, live)))
@@ -258,8 +266,8 @@ def _placed_like(array: Array, live: torch.Tensor) -> Array:
 def settle(live: torch.Tensor, array: Array, undo: ExitStack) -> None:
     """Make a live tensor hold `array`, of its shape and dtype, where the array is; registers how to undo it.
 
-    A `jax.Array` goes into a torchax tensor or View, and turns a CPU or meta tensor into a torchax tensor that holds it, with its
-    identity kept. A numpy array goes into the memory of a CPU tensor.
+    A `jax.Array` goes into a torchax tensor or View, and turns a CPU or meta tensor into a torchax tensor that holds
+    it, with its identity kept. A numpy array goes into the memory of a CPU tensor.
 
     Raises:
         ConfigError: torch cannot turn this tensor into another.
@@ -291,7 +299,7 @@ def _overwrite(live: np.ndarray | torch.Tensor, array: np.ndarray, undo: ExitSta
 
 
 def tensor_of(array: Array) -> torch.Tensor:
-    """A new tensor with the values of `array`: a torchax tensor holding a `jax.Array`, a CPU tensor for a numpy array."""
+    """A new tensor with the values of `array`: a torchax tensor of a `jax.Array`, a CPU tensor of a numpy array."""
     return _torchax.wrap(array) if isinstance(array, jax.Array) else host_to_torch(array)
 
 
@@ -301,10 +309,11 @@ def array_in(tensor: torch.Tensor) -> Array:
 
 
 def place_like(array: Array, like: jax.Array) -> jax.Array:
-    """`array` on the devices and in the layout of `like`, which may have been donated; no copy if it is there already."""
+    """`array` on the devices and in the layout of `like`, which may have been donated; no copy if it is there."""
     if isinstance(array, jax.Array) and array.sharding == like.sharding:
         return array
-    return jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
+    placed: jax.Array = jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
+    return placed
 
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:

@@ -1,4 +1,5 @@
-"""The life of a run's checkpoints: when a save starts, how it ends, what is restored and what is kept. Knows no formats."""
+"""The life of a run's checkpoints: when a save starts, how it ends, what is restored and what is kept. Knows no
+formats."""
 
 from __future__ import annotations
 
@@ -102,10 +103,11 @@ class Checkpointer:
     """Saves and restores live objects under a path.
 
     Args:
-        path: the run's folder (`~` and relative paths work) or a `gs://` URI. It holds this run's steps and nothing else.
-        state: names to modules, `torch.optim` optimizers, `OptaxOptimizer`s, objects with `state_dict` and `load_state_dict`
-            (schedulers), or pytrees of tensors, arrays and plain values. Optimizers are keyed by the names that their
-            parameters have in the modules given.
+        path: the run's folder (`~` and relative paths work) or a `gs://` URI. It holds this run's steps and nothing
+            else.
+        state: names to modules, `torch.optim` optimizers, `OptaxOptimizer`s, objects with `state_dict` and
+            `load_state_dict` (schedulers), or pytrees of tensors, arrays and plain values. Optimizers are keyed by the
+            names that their parameters have in the modules given.
         save: when `save` saves: `"continuous"` (as soon as the save before is committed), a number of steps, a
             `timedelta`, None (never on its own), or any policy from `torchorbax.policies`.
         keep: which steps stay: the newest so many, None (all), or any preservation policy. The newest always stays.
@@ -191,16 +193,22 @@ class Checkpointer:
     # -------------------------------------------------------------------------------------------------------- save
 
     def save(
-        self, step: int, state: Mapping[str, Any] | None = None, *, metrics: Mapping[str, Any] | None = None, force: bool = False
+        self,
+        step: int,
+        state: Mapping[str, Any] | None = None,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        force: bool = False,
     ) -> bool:
         """Start to save `step` if the policy says so; call it after every step.
 
-        It returns as soon as a consistent snapshot exists; the rest happens in the background. What is saved is what was
-        live at this call, whatever the loop does next.
+        It returns as soon as a consistent snapshot exists; the rest happens in the background. What is saved is what
+        was live at this call, whatever the loop does next.
 
         Args:
             step: the step just finished.
-            state: trees to save in place of live values, by item name, for loops that keep their state in local variables.
+            state: trees to save in place of live values, by item name, for loops that keep their state in local
+                variables.
             metrics: numbers of this step (Python numbers, or 0-d arrays and tensors, which are read in the background).
             force: save whatever the policy says, waiting for a save in flight. Also after SIGTERM.
 
@@ -210,7 +218,8 @@ class Checkpointer:
         Raises:
             SaveError: an earlier save has failed; raised once. This step's save, if due, has been started all the same.
             ConfigError: `step` is not above the newest step, an unknown item in `state`, or the checkpointer is closed.
-            UnsupportedLeafError, DeletedArrayError, MismatchError: this state cannot be saved; older steps are untouched.
+            UnsupportedLeafError, DeletedArrayError, MismatchError: this state cannot be saved; older steps are
+                untouched.
         """
         started_s = time.perf_counter()
         if self._closed:
@@ -238,11 +247,13 @@ class Checkpointer:
             raise ConfigError(
                 f"{self.path}: step {step} is already saved"
                 if step in self._infos
-                else f"{self.path}: step {step} is below the newest step {newest}; to go on from an older step, move the "
-                "newer ones away or use another path"
+                else f"{self.path}: step {step} is below the newest step {newest}; to go on from an older step, move "
+                "the newer ones away or use another path"
             )
         if unknown := [name for name in state if name not in self._items]:
-            raise ConfigError(f"save got state for {', '.join(unknown)}, but this checkpointer has {', '.join(self._items)}")
+            raise ConfigError(
+                f"save got state for {', '.join(unknown)}, but this checkpointer has {', '.join(self._items)}"
+            )
         numbers = {name: _array_or_number(name, value) for name, value in metrics.items()}
         if self._in_flight is not None:
             self._collect()  # two saves never overlap
@@ -361,7 +372,9 @@ class Checkpointer:
         saved = {name: item for name, item in manifest.items.items() if name != RNG or RNG in self._items}
         items = {name: item for name, item in self._items.items() if name != RNG or RNG in saved}
         problems = [Problem("missing", name, "the whole item", "it") for name in items if name not in saved]
-        problems += [Problem("unexpected", name, "the whole item", "", saved[name].kind) for name in saved if name not in items]
+        problems += [
+            Problem("unexpected", name, "the whole item", "", saved[name].kind) for name in saved if name not in items
+        ]
         plans = {name: item.plan(saved[name], self._rules) for name, item in items.items() if name in saved}
         problems += [problem for plan in plans.values() for problem in plan.problems]
         if problems:
@@ -386,7 +399,9 @@ class Checkpointer:
             stop: the number of steps of the whole run.
             progress: show a progress bar; None shows one on a terminal only.
         """
-        with tqdm(total=stop, initial=min(self.next_step, stop), disable=None if progress is None else not progress) as bar:
+        with tqdm(
+            total=stop, initial=min(self.next_step, stop), disable=None if progress is None else not progress
+        ) as bar:
             for step in range(self.next_step, stop):
                 self._metrics = {}
                 yield step
@@ -399,7 +414,7 @@ class Checkpointer:
                     return
 
     def log(self, **metrics: Any) -> None:
-        """Metrics of the current step: for the progress bar, the manifest and `best_step`. Never waits for the device."""
+        """Metrics of the current step, for the bar, the manifest and `best_step`. Never waits for the device."""
         self._metrics.update(metrics)
 
     # --------------------------------------------------------------------------------------------------------- end
@@ -452,14 +467,19 @@ def resume(
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
 
-    With `shardings` the model and the optimizer's state are on jax devices afterwards, laid out by the rules, whether there
-    was a checkpoint or not (see `place_`). Until `close`, SIGTERM saves the current step and ends `steps()`.
+    With `shardings` the model and the optimizer's state are on jax devices afterwards, laid out by the rules, whether
+    there was a checkpoint or not (see `place_`). Until `close`, SIGTERM saves the current step and ends `steps()`.
 
     Args:
         model: the module; on CPU, on meta (if there is a checkpoint) or on jax.
         optimizer: a `torch.optim` optimizer of its parameters, an `OptaxOptimizer`, or None.
         state: further objects to save and restore by name.
-        path, save, keep, shardings, staging, rng: see `Checkpointer`.
+        path: see `Checkpointer`.
+        save: see `Checkpointer`.
+        keep: see `Checkpointer`.
+        shardings: see `Checkpointer`.
+        staging: see `Checkpointer`.
+        rng: see `Checkpointer`.
 
     Returns:
         The run. `run.step` is the step restored, None if it starts fresh.
@@ -480,8 +500,8 @@ def resume(
         on_meta = meta_tensors(model)
         if on_meta and restored is None:
             raise ConfigError(
-                f"{len(on_meta)} tensors of the model are on meta ({on_meta[0]}, ...) and {run.path} has no checkpoint to give "
-                "them values; build the model on the CPU for the first start"
+                f"{len(on_meta)} tensors of the model are on meta ({on_meta[0]}, ...) and {run.path} has no checkpoint "
+                "to give them values; build the model on the CPU for the first start"
             )
         if on_meta:
             warnings.warn(
@@ -513,7 +533,7 @@ def _ready(metrics: Mapping[str, Any]) -> dict[str, Any]:
     shown = {}
     for name, value in metrics.items():
         array = _torchax.array_of(value) if _torchax.is_torchax(value) else value
-        if not isinstance(array, jax.Array) or array.is_ready():
+        if not isinstance(array, jax.Array) or array.is_ready():  # type: ignore[attr-defined]
             shown[name] = f"{float(array):.4g}"
     return shown
 

@@ -29,7 +29,9 @@ def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:
     items: dict[str, Item] = {}
     for name, value in state.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
-            raise ConfigError(f"{name!r} cannot name an item: use letters, digits, '_', '-' and '.', and none of {_RESERVED}")
+            raise ConfigError(
+                f"{name!r} cannot name an item: use letters, digits, '_', '-' and '.', and none of {_RESERVED}"
+            )
         if isinstance(value, torch.nn.Module):
             items[name] = ModuleItem(name, value)
         elif isinstance(value, torch.optim.Optimizer):

@@ -22,8 +22,8 @@ def load(
         shardings: `(mesh, rules by name)`; None loads onto the default device.
 
     Returns:
-        `jax.Array`s with the shapes and dtypes that were saved. Tied weights are under each of their names, as the same array.
-        A dtype that JAX would narrow (64 bits while `jax_enable_x64` is off) comes as a numpy array.
+        `jax.Array`s with the shapes and dtypes that were saved. Tied weights are under each of their names, as the same
+        array. A dtype that JAX would narrow (64 bits while `jax_enable_x64` is off) comes as a numpy array.
 
     Raises:
         CheckpointNotFoundError: no such path or step.

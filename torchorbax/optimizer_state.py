@@ -22,7 +22,9 @@ from torchorbax.state import Captured, ItemPlan, default_device, kind_problem
 from torchorbax.values import Path, decode, encode
 
 
-def parameter_names(modules: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, item: str) -> dict[int, str]:
+def parameter_names(
+    modules: Mapping[str, torch.nn.Module], optimizer: torch.optim.Optimizer, item: str
+) -> dict[int, str]:
     """The names of an optimizer's parameters by id, with the module's item name in front where it has several modules.
 
     Raises:
@@ -36,8 +38,8 @@ def parameter_names(modules: Mapping[str, torch.nn.Module], optimizer: torch.opt
     strangers = sum(id(param) not in owners for param in params)
     if strangers:
         raise ConfigError(
-            f"{item}: {strangers} of the optimizer's {len(params)} parameters belong to no model that is saved. Was the "
-            "optimizer built for another model, or before model.to('jax'), which makes new parameters? "
+            f"{item}: {strangers} of the optimizer's {len(params)} parameters belong to no model that is saved. Was "
+            "the optimizer built for another model, or before model.to('jax'), which makes new parameters? "
             "Build it afterwards, or move both with torchorbax.place_(model, optimizer)."
         )
     several = len({owners[id(param)][0] for param in params}) > 1
@@ -45,7 +47,8 @@ def parameter_names(modules: Mapping[str, torch.nn.Module], optimizer: torch.opt
 
 
 class TorchOptimizerItem:
-    """A `torch.optim` optimizer: `weight.exp_avg` and the like as leaves, the groups' hyperparameters with the manifest."""
+    """A `torch.optim` optimizer: `weight.exp_avg` and the like as leaves, the groups' hyperparameters with the
+    manifest."""
 
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]) -> None:
         self._name = name
@@ -58,7 +61,9 @@ class TorchOptimizerItem:
 
     def capture(self, handed: Any = None) -> Captured:
         if handed is not None:
-            raise ConfigError(f"{self._name}: a torch.optim optimizer is saved from the live object; nothing can be handed over")
+            raise ConfigError(
+                f"{self._name}: a torch.optim optimizer is saved from the live object; nothing can be handed over"
+            )
         names = self._names()
         tree = {
             "state": {names[id(param)]: dict(state) for param, state in self._optimizer.state.items() if state},
@@ -104,7 +109,9 @@ class TorchOptimizerItem:
             if name not in group_of_live
         ]
         problems += [
-            Problem("placement", self._name, name, f"in param_groups[{group}]", f"in param_groups[{group_of_saved[name]}]")
+            Problem(
+                "placement", self._name, name, f"in param_groups[{group}]", f"in param_groups[{group_of_saved[name]}]"
+            )
             for name, group in group_of_live.items()
             if group_of_saved.get(name, group) != group
         ]
@@ -137,7 +144,7 @@ def _short_name(path: Path) -> str:
 
 
 def _beside(saved: LeafMeta, param: Sharding | None, param_shape: tuple[int, ...]) -> Sharding | None:
-    """State stays on the host where it was there (Adam's counter) or its parameter is; else it goes beside its parameter."""
+    """On the host where it was there (Adam's counter) or its parameter is; else beside its parameter."""
     if param is None or (saved.residence == "host" and saved.shape != param_shape):
         return None
     return state_sharding(saved.shape, param, param_shape)

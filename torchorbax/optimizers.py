@@ -20,8 +20,8 @@ State = Any
 class OptaxOptimizer:
     """An optax transformation for the trainable parameters of a module, as `train_step` and `resume` take it.
 
-    Its state is made when it is first needed, on the devices and in the layout of the parameters, so it may be built while the
-    module is still on the CPU or on meta.
+    Its state is made when it is first needed, on the devices and in the layout of the parameters, so it may be built
+    while the module is still on the CPU or on meta.
 
     Args:
         model: the module; its parameters with `requires_grad` are trained.

@@ -15,7 +15,7 @@ from torchorbax import _torchax
 from torchorbax.adapter import host_copy, live_array, live_dtype, raise_if_deleted, settle
 from torchorbax.dtypes import fits_on_device
 from torchorbax.errors import UnsupportedLeafError
-from torchorbax.optimizers import Optimizer, OptaxOptimizer, state_tensors
+from torchorbax.optimizers import OptaxOptimizer, Optimizer, state_tensors
 from torchorbax.sharding import ShardingRules, Shardings, state_sharding
 
 
@@ -31,16 +31,17 @@ def place_(
     Every Parameter and buffer stays the object that it is, so tied weights stay tied and optimizers built before keep
     their references. CPU tensors are copied shard by shard; tensors on meta become zeros made on the devices, so no
     unsharded copy of them ever exists (as `to_empty`: restore or initialise them next); torchax tensors are resharded.
-    Optimizer state with its parameter's shape takes the parameter's sharding, other state on jax is replicated. Gradients
-    are dropped. If anything cannot be placed, nothing is moved.
+    Optimizer state with its parameter's shape takes the parameter's sharding, other state on jax is replicated.
+    Gradients are dropped. If anything cannot be placed, nothing is moved.
 
-    int64 becomes int32 while `jax_enable_x64` is off, as in torchax, if no value is lost (BatchNorm's counter is int64).
+    int64 becomes int32 while `jax_enable_x64` is off, as in torchax, if no value is lost (BatchNorm's counter is
+    int64).
 
     Args:
         module: the module; on CPU, meta, jax or a mixture.
         optimizer: a `torch.optim` optimizer of its parameters, or an `OptaxOptimizer`.
-        shardings: `(mesh, rules)`, see `torchorbax.sharding.ShardingRules`. None: what is on jax stays where it is, the rest
-            goes to the default device.
+        shardings: `(mesh, rules)`, see `torchorbax.sharding.ShardingRules`. None: what is on jax stays where it is, the
+            rest goes to the default device.
         skip: names of tensors to leave alone.
 
     Raises:
@@ -61,7 +62,7 @@ def place_(
 
 
 def all_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer of a module once, under the first of its names, also buffers that are not persistent."""
+    """Every parameter and buffer of a module once, by its first name; also buffers that are not persistent."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
@@ -76,8 +77,8 @@ def target_shardings(
 ) -> dict[str, Sharding | None]:
     """Where each tensor belongs; None for host memory.
 
-    By the rules if there are some. Without: a torchax tensor where it is; a tensor on meta on the default device; a CPU tensor
-    there as well, or, with `host`, in its own memory.
+    By the rules if there are some. Without: a torchax tensor where it is; a tensor on meta on the default device; a CPU
+    tensor there as well, or, with `host`, in its own memory.
 
     Raises:
         ConfigError: the rules do not fit.
@@ -108,11 +109,13 @@ def placed_dtype(name: str, tensor: torch.Tensor) -> np.dtype:
     if dtype != np.int64:
         raise UnsupportedLeafError(
             name,
-            f"{dtype} would lose bits on jax devices; call jax.config.update('jax_enable_x64', True) at the start of the "
-            "program, or convert the module to a 32-bit dtype",
+            f"{dtype} would lose bits on jax devices; call jax.config.update('jax_enable_x64', True) at the start of "
+            "the program, or convert the module to a 32-bit dtype",
         )
     if tensor.device.type == "cpu" and tensor.numel() and not _fits_int32(tensor):
-        raise UnsupportedLeafError(name, "int64 values beyond 32 bits cannot be on jax devices while jax_enable_x64 is off")
+        raise UnsupportedLeafError(
+            name, "int64 values beyond 32 bits cannot be on jax devices while jax_enable_x64 is off"
+        )
     return np.dtype(np.int32)
 
 
@@ -130,7 +133,8 @@ def _moved(name: str, tensor: torch.Tensor, sharding: Sharding | None) -> jax.Ar
         return held if held.sharding == sharding else jax.device_put(held, sharding)
     if isinstance(sharding, SingleDeviceSharding):
         sharding = None  # uncommitted, as `.to('jax')` leaves it: free to meet arrays on a mesh
-    return jax.device_put(host_copy(held).astype(dtype, copy=False), sharding)
+    placed: jax.Array = jax.device_put(host_copy(held).astype(dtype, copy=False), sharding)
+    return placed
 
 
 def _place_optimizer(optimizer: Optimizer | None, undo: ExitStack) -> None:

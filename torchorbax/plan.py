@@ -25,8 +25,8 @@ def compare_leaves(item: str, live: Mapping[str, LeafMeta], saved: Mapping[str, 
 def widens(saved: LeafMeta, live: LeafMeta) -> bool:
     """Is this int64 on the host that was int32 on jax devices?
 
-    The one conversion made without asking. It loses nothing, and undoes what torchax (and `place_`) did to BatchNorm's int64
-    counter while `jax_enable_x64` was off.
+    The one conversion made without asking. It loses nothing, and undoes what torchax (and `place_`) did to BatchNorm's
+    int64 counter while `jax_enable_x64` was off.
     """
     return (saved.dtype, live.dtype) == ("int32", "int64") and (saved.residence, live.residence) == ("jax", "host")
 

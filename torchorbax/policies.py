@@ -1,8 +1,8 @@
 """When to save and what to keep: Orbax's policies under their own names, and what Orbax lacks.
 
-A save policy answers `should_save(step, previous_steps, *, context)`, a preservation policy `should_preserve(checkpoints, *,
-context)`; any object that does is accepted as `save=` and `keep=`. Whatever a preservation policy says, the newest step is kept:
-it is what a resumed run starts from.
+A save policy answers `should_save(step, previous_steps, *, context)`, a preservation policy
+`should_preserve(checkpoints, *, context)`; any object that does is accepted as `save=` and `keep=`. Whatever a
+preservation policy says, the newest step is kept: it is what a resumed run starts from.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torchorbax._orbax import orbax_policies
 from torchorbax.errors import ConfigError
@@ -46,7 +46,7 @@ AnySavePolicy = orbax_policies.AnySavePolicy
 BestN = orbax_policies.BestN
 ContinuousCheckpointingPolicy = orbax_policies.ContinuousCheckpointingPolicy
 CustomSteps = orbax_policies.CustomSteps
-DecisionContext = orbax_policies.DecisionContext
+DecisionContext: TypeAlias = orbax_policies.DecisionContext
 EveryNSeconds = orbax_policies.EveryNSeconds
 EveryNSteps = orbax_policies.EveryNSteps
 EveryNStepsClosest = orbax_policies.EveryNStepsClosest
@@ -54,9 +54,9 @@ FixedIntervalPolicy = orbax_policies.FixedIntervalPolicy
 InitialSavePolicy = orbax_policies.InitialSavePolicy
 LatestDuration = orbax_policies.LatestDuration
 LatestN = orbax_policies.LatestN
-PolicyCheckpointInfo = orbax_policies.PolicyCheckpointInfo
+PolicyCheckpointInfo: TypeAlias = orbax_policies.PolicyCheckpointInfo
 PreemptionCheckpointingPolicy = orbax_policies.PreemptionCheckpointingPolicy
-PreservationContext = orbax_policies.PreservationContext
+PreservationContext: TypeAlias = orbax_policies.PreservationContext
 PreservationPolicy = orbax_policies.PreservationPolicy
 SaveDecisionPolicy = orbax_policies.SaveDecisionPolicy
 SpecificStepsPolicy = orbax_policies.SpecificStepsPolicy
@@ -66,7 +66,9 @@ SpecificStepsPolicy = orbax_policies.SpecificStepsPolicy
 class PreserveAll:
     """Keeps every step."""
 
-    def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext) -> list[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> list[bool]:
         return [True] * len(checkpoints)
 
 
@@ -74,7 +76,8 @@ class PreserveAll:
 class ContinuousPolicy:
     """Saves whenever no save is in flight, so the newest committed step is at most two saves' durations old.
 
-    The same decision as Orbax's `ContinuousCheckpointingPolicy`, without its round trip through the coordination service.
+    The same decision as Orbax's `ContinuousCheckpointingPolicy`, without its round trip through the coordination
+    service.
 
     Attributes:
         minimum_interval: the least time from the start of one save to the start of the next.
@@ -92,7 +95,8 @@ class ContinuousPolicy:
 
 @dataclass(frozen=True)
 class TimeIntervalPolicy:
-    """Saves when at least `interval` has passed since the start of the previous save, and at the first step there is."""
+    """Saves when at least `interval` has passed since the start of the previous save, and at the first step there
+    is."""
 
     interval: datetime.timedelta
 
@@ -113,7 +117,8 @@ class NeverPolicy:
 
 
 def save_policy(save: Any) -> Any:
-    """The policy that `save=` stands for: `"continuous"`, a number of steps, a timedelta, None (never), or a policy itself.
+    """The policy that `save=` stands for: `"continuous"`, a number of steps, a timedelta, None (never), or a policy
+    itself.
 
     Raises:
         ConfigError: none of these.
@@ -129,7 +134,8 @@ def save_policy(save: Any) -> Any:
     if callable(getattr(save, "should_save", None)) and not isinstance(save, type):
         return save
     raise ConfigError(
-        f"save must be 'continuous', a positive number of steps, a positive timedelta, None or a save policy, not {save!r}"
+        "save must be 'continuous', a positive number of steps, a positive timedelta, None or a save policy, "
+        f"not {save!r}"
     )
 
 

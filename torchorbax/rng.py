@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -35,7 +36,7 @@ class RngItem:
     def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
         if problem := kind_problem(self._name, "rng", saved):
             return ItemPlan(problems=[problem])
-        return ItemPlan({name: None for name in saved.leaves})  # small: loaded on the host and put where needed
+        return ItemPlan(dict.fromkeys(saved.leaves))  # small: loaded on the host and put where needed
 
     def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         undo.callback(_write, _read())
@@ -44,7 +45,7 @@ class RngItem:
 
 def _read() -> dict[str, Any]:
     key = _torchax.rng_key()
-    typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     version, words, gauss = random.getstate()
     return {
         "torchax": {

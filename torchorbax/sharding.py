@@ -35,7 +35,8 @@ class ShardingRules:
                 pass
             case _:
                 raise ConfigError(f"shardings must be (jax.sharding.Mesh, rules by name), not {shardings!r}")
-        # torchax cannot trace over Explicit axes, which is what jax.make_mesh gives: embedding raises ShardingTypeError.
+        # torchax cannot trace over Explicit axes, which is what jax.make_mesh gives: embedding raises
+        # ShardingTypeError.
         self.mesh = Mesh(mesh.devices, mesh.axis_names)
         self._rules: Rules = rules
 

@@ -1,7 +1,8 @@
 """A consistent copy of the state at one step, taken without stalling the loop.
 
-JAX arrays are immutable, so a reference to one is a snapshot, unless the loop donates it; then a copy on the devices is,
-which is dispatched here and not waited for. CPU torch tensors and numpy arrays can change at any time and are copied at once.
+JAX arrays are immutable, so a reference to one is a snapshot, unless the loop donates it; then a copy on the devices
+is, which is dispatched here and not waited for. CPU torch tensors and numpy arrays can change at any time and are
+copied at once.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def take(captured: Mapping[str, Captured], staging: Staging) -> Snapshot:
 
     Args:
         captured: live leaves by item.
-        staging: `reference` keeps references to jax arrays (right only where nothing is donated; a donated one makes the
-            save fail, never wrong); `device` copies them on their devices, dispatched and not waited for; `host` copies them to
-            host memory before it returns; `auto` is `device`.
+        staging: `reference` keeps references to jax arrays (right only where nothing is donated; a donated one makes
+            the save fail, never wrong); `device` copies them on their devices, dispatched and not waited for; `host`
+            copies them to host memory before it returns; `auto` is `device`.
 
     Raises:
         UnsupportedLeafError, DeletedArrayError: a leaf cannot be saved; nothing has been copied.

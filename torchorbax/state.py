@@ -1,7 +1,7 @@
 """Live objects as items of a checkpoint: what they hold, what a checkpoint must have for them, and writing it back.
 
-Every kind of object has one class here or in `optimizer_state` and `rng`, with three methods (`Item`). None of them copies
-arrays, does I/O or knows Orbax.
+Every kind of object has one class here or in `optimizer_state` and `rng`, with three methods (`Item`). None of them
+copies arrays, does I/O or knows Orbax.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import Sharding, SingleDeviceSharding
@@ -21,7 +22,7 @@ from torchorbax.adapter import Array, array_in, leaf_name, live_dtype, module_te
 from torchorbax.errors import ConfigError, MismatchError, Problem, UnsupportedLeafError
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.placement import placed_dtype, target_shardings
-from torchorbax.plan import compare_leaves, compare_ties, widens
+from torchorbax.plan import compare_leaves, compare_ties
 from torchorbax.sharding import ShardingRules
 from torchorbax.values import Json, add_leaf, decode, encode
 
@@ -197,7 +198,11 @@ class ObjectItem:
 
 def kind_problem(name: str, expected: str, saved: ItemMeta) -> Problem | None:
     """The mismatch of an item that was saved from another kind of object."""
-    return None if saved.kind == expected else Problem("unexpected", name, "the whole item", "", f"saved from: {saved.kind}")
+    return (
+        None
+        if saved.kind == expected
+        else Problem("unexpected", name, "the whole item", "", f"saved from: {saved.kind}")
+    )
 
 
 def target_beside(live: Any, saved: LeafMeta) -> Sharding | None:
@@ -212,7 +217,8 @@ def target_beside(live: Any, saved: LeafMeta) -> Sharding | None:
 class PytreeItem:
     """A tree of containers with tensors, arrays and plain values, living in `slot[name]`.
 
-    Tensors, numpy arrays and mutable containers are written in place; what is immutable is replaced, up to the slot itself.
+    Tensors, numpy arrays and mutable containers are written in place; what is immutable is replaced, up to the slot
+    itself.
     """
 
     def __init__(self, name: str, slot: MutableMapping[str, Any]) -> None:
@@ -230,7 +236,9 @@ class PytreeItem:
     def capture(self, handed: Any = None) -> Captured:
         named, _ = self._flatten(self._slot[self._name] if handed is None else handed)
         leaves: dict[str, Any] = {}
-        values = {name: encode(_without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()}
+        values = {
+            name: encode(_without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()
+        }
         return Captured("pytree", leaves, values=values)
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
@@ -242,7 +250,9 @@ class PytreeItem:
         plain = set(captured.values) - set(live)
         stored = set(saved.values) - set(saved.leaves)
         plan.problems += [Problem("missing", self._name, name, "a value") for name in sorted(plain - set(saved.values))]
-        plan.problems += [Problem("unexpected", self._name, name, "", "a value") for name in sorted(stored - set(captured.values))]
+        plan.problems += [
+            Problem("unexpected", self._name, name, "", "a value") for name in sorted(stored - set(captured.values))
+        ]
         if not plan.problems:
             plan.targets = {name: target_beside(captured.leaves[name], meta) for name, meta in saved.leaves.items()}
         return plan
@@ -259,14 +269,14 @@ class PytreeItem:
         if isinstance(live, torch.Tensor):
             settle(live, array_in(value), undo)
             return live
-        if isinstance(live, jax.Array) and jax.dtypes.issubdtype(live.dtype, jax.dtypes.prng_key):
+        if isinstance(live, jax.Array) and jnp.issubdtype(live.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(value, impl=jax.random.key_impl(live))
         return place_like(value, live) if isinstance(live, jax.Array) else value
 
 
 def _without_key_type(leaf: Any) -> Any:
     """A typed PRNG key as its raw `uint32` data; anything else as it is."""
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(leaf)
     return leaf
 

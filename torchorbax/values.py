@@ -1,8 +1,8 @@
 """A tree of plain Python values and arrays as JSON, with the arrays taken out under names of their own; and back.
 
-JSON alone would turn tuples into lists, int keys into strings and lose inf, bytes and complex numbers. Here None, bool, str, int and
-finite float stand for themselves, a list is a list, and everything else is `{"$": kind, ...}`. There is no pickle, and decoding
-builds values of a fixed set of types only.
+JSON alone would turn tuples into lists, int keys into strings and lose inf, bytes and complex numbers. Here None, bool,
+str, int and finite float stand for themselves, a list is a list, and everything else is `{"$": kind, ...}`. There is no
+pickle, and decoding builds values of a fixed set of types only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"tuple": tuple, "set": set,
 
 
 def encode(value: Any, leaves: dict[str, Any], name_of: Callable[[Path], str] = ".".join, path: Path = ()) -> Json:
-    """`value` as JSON; its arrays and tensors are added to `leaves`, under unique names that `name_of` gives for their paths.
+    """`value` as JSON; its arrays and tensors are added to `leaves`, under unique names that `name_of` gives for their
+    paths.
 
     Raises:
         UnsupportedLeafError: a value of a type that could not be rebuilt; names it.
@@ -89,7 +90,8 @@ def add_leaf(name: str, leaf: Any, leaves: dict[str, Any]) -> str:
 def decode(json: Json, leaves: Mapping[str, Any]) -> Any:
     """The value that `encode` took apart, with the arrays that `leaves` has under their names.
 
-    What was a tensor is one again: of a numpy array on the CPU, of a `jax.Array` a torchax tensor. Of any other object in
+    What was a tensor is one again: of a numpy array on the CPU, of a `jax.Array` a torchax tensor. Of any other object
+        in
     `leaves`, such as a name, it is that object itself.
     """
     if isinstance(json, list):

@@ -1,0 +1,46 @@
+"""Small helpers for tracing torch code that works on live tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import jax
+import torch
+from jax.sharding import NamedSharding, Sharding
+
+from torchorbax import _torchax
+
+Arrays = dict[str, jax.Array]
+
+
+def arrays_of(tensors: Mapping[str, torch.Tensor]) -> Arrays:
+    """The arrays of live torchax tensors."""
+    return {name: _torchax.array_of(tensor) for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def holding(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, jax.Array]) -> Iterator[None]:
+    """The live tensors hold `arrays` inside, and afterwards what they held before."""
+    before = arrays_of(tensors)
+    try:
+        for name, tensor in tensors.items():
+            _torchax.set_array(tensor, arrays[name])
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            _torchax.set_array(tensor, before[name])
+
+
+def settled(array: jax.Array, like: jax.Array, sharding: Sharding) -> jax.Array:
+    """A traced result that takes the place of `like` in the next call without a new compilation.
+
+    It gets the dtype of `like` (torch's in-place arithmetic never changes a dtype, JAX's promotion does), is strongly
+    typed and, on a mesh, laid out by `sharding`.
+    """
+    return laid_out(jax.lax.convert_element_type(array, like.dtype), sharding)
+
+
+def laid_out(array: jax.Array, sharding: Sharding) -> jax.Array:
+    """`array`, with its layout over a mesh fixed; left to JAX where there is no mesh."""
+    return jax.lax.with_sharding_constraint(array, sharding) if isinstance(sharding, NamedSharding) else array

@@ -1,0 +1,248 @@
+"""The optimizer's part of a jitted training step, for both kinds of optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.sharding import Sharding
+
+from torchorbax import _torchax
+from torchorbax.adapter import host_copy
+from torchorbax.errors import ConfigError
+from torchorbax.optimizers import OptaxOptimizer, Optimizer
+from torchorbax.sharding import replicated_like, state_sharding
+from torchorbax.tracing import Arrays, arrays_of, holding, laid_out, settled
+
+
+class Update(Protocol):
+    """One optimizer, as the training step sees it."""
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The parameters that it updates, by name."""
+
+    def constants(self) -> Any:
+        """What a trace of `apply` turns into constants; hashable."""
+
+    def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[Any, Any]:
+        """The state, which `apply` gives back anew, and further inputs. Makes the state if there is none yet."""
+
+    def set_state(self, state: Any) -> None:
+        """Take the state that `apply` gave back."""
+
+    def apply(
+        self, params: Arrays, grads: Arrays, state: Any, further: Any, shardings: Mapping[str, Sharding]
+    ) -> tuple[Arrays, Any]:
+        """New parameters and state; traced."""
+
+
+def update_of(model: torch.nn.Module, optimizer: Optimizer) -> Update:
+    """The update of an optimizer of either kind."""
+    return OptaxUpdate(optimizer) if isinstance(optimizer, OptaxOptimizer) else TorchUpdate(model, optimizer)
+
+
+class OptaxUpdate:
+    """An optax transformation and `optax.apply_updates`."""
+
+    def __init__(self, optimizer: OptaxOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        return self._optimizer.params()
+
+    def constants(self) -> Any:
+        return None
+
+    def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[Any, Any]:
+        return self._optimizer.init(), None
+
+    def set_state(self, state: Any) -> None:
+        self._optimizer.state = state
+
+    def apply(
+        self, params: Arrays, grads: Arrays, state: Any, further: Any, shardings: Mapping[str, Sharding]
+    ) -> tuple[Arrays, Any]:
+        import optax
+
+        updates, new_state = self._optimizer.tx.update(grads, state, params)
+        new_state = jax.tree.map(settled, new_state, state, self._optimizer.state_shardings(shardings))
+        return optax.apply_updates(params, updates), new_state
+
+
+class TorchUpdate:
+    """A `torch.optim` optimizer's own `step`, traced.
+
+    Learning rates are inputs, so that schedulers work; other hyperparameters are constants of the trace.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._names: dict[int, str] = {}
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        names = self._names or {id(param): name for name, param in self._model.named_parameters()}
+        self._names = names
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        if strangers := sum(id(param) not in names for param in params):
+            raise ConfigError(
+                f"{strangers} of the optimizer's {len(params)} parameters are not the model's; build it from "
+                "model.parameters(), after model.to('jax') if you call that"
+            )
+        return {names[id(param)]: param for param in params if param.requires_grad}
+
+    def constants(self) -> Any:
+        return tuple(
+            tuple((key, _constant(key, value)) for key, value in group.items() if key not in ("params", "lr"))
+            for group in self._optimizer.param_groups
+        )
+
+    def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[dict[str, Arrays], list[Any]]:
+        by_name = self.trained()
+        states = self._optimizer.state
+        if not any(states.get(param) for param in by_name.values()):
+            self.set_state(self._first_state(by_name, shardings))
+        state: dict[str, Arrays] = {}
+        for name, param in by_name.items():
+            if entries := states.get(param):
+                state[name] = {key: _on_device(entries, key, shardings[name]) for key in entries}
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        return state, [_torchax.array_of(lr) if _torchax.is_torchax(lr) else float(lr) for lr in rates]
+
+    def set_state(self, state: Mapping[str, Arrays]) -> None:
+        by_name = self.trained()
+        for name, arrays in state.items():
+            entries = self._optimizer.state[by_name[name]]
+            for key, array in arrays.items():
+                if key in entries:
+                    _torchax.set_array(entries[key], array)
+                else:
+                    entries[key] = _torchax.wrap(array)
+
+    def apply(
+        self,
+        params: Arrays,
+        grads: Arrays,
+        state: Mapping[str, Arrays],
+        further: Sequence[Any],
+        shardings: Mapping[str, Sharding],
+    ) -> tuple[Arrays, Any]:
+        by_name = self.trained()
+        with holding(by_name, params), self._traced(by_name, grads, further, _State(by_name, state)) as traced:
+            self._optimizer.step()
+            return arrays_of(by_name), traced.arrays(by_name, state, shardings)
+
+    def _first_state(self, by_name: Mapping[str, torch.Tensor], shardings: Mapping[str, Sharding]) -> Any:
+        """The state that `step` starts from, which torch optimizers make within their first step.
+
+        A step on zero parameters and gradients is traced to see what each entry is first set to; nothing else of it is
+        computed. Where the first step differs from later ones (SGD with dampening) there is none, and the step is
+        compiled twice.
+        """
+        groups = self._optimizer.param_groups
+        if any(group.get("dampening") for group in groups):
+            return {}
+
+        def first_values() -> Any:
+            zeros = {name: jnp.zeros_like(_torchax.array_of(param)) for name, param in by_name.items()}
+            rates = [jnp.asarray(float(group["lr"])) for group in groups]
+            with holding(by_name, zeros), self._traced(by_name, zeros, rates, _State(by_name, {})) as traced:
+                self._optimizer.step()
+                return traced.first_arrays(by_name, shardings)
+
+        return jax.jit(first_values)()
+
+    @contextlib.contextmanager
+    def _traced(
+        self, by_name: Mapping[str, torch.Tensor], grads: Arrays, rates: Sequence[Any], state: _State
+    ) -> Iterator[_State]:
+        """The optimizer with traced gradients, state and learning rates, and with options that can be traced."""
+        with ExitStack() as undo:
+            undo.callback(setattr, self._optimizer, "state", self._optimizer.state)
+            self._optimizer.state = state
+            for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+                undo.callback(group.update, dict(group))
+                group["lr"] = _torchax.wrap(rate)
+                group.update({flag: value for flag, value in _TRACEABLE.items() if flag in group})
+            for name, param in by_name.items():
+                undo.callback(setattr, param, "grad", param.grad)
+                param.grad = _torchax.wrap(grads[name])
+            undo.enter_context(_torchax.modes(_torchax.rng_key()))
+            yield state
+
+
+_TRACEABLE = {"capturable": True, "foreach": False, "fused": None}
+
+
+class _State(defaultdict[torch.Tensor, "_Entries"]):
+    """An optimizer's state in a trace."""
+
+    def __init__(self, by_name: Mapping[str, torch.Tensor], arrays: Mapping[str, Arrays]) -> None:
+        super().__init__(_Entries)
+        for name, entries in arrays.items():
+            self[by_name[name]].update({key: _torchax.wrap(array) for key, array in entries.items()})
+
+    def arrays(
+        self, by_name: Mapping[str, torch.Tensor], before: Mapping[str, Arrays], shardings: Mapping[str, Sharding]
+    ) -> dict[str, Arrays]:
+        """Its arrays now, ready to take the place of `before`."""
+        found: dict[str, Arrays] = {}
+        for name, param in by_name.items():
+            for key, value in self.get(param, {}).items():
+                array = _entry_array(key, value)
+                sharding = state_sharding(array.shape, shardings[name], tuple(param.shape))
+                found.setdefault(name, {})[key] = settled(array, before.get(name, {}).get(key, array), sharding)
+        return found
+
+    def first_arrays(self, by_name: Mapping[str, torch.Tensor], shardings: Mapping[str, Sharding]) -> dict[str, Arrays]:
+        """What each of its entries was first set to."""
+        found: dict[str, Arrays] = {}
+        for name, param in by_name.items():
+            if param in self:
+                found[name] = {
+                    key: laid_out(array, state_sharding(array.shape, shardings[name], tuple(param.shape)))
+                    for key, array in self[param].first.items()
+                }
+        return found
+
+
+class _Entries(dict[str, Any]):
+    """One parameter's state, which remembers the arrays that its entries were first set to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: Arrays = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key not in self and value is not None:
+            self.first[key] = _entry_array(key, value)
+        super().__setitem__(key, value)
+
+
+def _entry_array(key: str, value: Any) -> jax.Array:
+    if not _torchax.is_torchax(value):
+        raise ConfigError(
+            f"the optimizer keeps {key!r} as a {type(value).__name__}, which a compiled step cannot update; use an "
+            "optimizer with capturable state, or optax"
+        )
+    return _torchax.array_of(value)
+
+
+def _on_device(entries: dict[str, Any], key: str, beside: Sharding) -> jax.Array:
+    """The array of an entry of the live state; moved beside its parameter if on the CPU (Adam's counter)."""
+    value = entries[key]
+    if isinstance(value, torch.Tensor) and not _torchax.is_torchax(value):
+        value = entries[key] = _torchax.wrap(jax.device_put(host_copy(value), replicated_like(beside)))
+    return _entry_array(key, value)
+
+
+def _constant(key: str, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        raise ConfigError(f"hyperparameter {key!r} is a tensor; only lr may be one, make the others numbers")
+    return tuple(value) if isinstance(value, list) else value
