@@ -21,19 +21,18 @@ import numpy as np
 import optax
 import torch
 import torch.nn.functional as F
+import torchorbax
 from jax.sharding import Mesh, PartitionSpec
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import torchorbax  # makes torchax importable, so it comes first
-
-# isort: split
+# isort: split  # torchorbax makes torchax importable
 from torchax.interop import jax_jit, torch_view
 
 SIDE, PATCH, CLASSES = 8, 2, 10
 PATCHES_PER_SIDE = SIDE // PATCH
-PEAK_LEARNING_RATE = 2e-3
+PEAK_LEARNING_RATE = 4e-3
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -109,7 +108,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, width: int = 64, depth: int = 2, heads: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, width)
-        self.position = nn.Parameter(0.02 * torch.randn(PATCHES_PER_SIDE**2, width))
+        self.position = nn.Parameter(0.5 * torch.randn(PATCHES_PER_SIDE**2, width))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
@@ -136,7 +135,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens + self.dropout(self.attend(self.attention_norm(tokens)))
-        return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
+        tokens = tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
+        return tokens
 
     def attend(self, tokens: torch.Tensor) -> torch.Tensor:
         batch, length, width = tokens.shape
@@ -158,7 +158,7 @@ def patches_of(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images with values from 0 to 1, and the digits that they show."""
+    """Images, with pixels of mean 0 and variance 1, and the digits that they show."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -171,11 +171,10 @@ class Digits:
 
 def train_and_test_digits(seed: int) -> tuple[Digits, Digits]:
     images, labels = load_digits(return_X_y=True)
-    images = (images / images.max()).reshape(-1, SIDE, SIDE).astype(np.float32)
+    images = ((images - images.mean()) / images.std()).reshape(-1, SIDE, SIDE).astype(np.float32)
     labels = labels.astype(np.int32)
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    train_set, test_set = np.split(shuffled, [len(labels) * 4 // 5])
-    return Digits(images[train_set], labels[train_set]), Digits(images[test_set], labels[test_set])
+    train, test = np.split(np.random.default_rng(seed).permutation(len(labels)), [len(labels) * 4 // 5])
+    return Digits(images[train], labels[train]), Digits(images[test], labels[test])
 
 
 # -------------------------------------------------------------------------------------------------------------- report

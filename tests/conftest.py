@@ -1,4 +1,4 @@
-"""Eight simulated devices, torchax's thread-local state put back after every test, and programs in processes of their own."""
+"""Eight simulated devices, torchax's state put back after every test, and programs in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,29 +7,20 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-DEVICES = 8
-
-
-def _with_devices(flags: str, devices: int) -> str:
-    """XLA's flags with this number of CPU devices, which JAX reads once, when its backend starts."""
-    others = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
-    return f"{others} --xla_force_host_platform_device_count={devices}".strip()
-
-
-os.environ["XLA_FLAGS"] = _with_devices(os.environ.get("XLA_FLAGS", ""), DEVICES)
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 import torch
-from jax.sharding import Mesh
-
 import torchorbax  # noqa: F401  # makes torchax importable
+from hypothesis import strategies as st
+from jax.sharding import Mesh
 from torchorbax import _torchax
 
 hypothesis.settings.register_profile(
@@ -41,6 +32,13 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("torchorbax")
+
+
+def _with_devices(flags: str, devices: int | None) -> str:
+    """XLA's flags with this number of CPU devices; None leaves it to the program."""
+    others = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags).strip()
+    return others if devices is None else f"{others} --xla_force_host_platform_device_count={devices}"
+
 
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -75,14 +73,14 @@ def _as_before() -> Iterator[None]:
 def run_python(tmp_path: Path) -> RunPython:
     """Run Python in a new process: `run_python(code or Path, *args, devices=8, timeout=120, check=True)`.
 
-    A `str` is code, a `Path` a script. Warnings are errors there, too, unless `warnings` says otherwise. With `check`, an exit code
-    other than 0 fails the test with the program's output.
+    A `str` is code, a `Path` a script. Warnings are errors there, too, unless `warnings` says otherwise. With `check`,
+    an exit code other than 0 fails the test with the program's output.
     """
 
     def run(
         program: str | Path,
         *args: object,
-        devices: int = DEVICES,
+        devices: int | None = 8,
         timeout: float = 120,
         check: bool = True,
         warnings: str = "error",
@@ -102,3 +100,53 @@ def run_python(tmp_path: Path) -> RunPython:
         return done
 
     return run
+
+
+def bits(value: object) -> bytes:
+    """The bytes of a tensor's or an array's values, so that NaNs with payloads and signed zeros compare, too."""
+    if isinstance(value, torch.Tensor):
+        if not _torchax.is_torchax(value):
+            return value.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        value = _torchax.array_of(value)
+    return np.asarray(value).tobytes()
+
+
+def tensor_of_bits(dtype: torch.dtype, shape: tuple[int, ...], raw: bytes) -> torch.Tensor:
+    """A CPU tensor with these bits, as many as it needs and over again if they are too few."""
+    tensor = torch.empty(shape, dtype=dtype)
+    memory = tensor.reshape(-1).view(torch.uint8).numpy()
+    memory[...] = np.resize(np.frombuffer(raw, np.uint8), memory.shape)
+    if dtype is torch.bool:
+        memory &= 1  # other bytes are no bool
+    return tensor
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy where JAX's CPU backend could use the memory as it is, without a copy."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+DTYPES = [
+    getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    )
+]
+WIDE = {torch.float64, torch.int64, torch.uint64, torch.complex128}
+"""What a jax.Array cannot hold while jax_enable_x64 is off."""
+
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3).map(tuple)
+_PATTERNS = st.sampled_from([b"\xff", b"\x00", b"\x80\x7f", b"\x01\xfc", b"\x01\x00\x80\x7f", b"\x01\x02\xf8\xff"])
+
+
+@st.composite
+def tensors(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> torch.Tensor:
+    """CPU tensors of any dtype and small shape, with any bits: NaNs with payloads, infinities, zero-size and 0-d."""
+    raw = draw(_PATTERNS | st.binary(min_size=1, max_size=64))
+    return tensor_of_bits(draw(st.sampled_from(dtypes)), draw(shapes), raw)

@@ -3,6 +3,7 @@ formats."""
 
 from __future__ import annotations
 
+import concurrent.futures.thread  # noqa: F401  # see _finish_saves
 import datetime
 import functools
 import importlib.metadata
@@ -428,6 +429,8 @@ class Checkpointer:
         self._preemption.remove()
         self._closed = True
         _open_checkpointers.discard(self)
+        if self._in_flight is not None and not self._in_flight.finished:
+            _logger.info("%s: waiting for step %d to be committed", self.path, self._in_flight.record.step)
         self.wait()
 
     def __enter__(self) -> Checkpointer:
@@ -551,3 +554,17 @@ def _versions() -> dict[str, str]:
 
 
 _open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+
+
+def _finish_saves() -> None:
+    """Close what a program left open when it ends, so that the save in flight is committed."""
+    for run in list(_open_checkpointers):
+        try:
+            run.close()
+        except SaveError as error:
+            _logger.error("at exit: %s", error)
+
+
+# Orbax hands work to executors, which refuse it as soon as `threading` winds down; `atexit` functions run later than
+# that. Callbacks run in reverse order, so this one comes before that of concurrent.futures, which is imported above.
+threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]

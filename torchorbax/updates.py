@@ -243,6 +243,7 @@ def _on_device(entries: dict[str, Any], key: str, beside: Sharding) -> jax.Array
 
 
 def _constant(key: str, value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+    parts = value if isinstance(value, tuple | list) else (value,)
+    if any(isinstance(part, torch.Tensor) for part in parts):
         raise ConfigError(f"hyperparameter {key!r} is a tensor; only lr may be one, make the others numbers")
     return tuple(value) if isinstance(value, list) else value
