@@ -23,15 +23,16 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from torchorbax import _torchax
 
-hypothesis.settings.register_profile(
-    "torchorbax",
-    deadline=None,  # the first example of a kind compiles
-    database=None,  # nothing is written beside the tests
-    max_examples=50,
-    derandomize=True,  # a failure in CI is the same failure at a desk
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("torchorbax")
+for _profile, _examples in (("usual", 50), ("thorough", 2000)):  # pytest --hypothesis-profile=thorough
+    hypothesis.settings.register_profile(
+        _profile,
+        max_examples=_examples,
+        derandomize=_profile == "usual",  # a failure in CI is the same failure at a desk
+        deadline=None,  # the first example of a kind compiles
+        database=None,  # nothing is written beside the tests
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    )
+hypothesis.settings.load_profile("usual")
 
 
 def _with_devices(flags: str, devices: int | None) -> str:

@@ -16,14 +16,14 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import torch
+import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
-
-import torchorbax
-from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
 from torchorbax import Checkpointer, ConfigError, SaveError, _torchax, checkpointer, policies, to_jax
 from torchorbax.manifest import Manifest
+
+from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
 
 
 def weights(value: float = 0.0) -> dict[str, jax.Array]:
@@ -279,9 +279,14 @@ def test_a_failed_step_can_be_saved_again(storage: FakeStorage) -> None:
 
 def test_an_error_at_the_end_does_not_hide_the_loop_s_own(storage: FakeStorage) -> None:
     storage.failures[0] = OSError("full")
-    with pytest.raises(KeyError, match="mine") as caught, fake_run(storage) as run:
-        run.save(0)
-        raise KeyError("mine")
+
+    def loop() -> None:
+        with fake_run(storage) as run:
+            run.save(0)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        loop()
     assert any("step 0 was not saved" in note for note in caught.value.__notes__)
     with pytest.raises(SaveError, match="step 0"), fake_run(storage) as run:
         run.save(0)
@@ -358,7 +363,7 @@ def test_missing_gcs_extra_names_the_install_command(monkeypatch: pytest.MonkeyP
         Checkpointer("gs://bucket/run", {"w": weights()})
 
 
-# ------------------------------------------------------------------------------------------------ real files, real loops
+# ----------------------------------------------------------------------------------------------- real files, real loops
 
 
 def train(run: Checkpointer, step: Any, steps: int) -> list[float]:
@@ -465,7 +470,7 @@ def test_functional_loop(tmp_path: Path) -> None:
             run.save(9, {"optimiser": opt_state}, force=True)
         with pytest.raises(torchorbax.MismatchError, match="weight: shape"):
             run.save(9, {"model": {"weight": params["bias"]}}, force=True)
-        with pytest.raises(torchorbax.MismatchError, match="wieght: in the checkpoint"):
+        with pytest.raises(torchorbax.MismatchError, match="wieght: found float32"):
             run.save(9, {"model": {"wieght": params["weight"]}}, force=True)
 
     fresh = nn.Linear(3, 2)
@@ -592,11 +597,11 @@ def test_a_mismatch_lists_everything_and_changes_nothing(saved: str) -> None:
 
 def test_items_and_kinds_must_agree(saved: str) -> None:
     model, _, _ = objects("adamw")
-    with pytest.raises(torchorbax.MismatchError, match="optimizer: the whole item: in the checkpoint"):
+    with pytest.raises(torchorbax.MismatchError, match=r"whole item: found a torch\.optim item, but there is no such"):
         torchorbax.resume(model, None, saved)
-    with pytest.raises(torchorbax.MismatchError, match=r"saved from: torch\.optim"):
+    with pytest.raises(torchorbax.MismatchError, match=r"optimizer: the whole item: found a torch\.optim item"):
         torchorbax.resume(model, torchorbax.OptaxOptimizer(model, optax.sgd(0.1)), saved)
-    with pytest.raises(torchorbax.MismatchError, match="ema: the whole item: expected it, not in the checkpoint"):
+    with pytest.raises(torchorbax.MismatchError, match="ema: the whole item: expected pytree, but it is missing"):
         torchorbax.resume(model, torch.optim.AdamW(model.parameters()), saved, state={"ema": weights()})
 
 
@@ -635,7 +640,9 @@ def test_a_damaged_step_is_skipped_with_a_reason_and_all_bad_is_an_error(saved: 
 
 def test_a_model_on_meta_needs_a_checkpoint(tmp_path: Path) -> None:
     model, optimizer, _ = objects("adamw", meta=True)
-    with pytest.raises(ConfigError, match=r"8 tensors of the model are on meta \(embed\.weight, \.\.\.\) and .* has no"):
+    with pytest.raises(
+        ConfigError, match=r"8 tensors of the model are on meta \(embed\.weight, \.\.\.\) and .* has no"
+    ):
         torchorbax.resume(model, optimizer, str(tmp_path / "new"))
     assert model.embed.weight.is_meta
 
@@ -697,8 +704,12 @@ def test_plain_orbax_reads_every_item(saved: str) -> None:
     with ocp.CheckpointManager(saved) as manager:
         assert list(manager.all_steps()) == [0, 1]
         with pytest.warns(UserWarning, match="Sharding info not provided"):
-            restored = manager.restore(1, args=ocp.args.Composite(model=ocp.args.PyTreeRestore(), optimizer=ocp.args.PyTreeRestore()))
-    assert set(restored["model"]) == {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+            restored = manager.restore(
+                1, args=ocp.args.Composite(model=ocp.args.PyTreeRestore(), optimizer=ocp.args.PyTreeRestore())
+            )
+    assert set(restored["model"]) == {name for name, _ in model.named_parameters()} | {
+        name for name, _ in model.named_buffers()
+    }
     assert bits(restored["model"]["hidden.weight"]) == bits(model.hidden.weight.detach().numpy())
     exp_avg = optimizer.state[model.hidden.weight]["exp_avg"]
     assert bits(restored["optimizer"]["hidden.weight.exp_avg"]) == bits(exp_avg.numpy())
@@ -711,7 +722,9 @@ def test_load(saved: str, mesh: Mesh) -> None:
     assert bits(older["hidden.weight"]) != bits(arrays["hidden.weight"])
     sharded = torchorbax.load(saved, shardings=(mesh, RULES))
     assert sharded["embed.weight"].sharding == NamedSharding(mesh, P("fsdp"))
-    assert {name: bits(array) for name, array in sharded.items()} == {name: bits(array) for name, array in arrays.items()}
+    assert {name: bits(array) for name, array in sharded.items()} == {
+        name: bits(array) for name, array in arrays.items()
+    }
     assert "hidden.weight.exp_avg" in torchorbax.load(saved, item="optimizer")
     with pytest.raises(ConfigError, match="no item 'ema'; it has model, optimizer, rng"):
         torchorbax.load(saved, item="ema")
@@ -751,6 +764,16 @@ def test_progress_bar_shows_metrics_that_are_ready(storage: FakeStorage, capsys:
     shown = capsys.readouterr().err
     assert "loss=0.25" in shown
     assert "3/3" in shown
+
+
+def test_a_body_that_saves_itself_is_left_to_it(storage: FakeStorage) -> None:
+    with fake_run(storage) as run:
+        for step in run.steps(3):
+            if step != 1:
+                run.save(step, {"w": weights(step)}, force=step == 0)
+                run.wait()
+    assert storage.steps() == [0, 1, 2] or storage.steps() == [0, 2]
+    assert [record.step for record in run.history if record.step != 1] == [0, 2]
 
 
 def test_breaking_out_of_the_loop_saves_no_half_step(storage: FakeStorage) -> None:

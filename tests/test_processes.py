@@ -121,7 +121,16 @@ LOOP = """
 
 def start(code: str, *args: object, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["timeout", "-k", "5", "120", sys.executable, "-c", "\n".join(line[4:] for line in code.splitlines()), *map(str, args)],
+        [
+            "timeout",
+            "-k",
+            "5",
+            "120",
+            sys.executable,
+            "-c",
+            "\n".join(line[4:] for line in code.splitlines()),
+            *map(str, args),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

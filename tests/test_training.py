@@ -13,13 +13,13 @@ import numpy as np
 import optax
 import pytest
 import torch
+import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
-
-import torchorbax
-from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
 from torchorbax import _torchax, to_jax
+
+from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1),

@@ -191,18 +191,18 @@ def _plan_writes(
         _plan_tensor(name, live, value, writes, problems)
     elif isinstance(live, Mapping):
         if not isinstance(value, Mapping):
-            problems.append(Problem("missing", "tree", name, "a mapping"))
+            problems.append(Problem("missing", "", name, "a mapping"))
             return
-        problems += [Problem("missing", "tree", f"{join}{key}", _kind(live[key])) for key in live if key not in value]
+        problems += [Problem("missing", "", f"{join}{key}", _kind(live[key])) for key in live if key not in value]
         problems += [
-            Problem("unexpected", "tree", f"{join}{key}", "", _kind(value[key])) for key in value if key not in live
+            Problem("unexpected", "", f"{join}{key}", "", _kind(value[key])) for key in value if key not in live
         ]
         for key in [key for key in live if key in value]:
             put = _setter(live, key) if isinstance(live, MutableMapping) else None
             _plan_writes(f"{join}{key}", live[key], value[key], put, writes, problems)
     elif isinstance(live, list | tuple):
         if not isinstance(value, list | tuple) or len(value) != len(live):
-            problems.append(Problem("shape", "tree", name, f"{len(live)} entries", _kind(value)))
+            problems.append(Problem("shape", "", name, f"{len(live)} entries", _kind(value)))
             return
         for index, (one, new) in enumerate(zip(live, value, strict=True)):
             put = _setter(live, index) if isinstance(live, list) else None
@@ -237,14 +237,14 @@ def _checked(name: str, shape: tuple[int, ...], dtype: np.dtype, value: Any, pro
     elif isinstance(value, np.generic):
         value = np.asarray(value)
     if not isinstance(value, jax.Array | np.ndarray):
-        problems.append(Problem("dtype", "tree", name, f"an array of {dtype}", _kind(value)))
+        problems.append(Problem("dtype", "", name, f"an array of {dtype}", _kind(value)))
         return None
     raise_if_deleted({name: value})
     if tuple(value.shape) != tuple(shape):
-        problems.append(Problem("shape", "tree", name, str(tuple(shape)), str(tuple(value.shape))))
+        problems.append(Problem("shape", "", name, str(tuple(shape)), str(tuple(value.shape))))
         return None
     if value.dtype != dtype:
-        problems.append(Problem("dtype", "tree", name, str(dtype), str(value.dtype)))
+        problems.append(Problem("dtype", "", name, str(dtype), str(value.dtype)))
         return None
     return value
 

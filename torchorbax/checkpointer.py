@@ -372,14 +372,20 @@ class Checkpointer:
         manifest = self._storage.manifest(step)
         saved = {name: item for name, item in manifest.items.items() if name != RNG or RNG in self._items}
         items = {name: item for name, item in self._items.items() if name != RNG or RNG in saved}
-        problems = [Problem("missing", name, "the whole item", "it") for name in items if name not in saved]
-        problems += [
-            Problem("unexpected", name, "the whole item", "", saved[name].kind) for name in saved if name not in items
-        ]
-        plans = {name: item.plan(saved[name], self._rules) for name, item in items.items() if name in saved}
-        problems += [problem for plan in plans.values() for problem in plan.problems]
+        problems = [Problem("missing", name, "the whole item", items[name].kind) for name in items if name not in saved]
+        plans = {}
+        for name, meta in saved.items():
+            if name not in items or items[name].kind != meta.kind:
+                problems.append(Problem("unexpected", name, "the whole item", "", f"a {meta.kind} item"))
+            else:
+                plans[name] = items[name].plan(meta, self._rules)
+                problems += plans[name].problems
         if problems:
-            raise MismatchError(f"{self.path}: step {step}", problems)
+            raise MismatchError(
+                f"{self.path}: step {step}",
+                problems,
+                "Build the model, the optimizer and `state` as they were when it was saved, or use another path.",
+            )
         arrays = self._storage.read(step, saved, {name: plan.targets for name, plan in plans.items()})
         with ExitStack() as undo:
             for name, item in items.items():
@@ -392,6 +398,8 @@ class Checkpointer:
 
     def steps(self, stop: int, *, progress: bool | None = None) -> Iterator[int]:
         """The steps from `next_step` to `stop - 1`, with a save after each body when the policy says so.
+
+        A body that calls `save` itself is left to it.
 
         A continuous run saves its last step as well. SIGTERM ends the loop after the body it arrived in, with that step
         saved and committed.
@@ -406,8 +414,9 @@ class Checkpointer:
             for step in range(self.next_step, stop):
                 self._metrics = {}
                 yield step
-                last = step == stop - 1 and isinstance(self._save_policy, ContinuousPolicy)
-                self.save(step, metrics=self._metrics, force=last)
+                if self.next_step <= step:  # the body has not called save itself
+                    last = step == stop - 1 and isinstance(self._save_policy, ContinuousPolicy)
+                    self.save(step, metrics=self._metrics, force=last)
                 bar.update()
                 bar.set_postfix(_ready(self._metrics), refresh=False)
                 if self.preempted:

@@ -75,8 +75,8 @@ class Problem:
     Attributes:
         kind: `missing` (live, not in the checkpoint), `unexpected` (in the checkpoint, not live), `shape`, `dtype`,
             `ties` (names share one tensor on one side only) or `placement` (the value cannot go where it should).
-        item: the item, such as `model`.
-        name: the leaf's name within the item.
+        item: the item, such as `model`; empty where there are no items (`assign_`).
+        name: the leaf's name within the item; empty for a tree that is one leaf.
         expected: what the live object has.
         found: what the checkpoint has.
     """
@@ -88,11 +88,12 @@ class Problem:
     found: str = ""
 
     def __str__(self) -> str:
+        label = ": ".join(part for part in (self.item, self.name) if part) or "the value"
         if self.kind == "missing":
-            return f"{self.item}: {self.name}: expected {self.expected}, not in the checkpoint"
+            return f"{label}: expected {self.expected}, but it is missing"
         if self.kind == "unexpected":
-            return f"{self.item}: {self.name}: in the checkpoint ({self.found}), but there is no such live value"
-        return f"{self.item}: {self.name}: {self.kind}: expected {self.expected}, found {self.found}"
+            return f"{label}: found {self.found}, but there is no such live value"
+        return f"{label}: {self.kind}: expected {self.expected}, found {self.found}"
 
 
 class MismatchError(TorchorbaxError):
@@ -102,7 +103,7 @@ class MismatchError(TorchorbaxError):
         problems: every difference found, not only the first.
     """
 
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, source: str, problems: Sequence[Problem], advice: str = "") -> None:
         counts = Counter(problem.kind for problem in problems)
         lines = [f"{source} does not fit the live objects: " + ", ".join(f"{n} {kind}" for kind, n in counts.items())]
         for kind, count in counts.items():
@@ -110,7 +111,7 @@ class MismatchError(TorchorbaxError):
             lines += [f"  {problem}" for problem in of_kind[:_LINES_PER_KIND]]
             if count > _LINES_PER_KIND:
                 lines.append(f"  ... and {count - _LINES_PER_KIND} more of kind {kind} (see .problems)")
-        lines.append("Nothing was changed. Build the model and the optimizer as they were when this was saved.")
+        lines.append(f"Nothing was changed. {advice}".rstrip())
         super().__init__("\n".join(lines))
         self.problems = tuple(problems)
 

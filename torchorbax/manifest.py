@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from torchorbax.dtypes import BY_NAME
 from torchorbax.values import Json
 
 FORMAT = 1
@@ -32,6 +34,11 @@ class LeafMeta:
 
     def __str__(self) -> str:
         return f"{self.dtype}{self.shape}"
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes, counted once however many devices hold it."""
+        return math.prod(self.shape) * BY_NAME[self.dtype].itemsize
 
     @property
     def is_empty(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import torch
@@ -18,7 +18,7 @@ from torchorbax.optimizers import OptaxOptimizer
 from torchorbax.placement import target_shardings
 from torchorbax.plan import compare_leaves
 from torchorbax.sharding import ShardingRules, replicated_like, state_sharding
-from torchorbax.state import Captured, ItemPlan, default_device, kind_problem
+from torchorbax.state import Captured, ItemPlan, default_device
 from torchorbax.values import Path, decode, encode
 
 
@@ -50,6 +50,8 @@ class TorchOptimizerItem:
     """A `torch.optim` optimizer: `weight.exp_avg` and the like as leaves, the groups' hyperparameters with the
     manifest."""
 
+    kind: ClassVar[str] = "torch.optim"
+
     def __init__(self, name: str, optimizer: torch.optim.Optimizer, modules: Mapping[str, torch.nn.Module]) -> None:
         self._name = name
         self._optimizer = optimizer
@@ -73,11 +75,9 @@ class TorchOptimizerItem:
             ],
         }
         leaves: dict[str, Any] = {}
-        return Captured("torch.optim", leaves, values=encode(tree, leaves, _short_name))
+        return Captured(self.kind, leaves, values=encode(tree, leaves, _short_name))
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        if problem := kind_problem(self._name, "torch.optim", saved):
-            return ItemPlan(problems=[problem])
         names = self._names()
         tree = decode(saved.values, {name: _LeafName(name) for name in saved.leaves})
         plan = ItemPlan(problems=self._compare_groups(tree["param_groups"], names))
@@ -172,6 +172,8 @@ def _reset(container: dict[Any, Any], content: Mapping[Any, Any]) -> None:
 class OptaxItem:
     """An `OptaxOptimizer`: the leaves of its state, named after the parameter that they belong to."""
 
+    kind: ClassVar[str] = "optax"
+
     def __init__(self, name: str, optimizer: OptaxOptimizer) -> None:
         self._name = name
         self._optimizer = optimizer
@@ -179,13 +181,11 @@ class OptaxItem:
     def capture(self, handed: Any = None) -> Captured:
         state = self._optimizer.state if handed is None else handed
         if state is None:
-            return Captured("optax", {}, values="not initialised")
+            return Captured(self.kind, {}, values="not initialised")
         names = [name for name, _ in self._optimizer.leaf_names(state)]
-        return Captured("optax", dict(zip(names, jax.tree.leaves(state), strict=True)))
+        return Captured(self.kind, dict(zip(names, jax.tree.leaves(state), strict=True)))
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        if problem := kind_problem(self._name, "optax", saved):
-            return ItemPlan(problems=[problem])
         if saved.values == "not initialised":
             return ItemPlan()
         abstract = self._optimizer.abstract_state()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ from torchorbax.adapter import Array
 from torchorbax.errors import ConfigError
 from torchorbax.manifest import ItemMeta
 from torchorbax.sharding import ShardingRules
-from torchorbax.state import Captured, ItemPlan, kind_problem
+from torchorbax.state import Captured, ItemPlan
 from torchorbax.values import decode, encode
 
 
 class RngItem:
     """The state of all generators of the calling thread. The jax key is saved in either of its forms, typed or raw."""
+
+    kind: ClassVar[str] = "rng"
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -31,11 +33,9 @@ class RngItem:
         if handed is not None:
             raise ConfigError(f"{self._name}: random number generators are saved from the live process")
         leaves: dict[str, Any] = {}
-        return Captured("rng", leaves, values=encode(_read(), leaves))
+        return Captured(self.kind, leaves, values=encode(_read(), leaves))
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        if problem := kind_problem(self._name, "rng", saved):
-            return ItemPlan(problems=[problem])
         return ItemPlan(dict.fromkeys(saved.leaves))  # small: loaded on the host and put where needed
 
     def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:

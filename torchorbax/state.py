@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,9 @@ class ItemPlan:
 
 
 class Item(Protocol):
-    """One live object that is saved under a name of its own."""
+    """One live object that is saved under a name of its own. `kind` says what it is, in the manifest."""
+
+    kind: ClassVar[str]
 
     def capture(self, handed: Any = None) -> Captured:
         """The leaves to save; `handed` is a tree that the caller gives instead of the live values.
@@ -76,6 +78,8 @@ def live_meta(tensor: torch.Tensor) -> LeafMeta:
 class ModuleItem:
     """A module: parameters and persistent buffers by name, tied ones once; extra state with the manifest."""
 
+    kind: ClassVar[str] = "module"
+
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self._name = name
         self._module = module
@@ -100,7 +104,7 @@ class ModuleItem:
             if not isinstance(value, torch.Tensor):
                 extra[name] = encode(value, leaves, path=(name,))
         ties = {name: first for name, first in first_of.items() if name != first}
-        return Captured("module", leaves, ties, extra)
+        return Captured(self.kind, leaves, ties, extra)
 
     def _checked(
         self, handed: Any, tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]
@@ -174,6 +178,8 @@ def _leaf_names(json: Json) -> set[str]:
 class ObjectItem:
     """Anything with `state_dict` and `load_state_dict`, such as a learning-rate scheduler."""
 
+    kind: ClassVar[str] = "object"
+
     def __init__(self, name: str, obj: Any) -> None:
         self._name = name
         self._obj = obj
@@ -181,11 +187,9 @@ class ObjectItem:
     def capture(self, handed: Any = None) -> Captured:
         leaves: dict[str, Any] = {}
         values = encode(self._obj.state_dict() if handed is None else handed, leaves, path=())
-        return Captured("object", leaves, values=values)
+        return Captured(self.kind, leaves, values=values)
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        if problem := kind_problem(self._name, "object", saved):
-            return ItemPlan(problems=[problem])
         live = self.capture().leaves
         return ItemPlan({name: target_beside(live.get(name), meta) for name, meta in saved.leaves.items()})
 
@@ -194,15 +198,6 @@ class ObjectItem:
         values = encode(self._obj.state_dict(), before)
         undo.callback(lambda: self._obj.load_state_dict(decode(values, before)))
         self._obj.load_state_dict(decode(saved.values, arrays))
-
-
-def kind_problem(name: str, expected: str, saved: ItemMeta) -> Problem | None:
-    """The mismatch of an item that was saved from another kind of object."""
-    return (
-        None
-        if saved.kind == expected
-        else Problem("unexpected", name, "the whole item", "", f"saved from: {saved.kind}")
-    )
 
 
 def target_beside(live: Any, saved: LeafMeta) -> Sharding | None:
@@ -220,6 +215,8 @@ class PytreeItem:
     Tensors, numpy arrays and mutable containers are written in place; what is immutable is replaced, up to the slot
     itself.
     """
+
+    kind: ClassVar[str] = "pytree"
 
     def __init__(self, name: str, slot: MutableMapping[str, Any]) -> None:
         self._name = name
@@ -239,11 +236,9 @@ class PytreeItem:
         values = {
             name: encode(_without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()
         }
-        return Captured("pytree", leaves, values=values)
+        return Captured(self.kind, leaves, values=values)
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        if problem := kind_problem(self._name, "pytree", saved):
-            return ItemPlan(problems=[problem])
         captured = self.capture()
         live = {name: array_meta(leaf) for name, leaf in captured.leaves.items()}
         plan = ItemPlan(problems=compare_leaves(self._name, live, saved.leaves))

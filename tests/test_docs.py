@@ -1,0 +1,31 @@
+"""Every Python block in the README and the docs runs, in order, in a program of its own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RunPython
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()
+]
+
+
+# When it restores without a target, as the README shows that it can.
+ORBAX_WARNS = "import warnings; warnings.filterwarnings('ignore', 'Sharding info not provided')"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_run(page: Path, run_python: RunPython) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    run_python("\n".join([ORBAX_WARNS, *blocks]))
+
+
+def test_readme_starts_with_the_two_commands() -> None:
+    first = re.search(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert first is not None
+    assert [line.split("#")[0].strip() for line in first[1].splitlines()] == ["make demo", "make test"]

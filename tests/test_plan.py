@@ -1,0 +1,101 @@
+"""The plan finds every difference between a checkpoint and the live objects, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hypothesis import given
+from hypothesis import strategies as st
+from torchorbax.errors import Problem
+from torchorbax.manifest import LeafMeta
+from torchorbax.plan import compare_leaves, compare_ties, widens
+
+names = st.sampled_from([f"layers.{index}.{kind}" for index in range(4) for kind in ("weight", "bias")])
+shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+metas = st.builds(
+    LeafMeta,
+    shape=shapes,
+    dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
+    residence=st.sampled_from(["jax", "host"]),
+    sharding=st.none() | st.just({"mesh": {"fsdp": 8}, "spec": ["fsdp"]}),
+)
+
+
+@given(saved=st.dictionaries(names, metas), data=st.data())
+def test_exactly_the_injected_differences_are_found(saved: dict[str, LeafMeta], data: st.DataObject) -> None:
+    """`live` is the saved tree with some leaves gone, some new, some reshaped, and some of another dtype."""
+    live = {}
+    expected: set[tuple[str, str, str, str]] = set()
+    for name, meta in saved.items():
+        shape, dtype = meta.shape, meta.dtype
+        changes = data.draw(st.sets(st.sampled_from(["unexpected", "shape", "dtype"])))
+        if "unexpected" in changes:
+            expected.add(("unexpected", name, "", str(meta)))
+            continue
+        if "shape" in changes:
+            shape = data.draw(shapes.filter(lambda other, shape=shape: other != shape))
+            expected.add(("shape", name, str(shape), str(meta.shape)))
+        if "dtype" in changes:
+            dtype = "float16"
+            expected.add(("dtype", name, "float16", meta.dtype))
+        live[name] = LeafMeta(shape, dtype, data.draw(st.sampled_from(["jax", "host"])))  # places may differ
+    for name in data.draw(st.sets(names)):
+        if name not in saved:
+            live[name] = data.draw(metas)
+            expected.add(("missing", name, str(live[name]), ""))
+    problems = compare_leaves("model", live, saved)
+    assert {(problem.kind, problem.name, problem.expected, problem.found) for problem in problems} == expected
+    assert len(problems) == len(expected)
+    assert all(problem.item == "model" for problem in problems)
+
+
+def test_only_a_counter_that_jax_narrowed_is_widened() -> None:
+    dtypes, places = ["int16", "int32", "int64", "uint32", "float32", "float64"], ["jax", "host"]
+    widened = {
+        (saved, saved_place, live, live_place)
+        for saved in dtypes
+        for live in dtypes
+        for saved_place in places
+        for live_place in places
+        if widens(LeafMeta((), saved, saved_place), LeafMeta((), live, live_place))
+    }
+    assert widened == {("int32", "jax", "int64", "host")}
+    counter = {"norm.num_batches_tracked": LeafMeta((), "int64", "host")}
+    assert not compare_leaves("model", counter, {"norm.num_batches_tracked": LeafMeta((), "int32", "jax")})
+    problems = compare_leaves("model", counter, {"norm.num_batches_tracked": LeafMeta((1,), "int32", "jax")})
+    assert [problem.kind for problem in problems] == ["shape"]
+
+
+def test_ties_on_one_side_only_are_told() -> None:
+    live = {"embed": "embed", "head": "embed", "bias": "bias", "gain": "gain", "new": "embed"}
+    saved = {"embed": "embed", "head": "head", "bias": "bias", "gain": "bias", "old": "head"}
+    assert compare_ties("model", live, saved) == [
+        Problem("ties", "model", "embed", "tied with head", "not tied"),
+        Problem("ties", "model", "head", "tied with embed", "not tied"),
+        Problem("ties", "model", "bias", "not tied", "tied with gain"),
+        Problem("ties", "model", "gain", "not tied", "tied with bias"),
+    ]
+
+
+groupings = st.dictionaries(names, st.integers(0, 3))
+"""Which tensor each name belongs to."""
+
+
+@given(live=groupings, saved=groupings, order=st.randoms(use_true_random=False))
+def test_ties_are_compared_as_groups_whatever_name_comes_first(
+    live: dict[str, int], saved: dict[str, int], order: object
+) -> None:
+    common = live.keys() & saved.keys()
+    differing = {name for name in common if _group(name, live, common) != _group(name, saved, common)}
+    problems = compare_ties("model", _first_names(live, sorted(live)), _first_names(saved, sorted(saved)[::-1]))
+    assert {problem.name for problem in problems} == differing
+    assert {problem.kind for problem in problems} <= {"ties"}
+
+
+def _first_names(groups: Mapping[str, int], order: list[str]) -> dict[str, str]:
+    firsts: dict[int, str] = {}
+    return {name: firsts.setdefault(groups[name], name) for name in order}
+
+
+def _group(name: str, groups: Mapping[str, int], among: set[str]) -> set[str]:
+    return {other for other in among if groups[other] == groups[name]}

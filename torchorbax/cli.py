@@ -1,0 +1,81 @@
+"""The `torchorbax` command: what is in a run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from torchorbax._orbax import Storage
+from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, TorchorbaxError
+from torchorbax.manifest import LeafMeta
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look into the checkpoints of a run.")
+_console = Console()
+
+RunPath = Annotated[str, typer.Argument(metavar="PATH", help="A run's folder or gs:// URI.")]
+
+
+@app.command("ls")
+def list_steps(path: RunPath) -> None:
+    """List the committed steps, with their time, size and metrics."""
+    storage = Storage(path)
+    table = Table("step", "saved (UTC)", "arrays", "metrics")
+    for step in _steps(storage):
+        try:
+            manifest = storage.manifest(step)
+        except CorruptCheckpointError as error:
+            table.add_row(str(step), "damaged", "", error.reasons[step])
+            continue
+        leaves = [leaf for item in manifest.items.values() for leaf in item.leaves.values()]
+        metrics = ", ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items())
+        table.add_row(str(step), f"{manifest.time:%Y-%m-%d %H:%M:%S}", _size(leaves), metrics)
+    _console.print(table)
+
+
+@app.command()
+def inspect(
+    path: RunPath, step: Annotated[int | None, typer.Option(help="Which step; the newest if not given.")] = None
+) -> None:
+    """Show every array of a step: name, dtype, shape and how it was sharded."""
+    storage = Storage(path)
+    steps = _steps(storage)
+    manifest = storage.manifest(steps[-1] if step is None else step)
+    for name, item in manifest.items.items():
+        table = Table(
+            "name", "dtype", "shape", "sharding", title=f"{name} ({item.kind}, {_size(item.leaves.values())})"
+        )
+        for leaf, meta in item.leaves.items():
+            sharding = f"{meta.sharding['spec']} on {meta.sharding['mesh']}" if meta.sharding else meta.residence
+            table.add_row(leaf, meta.dtype, str(meta.shape), sharding)
+        for alias, leaf in item.ties.items():
+            table.add_row(alias, "", "", f"tied to {leaf}")
+        _console.print(table)
+
+
+def main() -> None:
+    """Run the command; errors of torchorbax are one line and exit code 1."""
+    try:
+        app()
+    except TorchorbaxError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise SystemExit(1) from error
+
+
+def _steps(storage: Storage) -> list[int]:
+    steps = storage.steps()
+    if not steps:
+        raise CheckpointNotFoundError(storage.path)
+    return steps
+
+
+def _size(leaves: Iterable[LeafMeta]) -> str:
+    size = float(sum(leaf.nbytes for leaf in leaves))
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
