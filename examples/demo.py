@@ -1,4 +1,4 @@
-"""Kills a training run half-way, resumes it on twice as many chips, and checks that nothing was lost and nothing changed.
+"""Kills a training run half-way, resumes it on twice as many chips, and checks that this changed nothing.
 
 python examples/demo.py
 """
@@ -16,19 +16,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 240  # of one training run; it takes about 25 s
 MARKER = ".torchorbax-demo"
 
-# Sixteen chips add up the same numbers in another order than eight do. The parameters and moments they resume from are the same
-# bits, so the first losses may differ by the rounding of float32 sums only; a loss of 1e-5, some 100 units in the last place,
-# would already need another cause. Measured are 3e-7, and never more than 1e-6 in 70 steps. As training feeds the
-# differences back, later losses get more room: still less than a tenth of what a lost moment or random key changes at once.
+# Sixteen chips sum in another order than eight do, so their losses differ by rounding. Measured: 2e-7 (the last bit of
+# a float32) in the first ten losses after the resume, growing slowly as training feeds it back, to 3e-6 in 140 steps.
+# What a resume could lose is far above that: one bias's first moment, Adam's counters, the learning rate or the random
+# key each change a loss by at least 2e-2 within two steps. The tolerances leave room of 30 times to the one side and
+# 200 times to the other.
 FIRST_LOSSES = 10
-FIRST_TOLERANCE, LATER_TOLERANCE = 1e-5, 1e-3
+FIRST_TOLERANCE, LATER_TOLERANCE = 1e-5, 1e-4
 
 
 class DemoError(Exception):
@@ -107,7 +108,7 @@ class Run:
             raise DemoError(f"{self.name}: exit status {status}\n{self.output_file.read_text()[-2000:]}")
 
     def kill_half_way(self) -> None:
-        """Train until half of the steps are done and two are committed; then SIGKILL, which no process can prepare for."""
+        """Train until half of the steps are done and two are committed; then SIGKILL, which nothing can prepare for."""
         deadline_s = time.monotonic() + TIMEOUT_S
         with self.started() as process:
             while max(self.losses, default=-1) < self.steps // 2 or len(self.committed_steps()) < 2:
@@ -119,6 +120,8 @@ class Run:
                     raise DemoError(f"{self.name}: not half through after {TIMEOUT_S} s; see {self.output_file}")
                 time.sleep(0.05)
             process.kill()
+        if self.committed_steps()[-1] == self.steps - 1:
+            raise DemoError(f"{self.name}: was through before it could be killed; it takes more --steps")
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -154,7 +157,7 @@ def equal_bit_for_bit(resumed: Run, uninterrupted: Run) -> str:
         raise DemoError(
             f"{resumed.name}: all losses are equal, but the final parameters differ from the uninterrupted run"
         )
-    return f"{resumed.name}: {len(resumed.losses)} losses and the final parameters equal the uninterrupted run, bit for bit"
+    return f"{resumed.name}: {len(resumed.losses)} losses and the final parameters as uninterrupted, bit for bit"
 
 
 def equal_up_to_rounding(resumed: Run, uninterrupted: Run) -> str:
@@ -229,7 +232,7 @@ def make_empty(folder: Path) -> None:
 
 
 def print_table(killed: Run, resumed_or_not: list[Run]) -> None:
-    rows = [["", "devices", "steps", "saves", "stall", "test accuracy"]]
+    rows = [["", "devices", "steps", "saves", "median stall", "test accuracy"]]
     rows.append([killed.name, str(killed.devices), f"0-{max(killed.losses)}", "", "", ""])
     for run in resumed_or_not:
         summary = run.summary
@@ -251,16 +254,16 @@ def print_table(killed: Run, resumed_or_not: list[Run]) -> None:
 
 def check_all(killed: Run, committed: list[int], on_16: Run, on_8: Run, uninterrupted: Run) -> None:
     checks = [
-        (same_machine_repeats_itself, killed, uninterrupted),
-        (newest_committed_step_was_resumed, committed, on_16),
-        (newest_committed_step_was_resumed, committed, on_8),
-        (equal_bit_for_bit, on_8, uninterrupted),
-        (equal_up_to_rounding, on_16, uninterrupted),
+        partial(same_machine_repeats_itself, killed, uninterrupted),
+        partial(newest_committed_step_was_resumed, committed, on_16),
+        partial(newest_committed_step_was_resumed, committed, on_8),
+        partial(equal_bit_for_bit, on_8, uninterrupted),
+        partial(equal_up_to_rounding, on_16, uninterrupted),
     ]
     failures = []
-    for check, *arguments in checks:
+    for check in checks:
         try:
-            print("ok    ", check(*arguments))
+            print("ok    ", check())
         except DemoError as error:
             failures.append(str(error))
     if failures:

@@ -21,13 +21,11 @@ import numpy as np
 import optax
 import torch
 import torch.nn.functional as F
-import torchorbax
+import torchorbax  # before torchax, which it makes importable
 from jax.sharding import Mesh, PartitionSpec
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-
-# isort: split  # torchorbax makes torchax importable
 from torchax.interop import jax_jit, torch_view
 
 SIDE, PATCH, CLASSES = 8, 2, 10
@@ -279,9 +277,9 @@ def parse_options() -> Options:
 
 
 def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def continuous_or_steps(text: str) -> str | int:

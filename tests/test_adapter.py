@@ -295,6 +295,19 @@ def test_a_tied_weight_needs_one_of_its_names(name: str) -> None:
     assert [problem.name for problem in caught.value.problems] == ["embed.weight"]
 
 
+def test_a_tied_weight_takes_one_value_only() -> None:
+    model = Tied()
+    before = bits(model.embed.weight)
+    arrays = to_jax(model)
+    arrays["head.weight"] = np.array(arrays["embed.weight"])  # the same values in other memory
+    assign_(model, arrays)
+    arrays["head.weight"][0] += 1
+    with pytest.raises(MismatchError, match="1 ties") as caught:
+        assign_(model, arrays)
+    assert {problem.name for problem in caught.value.problems} == {"head.weight"}
+    assert bits(model.embed.weight) == before
+
+
 def test_live_shardings_are_kept(mesh: Mesh) -> None:
     sharded = NamedSharding(mesh, P("fsdp"))
     live = _torchax.wrap(jax.device_put(jnp.zeros((8, 2)), sharded))

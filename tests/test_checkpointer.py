@@ -241,7 +241,7 @@ def test_errors_of_background_saves_are_raised_once_with_the_step(storage: FakeS
     storage.failures[0] = OSError("disk full")
     run = fake_run(storage)
     run.save(0)
-    run._in_flight.join()
+    run._saver._thread.join()
     calls: dict[str, Callable[[], Any]] = {"save": lambda: run.save(1), "wait": run.wait, "close": run.close}
     with pytest.raises(SaveError, match="step 0 was not saved: OSError: disk full") as caught:
         calls[ask]()
@@ -250,6 +250,18 @@ def test_errors_of_background_saves_are_raised_once_with_the_step(storage: FakeS
     run.close()
     assert storage.steps() == ([1] if ask == "save" else [])
     assert [record.error is None for record in run.history] == ([False, True] if ask == "save" else [False])
+
+
+def test_a_preservation_policy_that_fails_is_told_and_loses_nothing(storage: FakeStorage) -> None:
+    keep = policies.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
+    run = fake_run(storage, keep=keep)
+    run.save(0, metrics={"loss": 1.0})
+    run.wait()
+    run.save(1, metrics={"loss": 2.0})
+    with pytest.raises(SaveError, match="step 1 was saved, but letting older steps go failed: KeyError") as caught:
+        run.close()
+    assert caught.value.committed
+    assert storage.steps() == [0, 1]
 
 
 def test_a_failed_save_never_stops_later_ones(storage: FakeStorage) -> None:
@@ -261,7 +273,7 @@ def test_a_failed_save_never_stops_later_ones(storage: FakeStorage) -> None:
                 run.save(step)
             except SaveError as error:
                 errors.append(error.step)
-            run._collect()
+            run._saver.collect()
     assert errors == [1, 2]
     assert storage.steps() == [0, 3, 4][-3:]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torchorbax
+from torchorbax.cli import app
 from typer.testing import CliRunner
 
-import torchorbax
 from tests.conftest import RunPython
-from torchorbax.cli import app
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_damaged_step_is_listed_as_such(run_path: str) -> None:
     assert "loss=2" in listed.output
 
 
-def test_errors_are_one_line_and_exit_code_1(tmp_path: Path, run_python: RunPython) -> None:
+def test_errors_are_messages_and_exit_code_1(tmp_path: Path, run_python: RunPython) -> None:
     program = "import sys; sys.argv[1:] = ['ls', 'nowhere']; from torchorbax.__main__ import main; main()"
     done = run_python(program, check=False)
     assert done.returncode == 1

@@ -2,7 +2,7 @@
 
 from torchorbax import policies
 from torchorbax.adapter import assign_, to_jax
-from torchorbax.checkpointer import Checkpointer, resume
+from torchorbax.checkpointer import Checkpointer
 from torchorbax.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -16,6 +16,7 @@ from torchorbax.errors import (
 from torchorbax.loading import load
 from torchorbax.optimizers import OptaxOptimizer
 from torchorbax.placement import place_
+from torchorbax.resuming import resume
 from torchorbax.training import train_step
 
 __all__ = [

@@ -1,11 +1,11 @@
 """The only module that imports torchax: makes it importable, and wraps the few facts about its tensors that we use.
 
-torchax 0.0.13 registers its lowerings under aten operators and overloads by name, and later torch releases have
-dropped some of them (the named-dimension overloads in 2.13, `aten.qr` and `aten.cholesky` in 2.14), so that
-`import torchax` raises AttributeError there. A name that is gone can never be called; all torchax needs is a key for
-its registry. So while torchax is being imported, a name that its own code asks for and torch lacks yields a
-placeholder. Nothing is registered with torch, code outside torchax sees no difference, and afterwards nothing stays
-patched. This module's import runs it, so Python's import lock makes it happen once, whatever the number of threads.
+torchax 0.0.13 registers its lowerings under aten operators and overloads by name, and later torch releases have dropped
+some of them (the named-dimension overloads in 2.13, `aten.qr` and `aten.cholesky` in 2.14), so that `import torchax`
+raises AttributeError there. A name that is gone can never be called; all torchax needs is a key for its registry. So
+while torchax is being imported, a name that its own code asks for and torch lacks yields a placeholder. Nothing is
+registered with torch, code outside torchax sees no difference, and afterwards nothing stays patched. This module's
+import runs it, so Python's import lock makes it happen once, whatever the number of threads.
 """
 
 from __future__ import annotations

@@ -131,8 +131,7 @@ def assign_(live: Live, arrays: Any) -> Live:
 
     Every alias, tied weight, View and optimizer that refers to a tensor sees the new values. A torchax tensor keeps its
     sharding, a CPU tensor its memory; a tensor on meta becomes a torchax tensor where its array is. Everything is
-    checked
-    first: if anything does not fit, nothing is written.
+    checked first, and if anything does not fit, nothing is written.
 
     A torchax tensor whose sharding is that of its array holds that very array afterwards (no copy), so donating one
     donates the other.
@@ -148,12 +147,12 @@ def assign_(live: Live, arrays: Any) -> Live:
         DeletedArrayError: some of `arrays` have been donated.
         UnsupportedLeafError: a raw array in an immutable container.
     """
+    raise_if_deleted({leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]})
     writes: list[Write] = []
     problems: list[Problem] = []
+    targets: Any = live
     if isinstance(live, torch.nn.Module):
-        targets: Any = _one_name_per_tie(live, arrays)
-    else:
-        targets = live
+        targets, arrays = _once_per_tie(dict(module_tensors(live)), dict(arrays), problems)
     _plan_writes("", targets, arrays, None, writes, problems)
     if problems:
         raise MismatchError("the given tree", problems)
@@ -164,17 +163,31 @@ def assign_(live: Live, arrays: Any) -> Live:
     return live
 
 
-def _one_name_per_tie(module: torch.nn.Module, arrays: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The module's tensors by name, leaving out names of tied weights that `arrays` gives under another name."""
-    tensors = dict(module_tensors(module))
-    given = {id(tensor) for name, tensor in tensors.items() if name in arrays}
-    seen: set[int] = set()
-    kept = {}
+def _once_per_tie(
+    tensors: dict[str, torch.Tensor], arrays: dict[str, Any], problems: list[Problem]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Both under one name for every tensor, noting tied weights that are given different values."""
+    names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
-        if name in arrays or (id(tensor) not in given and id(tensor) not in seen):
-            kept[name] = tensor
-        seen.add(id(tensor))
-    return kept
+        names.setdefault(id(tensor), []).append(name)
+    for group in names.values():
+        first, *others = [name for name in group if name in arrays] or group[:1]
+        for other in others:
+            if arrays[other] is not arrays[first] and not _same_bits(arrays[other], arrays[first]):
+                problems.append(Problem("ties", "", other, f"the value of {first}, with which it is tied", "another"))
+        for name in {*group} - {first}:
+            del tensors[name]
+            arrays.pop(name, None)
+    return tensors, arrays
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    one, other = (array_in(value) if isinstance(value, torch.Tensor) else value for value in (one, other))
+    return (
+        one.shape == other.shape
+        and one.dtype == other.dtype
+        and np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    )
 
 
 def _plan_writes(
@@ -216,9 +229,9 @@ def _plan_writes(
         )
     elif isinstance(live, jax.Array):
         if (checked := _checked(name, live.shape, live.dtype, value, problems)) is not None:
-            writes.append(lambda undo: replace(place_like(checked, live)))
+            writes.append(lambda undo: _replace(replace, live, place_like(checked, live), undo))
     else:
-        writes.append(lambda undo: replace(value))
+        writes.append(lambda undo: _replace(replace, live, value, undo))
 
 
 def _plan_tensor(name: str, live: torch.Tensor, value: Any, writes: list[Write], problems: list[Problem]) -> None:
@@ -239,7 +252,6 @@ def _checked(name: str, shape: tuple[int, ...], dtype: np.dtype, value: Any, pro
     if not isinstance(value, jax.Array | np.ndarray):
         problems.append(Problem("dtype", "", name, f"an array of {dtype}", _kind(value)))
         return None
-    raise_if_deleted({name: value})
     if tuple(value.shape) != tuple(shape):
         problems.append(Problem("shape", "", name, str(tuple(shape)), str(tuple(value.shape))))
         return None
@@ -314,6 +326,11 @@ def place_like(array: Array, like: jax.Array) -> jax.Array:
         return array
     placed: jax.Array = jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
     return placed
+
+
+def _replace(put: Callable[[Any], None], old: Any, new: Any, undo: ExitStack) -> None:
+    undo.callback(put, old)
+    put(new)
 
 
 def _setter(container: Any, key: Any) -> Callable[[Any], None]:

@@ -1,103 +1,35 @@
-"""The life of a run's checkpoints: when a save starts, how it ends, what is restored and what is kept. Knows no
-formats."""
+"""The life of a run: when a save starts, what is restored, how the loop ends. Knows no formats."""
 
 from __future__ import annotations
 
 import concurrent.futures.thread  # noqa: F401  # see _finish_saves
 import datetime
-import functools
-import importlib.metadata
 import logging
+import os
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from torchorbax import _orbax, _torchax, snapshot
+from torchorbax import _orbax, snapshot
 from torchorbax._orbax import Storage
 from torchorbax.errors import ConfigError, CorruptCheckpointError, MismatchError, Problem, SaveError
 from torchorbax.items import RNG, items_of
-from torchorbax.manifest import Manifest
-from torchorbax.optimizers import Optimizer
-from torchorbax.placement import meta_tensors, place_
-from torchorbax.policies import ContinuousPolicy, PreservationContext, preservation_policy, save_policy
+from torchorbax.metrics import checked, ready
+from torchorbax.policies import ContinuousPolicy, preservation_policy, save_policy
 from torchorbax.preemption import PreemptionNotice
+from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SaveRecord:
-    """One save of this process.
-
-    Attributes:
-        step: the step saved.
-        time: when `save` was called, in UTC.
-        stall_s: seconds that `save` kept the loop, waiting for an earlier save included.
-        commit_s: seconds from the call until the step was committed; None while in flight or if it failed.
-        nbytes: bytes of arrays saved, each counted once.
-        metrics: the numbers given with it; complete once it is committed.
-        error: why it failed, if it did.
-    """
-
-    step: int
-    time: datetime.datetime
-    stall_s: float = 0.0
-    commit_s: float | None = None
-    nbytes: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: SaveError | None = None
-
-
-class _StepInfo:
-    """What policies get to know about a step; read from its manifest when a policy asks."""
-
-    def __init__(self, step: int, storage: Storage) -> None:
-        self.step = step
-        self._storage = storage
-
-    @functools.cached_property
-    def _manifest(self) -> Manifest | None:
-        try:
-            return self._storage.manifest(self.step)
-        except CorruptCheckpointError as error:
-            _logger.warning("%s", error)
-            return None
-
-    @functools.cached_property
-    def time(self) -> datetime.datetime:
-        return datetime.datetime.fromtimestamp(0, datetime.UTC) if self._manifest is None else self._manifest.time
-
-    @functools.cached_property
-    def metrics(self) -> dict[str, float] | None:
-        return dict(self._manifest.metrics) or None if self._manifest is not None else None
-
-
-class _Save:
-    """A save in the background."""
-
-    def __init__(self, record: SaveRecord, work: Callable[[], None]) -> None:
-        self.record = record
-        self._thread = threading.Thread(target=work, name=f"torchorbax-save-{record.step}")
-        self._thread.start()
-
-    @property
-    def finished(self) -> bool:
-        return not self._thread.is_alive()
-
-    def join(self) -> None:
-        self._thread.join()
 
 
 class Checkpointer:
@@ -135,7 +67,7 @@ class Checkpointer:
         if jax.process_count() > 1:
             raise ConfigError("several jax processes are not supported yet")
         self._save_policy = save_policy(save)
-        self._keep_policy = preservation_policy(keep)
+        keep_policy = preservation_policy(keep)
         self._staging = snapshot.check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
@@ -143,12 +75,9 @@ class Checkpointer:
         self._storage = Storage(path)
         self._storage.check()
         self._storage.create()
-        self._infos = {step: _StepInfo(step, self._storage) for step in self._storage.steps()}
-        self._in_flight: _Save | None = None
-        self._unreported: SaveError | None = None
+        self._saver = Saver(self._storage, keep_policy)
         self._preemption = PreemptionNotice()
         self._preemption_saved = False
-        self._leftovers_removed = False
         self._closed = False
         self._metrics: dict[str, Any] = {}
         self.step: int | None = None
@@ -185,8 +114,8 @@ class Checkpointer:
         """
         if mode not in ("min", "max"):
             raise ConfigError(f"mode must be 'min' or 'max', not {mode!r}")
-        known = {step: self._info(step).metrics or {} for step in self.all_steps()}
-        values = {step: metrics[metric] for step, metrics in known.items() if metric in metrics}
+        infos = {step: info for step, info in self._saver.infos.items() if step != self._saver.step_in_flight}
+        values = {step: info.metrics[metric] for step, info in infos.items() if info.metrics and metric in info.metrics}
         if not values:
             return None
         return (min if mode == "min" else max)(values, key=lambda step: values[step])
@@ -225,105 +154,43 @@ class Checkpointer:
         started_s = time.perf_counter()
         if self._closed:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
-        if self._in_flight is not None and self._in_flight.finished:
-            self._collect()
+        if self._saver.step_in_flight is None:
+            self._saver.collect()
         now = datetime.datetime.now(datetime.UTC)
         due = force or (self.preempted and not self._preemption_saved) or self._due(step, now)
         if due:
             self._start(step, now, state or {}, metrics or {}, started_s)
         self.next_step = max(self.next_step, step + 1)
-        self._raise_unreported()
+        self._saver.raise_unreported()
         return due
 
     def _due(self, step: int, now: datetime.datetime) -> bool:
-        candidate = _Candidate(step, now)
-        context = _orbax.decision_context(saving=self._in_flight is not None, preempted=self.preempted)
-        return bool(self._save_policy.should_save(candidate, list(self._infos.values()), context=context))
+        saving = self._saver.step_in_flight is not None
+        context = _orbax.decision_context(saving=saving, preempted=self.preempted)
+        previous = list(self._saver.infos.values())
+        return bool(self._save_policy.should_save(_Candidate(step, now), previous, context=context))
 
     def _start(
         self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
     ) -> None:
-        newest = max(self._infos, default=None)
+        newest = max(self._saver.infos, default=None)
         if newest is not None and step <= newest:
             raise ConfigError(
                 f"{self.path}: step {step} is already saved"
-                if step in self._infos
+                if step in self._saver.infos
                 else f"{self.path}: step {step} is below the newest step {newest}; to go on from an older step, move "
                 "the newer ones away or use another path"
             )
         if unknown := [name for name in state if name not in self._items]:
-            raise ConfigError(
-                f"save got state for {', '.join(unknown)}, but this checkpointer has {', '.join(self._items)}"
-            )
-        numbers = {name: _array_or_number(name, value) for name, value in metrics.items()}
-        if self._in_flight is not None:
-            self._collect()  # two saves never overlap
+            raise ConfigError(f"save got state for {', '.join(unknown)}, but there is only {', '.join(self._items)}")
+        numbers = checked(metrics)
+        self._saver.collect()  # two saves never overlap
         snap = snapshot.take({name: item.capture(state.get(name)) for name, item in self._items.items()}, self._staging)
         record = SaveRecord(step, now, nbytes=snap.nbytes)
-        info = _StepInfo(step, self._storage)
-        info.time = now  # known, so the manifest need not be read
-        self._infos[step] = info
         self.history.append(record)
         self._preemption_saved = self.preempted
-        self._in_flight = _Save(record, functools.partial(self._write, record, [snap], numbers, started_s))
+        self._saver.start(record, snap, numbers, started_s)
         record.stall_s = time.perf_counter() - started_s
-
-    def _write(
-        self, record: SaveRecord, holder: list[snapshot.Snapshot], metrics: Mapping[str, Any], started_s: float
-    ) -> None:
-        """Runs on the background thread: no torchax mode, no device collective."""
-        try:
-            if not self._leftovers_removed:
-                self._storage.remove_leftovers()
-                self._leftovers_removed = True
-            record.metrics.update({name: float(np.asarray(value)) for name, value in metrics.items()})
-            snap = holder.pop()  # the only reference, so that the copies are freed when they are written
-            manifest = Manifest(record.step, record.time, dict(record.metrics), snap.items, _versions())
-            self._storage.write(manifest, snap.arrays)
-            record.commit_s = time.perf_counter() - started_s
-        except SaveError as error:
-            record.error = error
-        except Exception as error:  # it is raised where the caller can see it
-            record.error = SaveError(record.step, self.path, f"{type(error).__name__}: {error}")
-            record.error.__cause__ = error
-        else:
-            self._infos[record.step].metrics = dict(record.metrics) or None
-            self._retain(record.step)
-
-    def _retain(self, newest: int) -> None:
-        """Delete what the policy lets go, now that the newest step is committed."""
-        infos = [self._info(step) for step in self._storage.steps()]
-        preserved = self._keep_policy.should_preserve(infos, context=PreservationContext())
-        for info, keep in zip(infos, preserved, strict=True):
-            if keep or info.step == newest:
-                continue
-            try:
-                self._storage.delete(info.step)
-            except OSError as error:
-                _logger.warning("%s: step %d could not be deleted, trying again later: %s", self.path, info.step, error)
-            else:
-                self._infos.pop(info.step, None)
-
-    def _info(self, step: int) -> _StepInfo:
-        return self._infos.get(step) or _StepInfo(step, self._storage)
-
-    def _collect(self) -> None:
-        """Wait for the save in flight, and take note of how it ended."""
-        if self._in_flight is None:
-            return
-        self._in_flight.join()
-        record = self._in_flight.record
-        self._in_flight = None
-        if record.error is not None:
-            self._infos.pop(record.step, None)
-            if self._unreported is not None:
-                _logger.error("%s", self._unreported)  # the caller never asked
-            self._unreported = record.error
-
-    def _raise_unreported(self) -> None:
-        if self._unreported is not None:
-            error, self._unreported = self._unreported, None
-            raise error
 
     def wait(self) -> None:
         """Wait until the save in flight, if any, is committed.
@@ -331,8 +198,8 @@ class Checkpointer:
         Raises:
             SaveError: a save has failed that has not been reported yet.
         """
-        self._collect()
-        self._raise_unreported()
+        self._saver.collect()
+        self._saver.raise_unreported()
 
     # ----------------------------------------------------------------------------------------------------- restore
 
@@ -350,7 +217,7 @@ class Checkpointer:
             CorruptCheckpointError: the step asked for, or each of them, is damaged.
             MismatchError: the checkpoint does not fit the live objects; never skipped.
         """
-        self._collect()
+        self._saver.collect()
         if step is not None:
             self._restore_step(step)
             return step
@@ -418,16 +285,22 @@ class Checkpointer:
                     last = step == stop - 1 and isinstance(self._save_policy, ContinuousPolicy)
                     self.save(step, metrics=self._metrics, force=last)
                 bar.update()
-                bar.set_postfix(_ready(self._metrics), refresh=False)
+                bar.set_postfix(ready(self._metrics), refresh=False)
                 if self.preempted:
+                    if step not in self._saver.infos:  # the signal came after save had looked
+                        self.save(step, metrics=self._metrics, force=True)
                     self.wait()
                     return
 
     def log(self, **metrics: Any) -> None:
         """Metrics of the current step, for the bar, the manifest and `best_step`. Never waits for the device."""
-        self._metrics.update(metrics)
+        self._metrics.update(checked(metrics))
 
     # --------------------------------------------------------------------------------------------------------- end
+
+    def listen_for_preemption(self) -> None:
+        """Take SIGTERM, until `close`, as notice to save the current step and end `steps()`. `resume` calls this."""
+        self._preemption.install()
 
     def close(self) -> None:
         """Wait for the save in flight and stop listening for SIGTERM. Nothing can be saved afterwards.
@@ -435,11 +308,11 @@ class Checkpointer:
         Raises:
             SaveError: a save has failed that has not been reported yet.
         """
-        self._preemption.remove()
         self._closed = True
+        self._preemption.remove()
         _open_checkpointers.discard(self)
-        if self._in_flight is not None and not self._in_flight.finished:
-            _logger.info("%s: waiting for step %d to be committed", self.path, self._in_flight.record.step)
+        if self._saver.step_in_flight is not None:
+            _logger.info("%s: waiting for step %d to be committed", self.path, self._saver.step_in_flight)
         self.wait()
 
     def __enter__(self) -> Checkpointer:
@@ -465,108 +338,14 @@ class _Candidate:
     metrics: dict[str, float] | None = None
 
 
-def resume(
-    model: torch.nn.Module,
-    optimizer: Optimizer | None,
-    path: str,
-    *,
-    state: Mapping[str, Any] | None = None,
-    save: Any = "continuous",
-    keep: Any = 3,
-    shardings: Shardings | None = None,
-    staging: snapshot.Staging = "auto",
-    rng: bool = True,
-) -> Checkpointer:
-    """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
-
-    With `shardings` the model and the optimizer's state are on jax devices afterwards, laid out by the rules, whether
-    there was a checkpoint or not (see `place_`). Until `close`, SIGTERM saves the current step and ends `steps()`.
-
-    Args:
-        model: the module; on CPU, on meta (if there is a checkpoint) or on jax.
-        optimizer: a `torch.optim` optimizer of its parameters, an `OptaxOptimizer`, or None.
-        state: further objects to save and restore by name.
-        path: see `Checkpointer`.
-        save: see `Checkpointer`.
-        keep: see `Checkpointer`.
-        shardings: see `Checkpointer`.
-        staging: see `Checkpointer`.
-        rng: see `Checkpointer`.
-
-    Returns:
-        The run. `run.step` is the step restored, None if it starts fresh.
-
-    Raises:
-        ConfigError: as `Checkpointer`; also a model on meta without a checkpoint to give it values.
-        MismatchError, CorruptCheckpointError: as `Checkpointer.restore`. The live objects are as they were.
-    """
-    further = dict(state or {})
-    if taken := {"model", "optimizer"} & further.keys():
-        raise ConfigError(f"state must not name {' or '.join(sorted(taken))}: resume takes them as arguments")
-    objects = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
-    run = Checkpointer(
-        path, {**objects, **further}, save=save, keep=keep, shardings=shardings, staging=staging, rng=rng
-    )
-    try:
-        restored = run.restore()
-        on_meta = meta_tensors(model)
-        if on_meta and restored is None:
-            raise ConfigError(
-                f"{len(on_meta)} tensors of the model are on meta ({on_meta[0]}, ...) and {run.path} has no checkpoint "
-                "to give them values; build the model on the CPU for the first start"
-            )
-        if on_meta:
-            warnings.warn(
-                f"still on meta after the restore, because buffers that are not persistent are in no checkpoint: "
-                f"{', '.join(on_meta)}. Build them again before training.",
-                stacklevel=2,
-            )
-        if shardings is not None:
-            place_(model, optimizer, shardings, skip=on_meta)
-        run._preemption.install()
-    except BaseException:
-        run.close()
-        raise
-    return run
-
-
-def _array_or_number(name: str, value: Any) -> Any:
-    if _torchax.is_torchax(value):
-        value = _torchax.array_of(value)
-    elif isinstance(value, torch.Tensor):
-        value = value.detach().clone().numpy()
-    if isinstance(value, bool | int | float | np.number) or (hasattr(value, "shape") and value.shape == ()):
-        return value
-    raise ConfigError(f"metric {name} must be a number or a 0-d array or tensor, not {value!r}")
-
-
-def _ready(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics that can be shown without waiting for the device."""
-    shown = {}
-    for name, value in metrics.items():
-        array = _torchax.array_of(value) if _torchax.is_torchax(value) else value
-        if not isinstance(array, jax.Array) or array.is_ready():  # type: ignore[attr-defined]
-            shown[name] = f"{float(array):.4g}"
-    return shown
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {
-        "torchorbax": importlib.metadata.version("torchorbax"),
-        "torch": torch.__version__,
-        "torchax": _torchax.VERSION,
-        "jax": jax.__version__,
-        "orbax-checkpoint": _orbax.VERSION,
-        "numpy": np.__version__,
-    }
-
-
+_PID = os.getpid()
 _open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
 def _finish_saves() -> None:
     """Close what a program left open when it ends, so that the save in flight is committed."""
+    if os.getpid() != _PID:
+        return  # a forked worker: the run belongs to its parent
     for run in list(_open_checkpointers):
         try:
             run.close()

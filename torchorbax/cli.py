@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -57,12 +58,11 @@ def inspect(
 
 
 def main() -> None:
-    """Run the command; errors of torchorbax are one line and exit code 1."""
+    """Run the command; an error of torchorbax is a message and exit code 1."""
     try:
         app()
     except TorchorbaxError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
-        raise SystemExit(1) from error
+        sys.exit(f"error: {error}")
 
 
 def _steps(storage: Storage) -> list[int]:

@@ -149,11 +149,14 @@ class SaveError(TorchorbaxError):
     """A save failed. Older steps are untouched, and later saves are tried as usual.
 
     Attributes:
-        step: the step that was not saved.
+        step: the step concerned.
         path: the run's folder or URI.
+        committed: the step itself was saved, but what follows (the preservation policy) failed.
     """
 
-    def __init__(self, step: int, path: str, reason: str) -> None:
-        super().__init__(f"{path}: step {step} was not saved: {reason}")
+    def __init__(self, step: int, path: str, reason: str, *, committed: bool = False) -> None:
+        what = "was saved, but letting older steps go failed" if committed else "was not saved"
+        super().__init__(f"{path}: step {step} {what}: {reason}")
         self.step = step
         self.path = path
+        self.committed = committed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -83,18 +85,21 @@ class Manifest:
 
     def to_json(self) -> dict[str, Json]:
         """The JSON object that `from_json` reads."""
-        return {"format": FORMAT, **asdict(self), "time": self.time.isoformat()}
+        content = {"format": FORMAT, **asdict(self), "time": self.time.isoformat()}
+        return {**content, "sha256": _digest(content)}
 
     @classmethod
-    def from_json(cls, json: Json) -> Manifest:
+    def from_json(cls, content: Json) -> Manifest:
         """The manifest in a JSON object.
 
         Raises:
-            ValueError: not a manifest, or of a newer format.
+            ValueError: not a manifest, of a newer format, or changed since it was written.
         """
         try:
-            if json["format"] > FORMAT:
-                raise ValueError(f"manifest format {json['format']} is newer than this torchorbax reads ({FORMAT})")
+            if content["format"] > FORMAT:
+                raise ValueError(f"manifest format {content['format']} is newer than this torchorbax reads ({FORMAT})")
+            if content["sha256"] != _digest({key: value for key, value in content.items() if key != "sha256"}):
+                raise ValueError("the manifest is not what was written: its SHA-256 differs")
             items = {
                 name: ItemMeta(
                     kind=item["kind"],
@@ -102,13 +107,18 @@ class Manifest:
                     ties=dict(item["ties"]),
                     values=item["values"],
                 )
-                for name, item in json["items"].items()
+                for name, item in content["items"].items()
             }
-            time = datetime.datetime.fromisoformat(json["time"])
-            return cls(json["step"], time, dict(json["metrics"]), items, dict(json["versions"]))
+            time = datetime.datetime.fromisoformat(content["time"])
+            return cls(content["step"], time, dict(content["metrics"]), items, dict(content["versions"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {error}") from error
 
 
-def _leaf_meta(json: Json) -> LeafMeta:
-    return LeafMeta(tuple(json["shape"]), json["dtype"], json["residence"], json["sharding"])
+def _digest(content: Json) -> str:
+    """SHA-256 of JSON content: Orbax keeps no checksum, and a learning rate with a flipped bit is one, too."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _leaf_meta(content: Json) -> LeafMeta:
+    return LeafMeta(tuple(content["shape"]), content["dtype"], content["residence"], content["sharding"])

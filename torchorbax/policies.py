@@ -57,8 +57,8 @@ LatestN = orbax_policies.LatestN
 PolicyCheckpointInfo: TypeAlias = orbax_policies.PolicyCheckpointInfo
 PreemptionCheckpointingPolicy = orbax_policies.PreemptionCheckpointingPolicy
 PreservationContext: TypeAlias = orbax_policies.PreservationContext
-PreservationPolicy = orbax_policies.PreservationPolicy
-SaveDecisionPolicy = orbax_policies.SaveDecisionPolicy
+PreservationPolicy: TypeAlias = orbax_policies.PreservationPolicy
+SaveDecisionPolicy: TypeAlias = orbax_policies.SaveDecisionPolicy
 SpecificStepsPolicy = orbax_policies.SpecificStepsPolicy
 
 
@@ -116,7 +116,7 @@ class NeverPolicy:
         return False
 
 
-def save_policy(save: Any) -> Any:
+def save_policy(save: Any) -> SaveDecisionPolicy:
     """The policy that `save=` stands for: `"continuous"`, a number of steps, a timedelta, None (never), or a policy
     itself.
 
@@ -139,7 +139,7 @@ def save_policy(save: Any) -> Any:
     )
 
 
-def preservation_policy(keep: Any) -> Any:
+def preservation_policy(keep: Any) -> PreservationPolicy:
     """The policy that `keep=` stands for: the number of newest steps, None (all), or a policy itself.
 
     Raises:

@@ -13,13 +13,15 @@ _logger = logging.getLogger(__name__)
 
 
 class PreemptionNotice:
-    """Listens for SIGTERM between `install` and `remove`. The second one acts as if nobody listened.
+    """Listens for SIGTERM between `install` and `remove`. The second one, and any in a forked process, acts as if
+    nobody did.
 
     Python delivers signals to the main thread only; installed elsewhere it listens to nothing, and says so in the log.
     """
 
     def __init__(self) -> None:
         self.received = False
+        self._pid = os.getpid()
         self._previous: Any = None
         self._installed = False
 
@@ -39,7 +41,7 @@ class PreemptionNotice:
                 signal.signal(signal.SIGTERM, self._previous if self._previous is not None else signal.SIG_DFL)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received or os.getpid() != self._pid:  # a forked DataLoader worker, which must die when it is told to
             self.remove()
             os.kill(os.getpid(), signum)
             return

@@ -90,9 +90,8 @@ def add_leaf(name: str, leaf: Any, leaves: dict[str, Any]) -> str:
 def decode(json: Json, leaves: Mapping[str, Any]) -> Any:
     """The value that `encode` took apart, with the arrays that `leaves` has under their names.
 
-    What was a tensor is one again: of a numpy array on the CPU, of a `jax.Array` a torchax tensor. Of any other object
-        in
-    `leaves`, such as a name, it is that object itself.
+    What was a tensor is one again: a CPU tensor of a numpy array, a torchax tensor of a `jax.Array`. Other objects in
+    `leaves`, such as names, come back as they are.
     """
     if isinstance(json, list):
         return [decode(one, leaves) for one in json]

@@ -1,0 +1,190 @@
+"""One save at a time, in the background: written, committed, older steps let go, errors kept for the caller."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from torchorbax import _orbax, _torchax
+from torchorbax._orbax import Storage
+from torchorbax.errors import CorruptCheckpointError, SaveError
+from torchorbax.manifest import Manifest
+from torchorbax.policies import PreservationContext, PreservationPolicy
+from torchorbax.snapshot import Snapshot
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SaveRecord:
+    """One save of this process.
+
+    Attributes:
+        step: the step saved.
+        time: when `save` was called, in UTC.
+        stall_s: seconds that `save` kept the loop, waiting for an earlier save included.
+        commit_s: seconds from the call until the step was committed; None while in flight or if it failed.
+        nbytes: bytes of arrays saved, each counted once.
+        metrics: the numbers given with it; complete once it is committed.
+        error: why it failed, if it did.
+    """
+
+    step: int
+    time: datetime.datetime
+    stall_s: float = 0.0
+    commit_s: float | None = None
+    nbytes: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: SaveError | None = None
+
+
+class StepInfo:
+    """What policies get to know about a step; read from its manifest when a policy asks."""
+
+    def __init__(self, step: int, storage: Storage) -> None:
+        self.step = step
+        self._storage = storage
+
+    @functools.cached_property
+    def _manifest(self) -> Manifest | None:
+        try:
+            return self._storage.manifest(self.step)
+        except CorruptCheckpointError as error:
+            _logger.warning("%s", error)
+            return None
+
+    @functools.cached_property
+    def time(self) -> datetime.datetime:
+        """When it was saved; the start of 1970 if its manifest cannot be read."""
+        return datetime.datetime.fromtimestamp(0, datetime.UTC) if self._manifest is None else self._manifest.time
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, float] | None:
+        """The numbers saved with it; None if there are none."""
+        return None if self._manifest is None else dict(self._manifest.metrics) or None
+
+
+class Saver:
+    """Writes snapshots, never two at a time.
+
+    Args:
+        storage: where to.
+        keep: which steps to preserve when one has been committed; the newest always is.
+
+    Attributes:
+        infos: the steps there are, the one in flight included.
+    """
+
+    def __init__(self, storage: Storage, keep: PreservationPolicy) -> None:
+        self.infos = {step: StepInfo(step, storage) for step in storage.steps()}
+        self._storage = storage
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        self._record: SaveRecord | None = None
+        self._unreported: SaveError | None = None
+        self._leftovers_removed = False
+
+    @property
+    def step_in_flight(self) -> int | None:
+        """The step that is being written now."""
+        if self._record is None or self._thread is None or not self._thread.is_alive():
+            return None
+        return self._record.step
+
+    def start(self, record: SaveRecord, snapshot: Snapshot, metrics: Mapping[str, Any], started_s: float) -> None:
+        """Write `snapshot` in the background. The save before must have been collected.
+
+        Args:
+            record: filled in as the save goes on.
+            snapshot: what to write; let go as soon as it is written.
+            metrics: numbers or 0-d arrays, read on the background thread.
+            started_s: `time.perf_counter()` at the call of `save`.
+        """
+        info = self.infos[record.step] = StepInfo(record.step, self._storage)
+        info.time = record.time  # known, so the manifest need not be read
+        self._record = record
+        work = functools.partial(self._work, record, [snapshot], metrics, started_s)
+        self._thread = threading.Thread(target=work, name=f"torchorbax-save-{record.step}")
+        self._thread.start()
+
+    def collect(self) -> None:
+        """Wait for the save in flight, if any, and take note of how it ended."""
+        if self._record is None or self._thread is None:
+            return
+        self._thread.join()
+        error, self._record, self._thread = self._record.error, None, None
+        if error is not None:
+            if not error.committed:
+                self.infos.pop(error.step, None)
+            if self._unreported is not None:
+                _logger.error("%s", self._unreported)  # the caller never asked
+            self._unreported = error
+
+    def raise_unreported(self) -> None:
+        """Raise the error of a collected save, once."""
+        if self._unreported is not None:
+            error, self._unreported = self._unreported, None
+            raise error
+
+    def _work(self, record: SaveRecord, holder: list[Snapshot], metrics: Mapping[str, Any], started_s: float) -> None:
+        """Runs on the background thread: no torchax mode, no device collective."""
+        try:
+            self._write(record, holder, metrics)
+            record.commit_s = time.perf_counter() - started_s
+            self._retain(record.step)
+        except SaveError as error:
+            record.error = error
+        except Exception as error:  # it is raised where the caller can see it
+            committed = record.commit_s is not None
+            reason = f"{type(error).__name__}: {error}"
+            record.error = SaveError(record.step, self._storage.path, reason, committed=committed)
+            record.error.__cause__ = error
+
+    def _write(self, record: SaveRecord, holder: list[Snapshot], metrics: Mapping[str, Any]) -> None:
+        if not self._leftovers_removed:
+            self._storage.remove_leftovers()
+            self._leftovers_removed = True
+        record.metrics.update({name: float(np.asarray(value)) for name, value in metrics.items()})
+        snapshot = holder.pop()  # the only reference, so that its copies are freed on return
+        manifest = Manifest(record.step, record.time, dict(record.metrics), snapshot.items, _versions())
+        self._storage.write(manifest, snapshot.arrays)
+        self.infos[record.step].metrics = dict(record.metrics) or None
+
+    def _retain(self, newest: int) -> None:
+        """Delete what the policy lets go, now that the newest step is committed."""
+        infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self._storage.steps()]
+        preserved = self._keep.should_preserve(infos, context=PreservationContext())
+        for info, keep in zip(infos, preserved, strict=True):
+            if keep or info.step == newest:
+                continue
+            try:
+                self._storage.delete(info.step)
+            except OSError as error:
+                _logger.warning(
+                    "%s: step %d could not be deleted, trying later: %s", self._storage.path, info.step, error
+                )
+            else:
+                self.infos.pop(info.step, None)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {
+        "torchorbax": importlib.metadata.version("torchorbax"),
+        "torch": torch.__version__,
+        "torchax": _torchax.VERSION,
+        "jax": jax.__version__,
+        "orbax-checkpoint": _orbax.VERSION,
+        "numpy": np.__version__,
+    }
