@@ -181,7 +181,7 @@ def differing_steps(losses: dict[int, float], reference: dict[int, float]) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", type=Path, default=Path("runs/demo"), help="its folder, emptied first")
-    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--optimizer", choices=["adamw", "optax"], default="adamw")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # as an exception, so that children end too

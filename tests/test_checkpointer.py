@@ -788,6 +788,22 @@ def test_a_body_that_saves_itself_is_left_to_it(storage: FakeStorage) -> None:
     assert [record.step for record in run.history if record.step != 1] == [0, 2]
 
 
+def test_sigterm_that_arrives_when_save_has_already_looked(
+    storage: FakeStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_run(storage, save=None) as run:
+        save = run.save
+
+        def save_then_signal(step: int, *args: Any, **kwargs: Any) -> bool:
+            saved = save(step, *args, **kwargs)
+            run._preemption.received = run.preempted or step == 1
+            return saved
+
+        monkeypatch.setattr(run, "save", save_then_signal)
+        assert list(run.steps(5)) == [0, 1]
+    assert storage.steps() == [1]
+
+
 def test_breaking_out_of_the_loop_saves_no_half_step(storage: FakeStorage) -> None:
     with fake_run(storage) as run:
         for step in run.steps(10):

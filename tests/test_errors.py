@@ -98,14 +98,17 @@ def test_mismatch_counts_every_kind_shows_the_first_of_each_and_keeps_all() -> N
     assert error.problems == tuple(problems)
     first, *rest, last = str(error).splitlines()
     assert first == "/run: step 3 does not fit the live objects: 12 missing, 2 unexpected, 1 shape, 1 dtype"
-    shown = [line for line in rest if ": expected float32(2, 3), not in the checkpoint" in line]
+    shown = [line for line in rest if "layers." in line]
     assert len(shown) == 5
-    assert shown[0].strip().startswith("model: layers.0.weight")
-    assert [line for line in rest if "and 7 more of kind missing" in line]
-    assert len([line for line in rest if "more of kind" in line]) == 1
-    assert "  model: old.1: in the checkpoint (float32(9,)), but there is no such live value" in rest
-    assert "  model: head: shape: expected (10, 4), found (10, 5)" in rest
-    assert "  optimizer: head.exp_avg: dtype: expected float32, found bfloat16" in rest
+    assert "model: layers.0.weight" in shown[0]
+    assert "expected float32(2, 3)" in shown[0]
+    assert [line for line in rest if "more of kind" in line] == ["  ... and 7 more of kind missing (see .problems)"]
+    for parts in (
+        ("model: old.1", "float32(9,)", "no such live value"),
+        ("model: head", "shape", "expected (10, 4)", "found (10, 5)"),
+        ("optimizer: head.exp_avg", "dtype", "expected float32", "found bfloat16"),
+    ):
+        assert [line for line in rest if all(part in line for part in parts)], parts
     assert "Nothing was changed" in last
 
 

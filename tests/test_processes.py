@@ -190,6 +190,25 @@ def test_a_second_sigterm_ends_the_process(tmp_path: Path, run_python: RunPython
     assert "still here" not in done.stdout
 
 
+def test_a_forked_worker_dies_when_told_to(tmp_path: Path, run_python: RunPython) -> None:
+    """A DataLoader ends its workers with SIGTERM; they inherit the handler and the open run."""
+    code = """
+        import os, signal, sys, time, torch, torchorbax
+        with torchorbax.resume(torch.nn.Linear(2, 2), None, sys.argv[1]) as run:
+            told, tell = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.write(tell, b"x")
+                signal.pause()
+                os._exit(0)
+            os.read(told, 1)
+            os.kill(pid, signal.SIGTERM)
+            _, status = os.waitpid(pid, 0)
+            print(os.WTERMSIG(status) == signal.SIGTERM, run.preempted)
+    """
+    assert run_python(code, tmp_path / "run", warnings="ignore").stdout.strip() == "True False"
+
+
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "raise RuntimeError('mine')"])
 def test_a_program_that_ends_without_close_commits_the_save_in_flight(
     ending: str, tmp_path: Path, run_python: RunPython
