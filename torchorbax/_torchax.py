@@ -79,6 +79,7 @@ with _placeholders_for_missing_ops():
         importlib.import_module(_name)
 
 import torchax  # noqa: E402  # importable only now
+from torchax.ops import mappings  # noqa: E402
 from torchax.tensor import Tensor as Tensor  # noqa: E402
 from torchax.view import View as View  # noqa: E402
 
@@ -107,6 +108,15 @@ class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
 def is_torchax(value: object) -> bool:
     """Is `value` a torchax tensor or a view of one?"""
     return isinstance(value, Tensor | View)
+
+
+@functools.cache
+def can_hold(dtype: torch.dtype) -> bool:
+    """Can a torchax tensor have this dtype? Not all that a `jax.Array` and torch have in common."""
+    try:
+        return bool(mappings.j2t_dtype(jnp.dtype(mappings.t2j_dtype(dtype))) == dtype)
+    except RuntimeError:
+        return False
 
 
 def array_of(tensor: torch.Tensor) -> jax.Array:

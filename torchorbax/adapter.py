@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from torchorbax import _torchax
-from torchorbax.dtypes import TORCH_TO_NUMPY, fits_on_device, host_to_torch, torch_to_host
+from torchorbax.dtypes import NUMPY_TO_TORCH, TORCH_TO_NUMPY, fits_on_device, host_to_torch, torch_to_host
 from torchorbax.errors import ConfigError, DeletedArrayError, MismatchError, Problem, UnsupportedLeafError
 
 Array = jax.Array | np.ndarray
@@ -39,10 +39,8 @@ def to_jax(tree: Any) -> Any:
     """
     if isinstance(tree, torch.nn.Module):
         tree = dict(module_tensors(tree))
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-    named = [(leaf_name(path), leaf) for path, leaf in flat]
-    raise_if_deleted(dict(named))
-    return jax.tree.unflatten(structure, [_leaf_to_jax(name, leaf) for name, leaf in named])
+    raise_if_deleted(_named_leaves(tree))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _leaf_to_jax(leaf_name(path), leaf), tree)
 
 
 def module_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -50,6 +48,10 @@ def module_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     for name, value in module.state_dict(keep_vars=True).items():
         if isinstance(value, torch.Tensor):
             yield name, value
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -98,8 +100,9 @@ def live_array(name: str, leaf: Any) -> jax.Array | np.ndarray | torch.Tensor:
     tensor: torch.Tensor = leaf
     if tensor.is_meta:
         raise UnsupportedLeafError(name, "a tensor on meta has no values; place or restore it first")
-    if tensor.layout is not torch.strided or tensor.dtype not in TORCH_TO_NUMPY:
-        raise UnsupportedLeafError(name, f"torch {tensor.dtype} with {tensor.layout} cannot be kept bit for bit")
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in TORCH_TO_NUMPY:
+        layout = "nested layout" if tensor.is_nested else tensor.layout
+        raise UnsupportedLeafError(name, f"torch {tensor.dtype} with {layout} cannot be kept bit for bit")
     if tensor.device.type != "cpu":
         raise UnsupportedLeafError(
             name, f"tensors on {tensor.device} are not supported; move it to the CPU or to 'jax'"
@@ -144,15 +147,16 @@ def assign_(live: Live, arrays: Any) -> Live:
 
     Raises:
         MismatchError: missing or unexpected names, other shapes or other dtypes; `.problems` has all of them.
-        DeletedArrayError: some of `arrays` have been donated.
-        UnsupportedLeafError: a raw array in an immutable container.
+        DeletedArrayError: some of `arrays` have been donated, or the tensor that a live View shows a part of.
+        UnsupportedLeafError: a raw array in an immutable container, or a dtype that a jax device cannot hold.
     """
-    raise_if_deleted({leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]})
+    targets: Any = dict(module_tensors(live)) if isinstance(live, torch.nn.Module) else live
+    raise_if_deleted(_named_leaves(arrays))
+    raise_if_deleted({name: leaf for name, leaf in _named_leaves(targets).items() if isinstance(leaf, _torchax.View)})
     writes: list[Write] = []
     problems: list[Problem] = []
-    targets: Any = live
-    if isinstance(live, torch.nn.Module):
-        targets, arrays = _once_per_tie(dict(module_tensors(live)), dict(arrays), problems)
+    if isinstance(live, torch.nn.Module) and isinstance(arrays, Mapping):
+        targets, arrays = _once_per_tie(targets, dict(arrays), problems)
     _plan_writes("", targets, arrays, None, writes, problems)
     if problems:
         raise MismatchError("the given tree", problems)
@@ -229,7 +233,7 @@ def _plan_writes(
         )
     elif isinstance(live, jax.Array):
         if (checked := _checked(name, live.shape, live.dtype, value, problems)) is not None:
-            writes.append(lambda undo: _replace(replace, live, place_like(checked, live), undo))
+            writes.append(lambda undo: _replace(replace, live, place_like(_unshared(checked), live), undo))
     else:
         writes.append(lambda undo: _replace(replace, live, value, undo))
 
@@ -238,8 +242,12 @@ def _plan_tensor(name: str, live: torch.Tensor, value: Any, writes: list[Write],
     dtype = live_dtype(live)
     if dtype is None:
         raise UnsupportedLeafError(name, f"torch {live.dtype} cannot be kept bit for bit")
-    if (array := _checked(name, tuple(live.shape), dtype, value, problems)) is not None:
-        writes.append(lambda undo: settle(live, _placed_like(array, live), undo))
+    if (array := _checked(name, tuple(live.shape), dtype, value, problems)) is None:
+        return
+    on_jax = live.is_meta or isinstance(live, _torchax.View)
+    if isinstance(array, np.ndarray) and on_jax:
+        array = array.astype(device_dtype(name, array.dtype, array), copy=False)
+    writes.append(lambda undo: settle(live, _placed_like(array, live), undo))
 
 
 def _checked(name: str, shape: tuple[int, ...], dtype: np.dtype, value: Any, problems: list[Problem]) -> Array | None:
@@ -268,11 +276,48 @@ def live_dtype(tensor: torch.Tensor) -> np.dtype | None:
     return TORCH_TO_NUMPY.get(tensor.dtype)
 
 
+def device_dtype(name: str, dtype: np.dtype, values: np.ndarray | torch.Tensor | None = None) -> np.dtype:
+    """The dtype that a leaf has in a torchax tensor on a jax device: its own, or int32 for int64 while
+    `jax_enable_x64` is off and no value is lost, as in torchax.
+
+    Args:
+        name: the leaf's name.
+        dtype: its dtype.
+        values: its values, if it has some yet.
+
+    Raises:
+        UnsupportedLeafError: it cannot be there without loss.
+    """
+    if not _torchax.can_hold(NUMPY_TO_TORCH[dtype]):
+        raise UnsupportedLeafError(name, f"torchax has no tensors of {dtype}; keep this one on the CPU")
+    if fits_on_device(dtype):
+        return dtype
+    if dtype != np.int64:
+        raise UnsupportedLeafError(
+            name,
+            f"{dtype} would lose bits on jax devices; call jax.config.update('jax_enable_x64', True) at the start of "
+            "the program, or convert the module to a 32-bit dtype",
+        )
+    narrow = np.iinfo(np.int32)
+    if values is not None and 0 not in values.shape and not (values.min() >= narrow.min and values.max() <= narrow.max):
+        raise UnsupportedLeafError(
+            name, "int64 values beyond 32 bits cannot be on jax devices while jax_enable_x64 is off"
+        )
+    return np.dtype(np.int32)
+
+
 def _placed_like(array: Array, live: torch.Tensor) -> Array:
     if isinstance(live, _torchax.Tensor):
-        return place_like(array, _torchax.array_of(live))
-    on_device = live.is_meta or isinstance(live, _torchax.View)
-    return jax.device_put(array) if on_device else np.asarray(array)
+        return place_like(_unshared(array), _torchax.array_of(live))
+    if not (live.is_meta or isinstance(live, _torchax.View)):
+        return np.asarray(array)
+    placed: jax.Array = jax.device_put(_unshared(array))
+    return placed
+
+
+def _unshared(array: Array) -> Array:
+    """`array` in memory that nobody else can change: JAX's CPU backend takes numpy's as it is where it can."""
+    return array if isinstance(array, jax.Array) else host_copy(array)
 
 
 def settle(live: torch.Tensor, array: Array, undo: ExitStack) -> None:

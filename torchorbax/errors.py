@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 _LINES_PER_KIND = 5
 
@@ -27,7 +27,18 @@ ProblemKind = Literal["missing", "unexpected", "shape", "dtype", "ties", "placem
 
 
 class TorchorbaxError(Exception):
-    """Base of all errors of this package."""
+    """Base of all errors of this package. They survive a trip through a worker pool, attributes and notes included."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception would call `__init__` with the message alone, which is not what the subclasses take.
+        return _rebuilt, (type(self), self.args, vars(self))
+
+
+def _rebuilt(cls: type[TorchorbaxError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> TorchorbaxError:
+    error = cls.__new__(cls)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 class ConfigError(TorchorbaxError, ValueError):

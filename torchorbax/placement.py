@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,7 @@ import torch
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import host_copy, live_array, live_dtype, raise_if_deleted, settle
-from torchorbax.dtypes import fits_on_device
+from torchorbax.adapter import device_dtype, host_copy, live_array, live_dtype, raise_if_deleted, settle
 from torchorbax.errors import UnsupportedLeafError
 from torchorbax.optimizers import OptaxOptimizer, Optimizer, state_tensors
 from torchorbax.sharding import ShardingRules, Shardings, state_sharding
@@ -51,12 +51,14 @@ def place_(
     """
     rules = None if shardings is None else ShardingRules(shardings)
     tensors = {name: tensor for name, tensor in all_tensors(module) if name not in skip}
-    raise_if_deleted(tensors)
+    raise_if_deleted({**tensors, **_optimizer_leaves(module, optimizer)})
     targets = target_shardings(tensors, rules)
     arrays = {name: _moved(name, tensor, targets[name]) for name, tensor in tensors.items()}
     with ExitStack() as undo:
         for name, tensor in tensors.items():
+            undo.callback(setattr, tensor, "grad", tensor.grad if tensor.is_leaf else None)
             settle(tensor, arrays[name], undo)
+            tensor.grad = None
         _place_optimizer(optimizer, undo)
         undo.pop_all()
 
@@ -104,24 +106,7 @@ def placed_dtype(name: str, tensor: torch.Tensor) -> np.dtype:
     dtype = live_dtype(tensor)
     if dtype is None:
         raise UnsupportedLeafError(name, f"torch {tensor.dtype} cannot be kept bit for bit")
-    if fits_on_device(dtype):
-        return dtype
-    if dtype != np.int64:
-        raise UnsupportedLeafError(
-            name,
-            f"{dtype} would lose bits on jax devices; call jax.config.update('jax_enable_x64', True) at the start of "
-            "the program, or convert the module to a 32-bit dtype",
-        )
-    if tensor.device.type == "cpu" and tensor.numel() and not _fits_int32(tensor):
-        raise UnsupportedLeafError(
-            name, "int64 values beyond 32 bits cannot be on jax devices while jax_enable_x64 is off"
-        )
-    return np.dtype(np.int32)
-
-
-def _fits_int32(tensor: torch.Tensor) -> bool:
-    info = np.iinfo(np.int32)
-    return bool(tensor.min() >= info.min and tensor.max() <= info.max)
+    return device_dtype(name, dtype, tensor if tensor.device.type == "cpu" else None)
 
 
 def _moved(name: str, tensor: torch.Tensor, sharding: Sharding | None) -> jax.Array:
@@ -135,6 +120,16 @@ def _moved(name: str, tensor: torch.Tensor, sharding: Sharding | None) -> jax.Ar
         sharding = None  # uncommitted, as `.to('jax')` leaves it: free to meet arrays on a mesh
     placed: jax.Array = jax.device_put(host_copy(held).astype(dtype, copy=False), sharding)
     return placed
+
+
+def _optimizer_leaves(module: torch.nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    if optimizer is None:
+        return {}
+    if isinstance(optimizer, OptaxOptimizer):
+        names = [name for name, _ in optimizer.leaf_names(optimizer.state)]
+        return dict(zip(names, jax.tree.leaves(optimizer.state), strict=True))
+    owners = {id(param): name for name, param in module.named_parameters()}
+    return {f"{owners.get(id(param), '?')}.{key}": tensor for key, param, tensor in state_tensors(optimizer)}
 
 
 def _place_optimizer(optimizer: Optimizer | None, undo: ExitStack) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, Sharding
 
 from torchorbax.adapter import Array, host_copy, live_array, raise_if_deleted
 from torchorbax.errors import ConfigError
@@ -96,12 +97,19 @@ def _stage(arrays: Mapping[tuple[str, str], jax.Array], staging: Staging) -> dic
     if staging == "host":
         return {key: np.array(array) for key, array in arrays.items()}
     copies: dict[tuple[str, str], Array] = {}
-    by_devices: dict[frozenset[jax.Device], list[tuple[str, str]]] = {}
+    by_devices: dict[tuple[jax.Device, ...], list[tuple[str, str]]] = {}
     for key, array in arrays.items():
-        by_devices.setdefault(frozenset(array.sharding.device_set), []).append(key)
+        by_devices.setdefault(_devices_in_order(array.sharding), []).append(key)
     for keys in by_devices.values():  # one dispatch for all that can share a program
         copies.update(zip(keys, _copy([arrays[key] for key in keys]), strict=True))
     return copies
+
+
+def _devices_in_order(sharding: Sharding) -> tuple[jax.Device, ...]:
+    """What the arrays of one program must have in common."""
+    if isinstance(sharding, NamedSharding):
+        return tuple(sharding.mesh.devices.flat)
+    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
 
 
 @jax.jit

@@ -92,27 +92,40 @@ def decode(json: Json, leaves: Mapping[str, Any]) -> Any:
 
     What was a tensor is one again: a CPU tensor of a numpy array, a torchax tensor of a `jax.Array`. Other objects in
     `leaves`, such as names, come back as they are.
+
+    Raises:
+        ValueError: not what `encode` writes.
     """
+    try:
+        return _decode(json, leaves)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"damaged values: {type(error).__name__}: {error}") from error
+
+
+def _decode(json: Json, leaves: Mapping[str, Any]) -> Any:
     if isinstance(json, list):
-        return [decode(one, leaves) for one in json]
+        return [_decode(one, leaves) for one in json]
     if not isinstance(json, dict):
         return json
     kind = json["$"]
     if kind == "leaf":
         return _rebuild_leaf(leaves[json["name"]], json["as"])
     if kind in _MAPPINGS:
-        keys = [decode(key, leaves) for key in json["keys"]]
-        return _MAPPINGS[kind](list(zip(keys, [decode(one, leaves) for one in json["values"]], strict=True)))
+        keys = [_decode(key, leaves) for key in json["keys"]]
+        return _MAPPINGS[kind](list(zip(keys, [_decode(one, leaves) for one in json["values"]], strict=True)))
     if kind in _SEQUENCES:
-        return _SEQUENCES[kind]([decode(one, leaves) for one in json["values"]])
+        return _SEQUENCES[kind]([_decode(one, leaves) for one in json["values"]])
     if kind == "float":
         return float(json["value"])
     if kind == "bytes":
-        return base64.b64decode(json["value"])
+        return base64.b64decode(json["value"], validate=True)
     if kind == "complex":
         return complex(*map(float, json["value"]))
     if kind == "torch.dtype":
-        return getattr(torch, json["value"])
+        dtype = getattr(torch, json["value"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{json['value']!r} is no torch dtype")
+        return dtype
     raise ValueError(f"unknown kind of value {kind!r}; written by a newer torchorbax?")
 
 
