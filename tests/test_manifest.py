@@ -65,7 +65,7 @@ def test_a_metric_that_is_not_a_number_survives() -> None:
     assert repr(back.metrics) == repr(manifest.metrics)
 
 
-LEAF = LeafMeta((2, 3), "bfloat16", "jax", {"mesh": {"fsdp": 2}, "spec": ["fsdp", None]})
+LEAF = LeafMeta((2, 3), "bfloat16", "jax", {"mesh": {"fsdp": 2}, "spec": ["fsdp", None]}, "00ff")
 MANIFEST = Manifest(
     step=3,
     time=datetime.datetime(2030, 1, 2, 3, 4, 5, 678, datetime.UTC),
@@ -91,6 +91,7 @@ def test_the_text_is_made_to_be_read_by_others() -> None:
                         "dtype": "bfloat16",
                         "residence": "jax",
                         "sharding": {"mesh": {"fsdp": 2}, "spec": ["fsdp", None]},
+                        "fingerprint": "00ff",
                     }
                 },
                 "ties": {"head": "weight"},

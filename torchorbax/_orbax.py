@@ -34,6 +34,7 @@ MANIFEST = "manifest"
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
 _NAMES = orbax_steps.standard_name_format()
+_DAMAGED = ".torchorbax-damaged"
 _DELETED = ".torchorbax-deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -105,7 +106,11 @@ class Storage:
         """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged."""
         if not self._root.exists():
             return []
-        return sorted(found.step for found in _NAMES.find_all(self._root))
+        return sorted(found.step for found in _NAMES.find_all(self._root) if self._is_step(found))
+
+    def _is_step(self, found: Any) -> bool:
+        """Not a file, nor a name in other digits, which Orbax takes as well."""
+        return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
 
     def write(
         self,
@@ -183,6 +188,15 @@ class Storage:
                     for name, target in leaves.items()
                 }
             return arrays
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged step, so that another can take its place and nothing is lost that might be repaired."""
+        folder = self._folder(step)
+        count = 1
+        while (aside := self._root / f"{folder.name}{_DAMAGED}{'' if count == 1 else f'-{count}'}").exists():
+            count += 1
+        folder.rename(aside)
+        _logger.warning("%s: damaged step %d is now %s", self.path, step, aside.name)
 
     def delete(self, step: int) -> None:
         """Delete a step so that it is never listed half deleted."""

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from torchorbax import _orbax, snapshot
+from torchorbax import _orbax, integrity, snapshot
 from torchorbax._orbax import Storage
 from torchorbax.errors import ConfigError, CorruptCheckpointError, MismatchError, Problem, SaveError
 from torchorbax.items import RNG, items_of
@@ -47,6 +47,7 @@ class Checkpointer:
         shardings: `(mesh, rules by parameter name)` to restore into; None restores every tensor to where it is.
         staging: how a snapshot is taken, see `torchorbax.snapshot.take`.
         rng: save and restore the random number generators as well (item `rng`).
+        verify: compare what is restored with the fingerprints made when it was saved, before anything live changes.
 
     Raises:
         ConfigError: an argument that cannot work, a path that is a file, cannot be written to or holds something else,
@@ -63,11 +64,13 @@ class Checkpointer:
         shardings: Shardings | None = None,
         staging: snapshot.Staging = "auto",
         rng: bool = True,
+        verify: bool = True,
     ) -> None:
         if jax.process_count() > 1:
             raise ConfigError("several jax processes are not supported yet")
         self._save_policy = save_policy(save)
         keep_policy = preservation_policy(keep)
+        self._verify = verify
         self._staging = snapshot.check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
@@ -103,8 +106,8 @@ class Checkpointer:
         return self._preemption.received
 
     def all_steps(self) -> list[int]:
-        """The committed steps in ascending order."""
-        return self._storage.steps()
+        """The committed steps in ascending order, without those that turned out to be damaged."""
+        return self._saver.good_steps()
 
     def best_step(self, metric: str, mode: str = "min") -> int | None:
         """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`); None if no step has it.
@@ -229,6 +232,7 @@ class Checkpointer:
                 reasons.update(error.reasons)
                 continue
             for skipped, reason in reasons.items():
+                self._saver.mark_damaged(skipped)
                 warnings.warn(f"{self.path}: skipped damaged step {skipped}: {reason}", stacklevel=2)
             return candidate
         if reasons:
@@ -254,6 +258,8 @@ class Checkpointer:
                 "Build the model, the optimizer and `state` as they were when it was saved, or use another path.",
             )
         arrays = self._storage.read(step, saved, {name: plan.targets for name, plan in plans.items()})
+        if self._verify:
+            integrity.check(self.path, step, saved, arrays)
         with ExitStack() as undo:
             for name, item in items.items():
                 item.apply(saved[name], arrays[name], undo)

@@ -27,12 +27,14 @@ class LeafMeta:
         dtype: its dtype's name, the same for torch, numpy and JAX (`torchorbax.dtypes`).
         residence: whether it lived on jax devices or in host memory.
         sharding: how it was sharded when saved, for people to read (`torchorbax.sharding.describe`).
+        fingerprint: of its data (`torchorbax.fingerprint`); empty until that is known.
     """
 
     shape: tuple[int, ...]
     dtype: str
     residence: Residence
     sharding: Mapping[str, Any] | None = None
+    fingerprint: str = ""
 
     def __str__(self) -> str:
         return f"{self.dtype}{self.shape}"
@@ -121,4 +123,10 @@ def _digest(content: Json) -> str:
 
 
 def _leaf_meta(content: Json) -> LeafMeta:
-    return LeafMeta(tuple(content["shape"]), content["dtype"], content["residence"], content["sharding"])
+    return LeafMeta(
+        tuple(content["shape"]),
+        content["dtype"],
+        content["residence"],
+        content["sharding"],
+        content["fingerprint"],
+    )

@@ -27,6 +27,7 @@ def resume(
     shardings: Shardings | None = None,
     staging: Staging = "auto",
     rng: bool = True,
+    verify: bool = True,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
 
@@ -43,6 +44,7 @@ def resume(
         shardings: see `Checkpointer`.
         staging: see `Checkpointer`.
         rng: see `Checkpointer`.
+        verify: see `Checkpointer`.
 
     Returns:
         The run. `run.step` is the step restored, None if it starts fresh.
@@ -56,7 +58,14 @@ def resume(
         raise ConfigError(f"state must not name {' or '.join(sorted(taken))}: resume takes them as arguments")
     objects = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
     run = Checkpointer(
-        path, {**objects, **further}, save=save, keep=keep, shardings=shardings, staging=staging, rng=rng
+        path,
+        {**objects, **further},
+        save=save,
+        keep=keep,
+        shardings=shardings,
+        staging=staging,
+        rng=rng,
+        verify=verify,
     )
     try:
         restored = run.restore()
