@@ -109,7 +109,8 @@ def _computing_device() -> jax.Device:
 
 
 def _total(parts: Any) -> Sums:
-    return np.sum(np.asarray(parts, np.uint64).reshape(-1, len(_SEEDS)), axis=0, dtype=np.uint64)
+    total: Sums = np.asarray(parts, np.uint64).reshape(-1, len(_SEEDS)).sum(axis=0, dtype=np.uint64)
+    return total
 
 
 def _first_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
@@ -184,9 +185,9 @@ def _host_sums(part: np.ndarray, first: int, strides: np.ndarray) -> Sums:
 
 def _word_sums(words: np.ndarray, first: int) -> Sums:
     """The sums of consecutive words, in pieces that stay in the processor's cache."""
-    total = np.zeros(len(_SEEDS), np.uint64)
+    parts: list[Sums] = []
     for start in range(0, len(words), _CACHED_WORDS):
         piece = words[start : start + _CACHED_WORDS].astype(np.uint64)
         index = np.arange(first + start, first + start + len(piece), dtype=np.uint64)
-        total += _total([np.sum(piece * _weight(index, seed), dtype=np.uint64) for seed in _SEEDS])
-    return total
+        parts.append(_total([np.sum(piece * _weight(index, seed), dtype=np.uint64) for seed in _SEEDS]))
+    return _total(parts)
