@@ -21,13 +21,22 @@ from tqdm.auto import tqdm
 
 from torchorbax import _orbax, integrity, snapshot
 from torchorbax._orbax import Storage
-from torchorbax.errors import ConfigError, CorruptCheckpointError, MismatchError, Problem, SaveError
+from torchorbax.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    MismatchError,
+    Problem,
+    SaveError,
+    TorchorbaxError,
+)
 from torchorbax.items import RNG, items_of
+from torchorbax.manifest import ItemMeta
 from torchorbax.metrics import checked, ready
 from torchorbax.policies import ContinuousPolicy, preservation_policy, save_policy
 from torchorbax.preemption import PreemptionNotice
 from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
+from torchorbax.state import ItemPlan
 
 _logger = logging.getLogger(__name__)
 
@@ -249,7 +258,7 @@ class Checkpointer:
             if name not in items or items[name].kind != meta.kind:
                 problems.append(Problem("unexpected", name, "the whole item", "", f"a {meta.kind} item"))
             else:
-                plans[name] = items[name].plan(meta, self._rules)
+                plans[name] = self._planned(step, name, meta)
                 problems += plans[name].problems
         if problems:
             raise MismatchError(
@@ -266,6 +275,15 @@ class Checkpointer:
             undo.pop_all()
         self.step = step
         self.next_step = step + 1
+
+    def _planned(self, step: int, name: str, meta: ItemMeta) -> ItemPlan:
+        try:
+            return self._items[name].plan(meta, self._rules)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, TorchorbaxError):
+                raise
+            reason = f"item {name} does not have what belongs to a {meta.kind}: {type(error).__name__}: {error}"
+            raise CorruptCheckpointError(self.path, {step: reason[:300]}) from error
 
     # ---------------------------------------------------------------------------------------------------- the loop
 

@@ -173,10 +173,10 @@ def _host_sums(part: np.ndarray, first: int, strides: np.ndarray) -> Sums:
     """The sums of a part of an array, given the index of its first element and the strides, in elements."""
     if part.size == 0:
         return np.zeros(len(_SEEDS), np.uint64)
-    index = np.full(part.shape, first, np.uint64)
+    index: np.ndarray = np.full(part.shape, first, np.uint64)
     for axis, stride in enumerate(strides):
         steps = np.arange(part.shape[axis], dtype=np.uint64) * stride
-        index += steps.reshape([-1 if other == axis else 1 for other in range(part.ndim)])
+        index = index + steps.reshape([-1 if other == axis else 1 for other in range(part.ndim)])
     words = _words(part).reshape(part.size, -1)
     per_element = words.shape[1]
     index = index.reshape(-1, 1) * np.uint64(per_element) + np.arange(per_element, dtype=np.uint64)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 
 from torchorbax.errors import ConfigError
+from torchorbax.manifest import ITEM_NAME
 from torchorbax.optimizer_state import OptaxItem, TorchOptimizerItem
 from torchorbax.optimizers import OptaxOptimizer
 from torchorbax.rng import RngItem
@@ -16,7 +16,6 @@ from torchorbax.state import Item, ModuleItem, ObjectItem, PytreeItem
 
 RNG = "rng"
 _RESERVED = ("manifest", "metrics", "default", RNG)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:
@@ -28,7 +27,7 @@ def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:
     modules = {name: value for name, value in state.items() if isinstance(value, torch.nn.Module)}
     items: dict[str, Item] = {}
     for name, value in state.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
+        if not isinstance(name, str) or not ITEM_NAME.fullmatch(name) or name in _RESERVED:
             raise ConfigError(
                 f"{name!r} cannot name an item: use letters, digits, '_', '-' and '.', and none of {_RESERVED}"
             )
