@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -822,3 +823,46 @@ def test_log_messages_name_what_is_waited_for(storage: FakeStorage, caplog: pyte
     timer.start()
     run.close()
     assert "waiting for step 4 to be committed" in caplog.text
+
+
+def test_a_step_is_a_whole_number(storage: FakeStorage) -> None:
+    with fake_run(storage) as run:
+        assert run.save(np.int64(7), force=True)  # type: ignore[arg-type]
+        for wrong in (7.5, "7", None):
+            with pytest.raises(ConfigError, match="a step is a whole number, not"):
+                run.save(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="a step cannot be negative: -1"):
+            run.save(-1)
+    assert type(storage.committed[7].step) is int
+
+
+def test_a_last_step_that_was_not_due_is_told(storage: FakeStorage, caplog: pytest.LogCaptureFixture) -> None:
+    with fake_run(storage, save=5) as run:
+        assert len(list(run.steps(8))) == 8
+        assert "the last step, 7, was not due and is not saved; the newest saved is 5" in caplog.text
+        caplog.clear()
+        assert list(run.steps(11)) == [8, 9, 10]
+        assert not caplog.records
+
+
+def test_two_runs_on_one_path(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path), {"w": weights(1)}) as one, Checkpointer(str(tmp_path), {"w": weights(2)}) as other:
+        one.save(0, force=True)
+        one.wait()
+        other.save(0, force=True)
+        with pytest.raises(
+            SaveError, match="step 0 was not saved: somebody else has saved it meanwhile; is another run"
+        ):
+            other.wait()
+    assert torchorbax.load(str(tmp_path), item="w")["w"][0] == 1
+
+
+def test_a_path_beside_the_run_gives_a_hint(saved: str) -> None:
+    above, name = os.path.split(saved)
+    with pytest.raises(
+        torchorbax.CheckpointNotFoundError, match=rf"no checkpoint found; there are runs below it: .*{name}"
+    ):
+        torchorbax.load(above)
+    step = Checkpointer(saved, {}, rng=False).all_steps()[-1]
+    with pytest.raises(torchorbax.CheckpointNotFoundError, match=rf"it is step {step} of the run {saved}"):
+        torchorbax.verify(f"{saved}/{step}")

@@ -16,7 +16,7 @@ import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
-from torchorbax import _torchax, to_jax
+from torchorbax import ConfigError, _torchax, to_jax
 
 from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
 
@@ -28,7 +28,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adam amsgrad": lambda params: torch.optim.Adam(params, lr=0.01, amsgrad=True),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01),
     "AdamW maximize": lambda params: torch.optim.AdamW(params, lr=0.001, maximize=True),
-    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.5),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01),
+    "RMSprop momentum": lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.5),
+    "RMSprop centered": lambda params: torch.optim.RMSprop(params, lr=0.01, centered=True, weight_decay=0.01),
+    "RAdam": lambda params: torch.optim.RAdam(params, lr=0.01),
+    "Adadelta": lambda params: torch.optim.Adadelta(params, lr=0.5),
     "NAdam": lambda params: torch.optim.NAdam(params, lr=0.01),
 }
 
@@ -391,3 +395,20 @@ def test_optimizers_that_cannot_be_traced() -> None:
         torchorbax.train_step(model, optimizer, lambda m, b: m(b).mean())(np.ones((2, 2), np.float32))
     with pytest.raises(torchorbax.ConfigError, match="tx must be an optax gradient transformation"):
         torchorbax.OptaxOptimizer(model, object())
+
+
+@pytest.mark.parametrize("kind", ["Adagrad", "Rprop", "Adamax", "ASGD", "LBFGS"])
+def test_optimizers_whose_step_cannot_be_traced_are_named(kind: str) -> None:
+    model = seeded()
+    step = torchorbax.train_step(model, getattr(torch.optim, kind)(model.parameters()), loss_fn)
+    with pytest.raises(ConfigError, match=rf"the step of {kind} cannot be traced: .*or optax with"):
+        step(batch_of(0))
+
+
+def test_a_batch_that_cannot_be_split_evenly_is_named(mesh: Mesh) -> None:
+    model = seeded()
+    step = torchorbax.train_step(model, torch.optim.SGD(model.parameters()), loss_fn, batch_sharding=P("fsdp"))
+    torchorbax.place_(model, shardings=(mesh, RULES))
+    tokens = torch.zeros(6, dtype=torch.int32)
+    with pytest.raises(ConfigError, match=r"batch\.0 of shape \(6,\) cannot be laid out by .*evenly divide"):
+        step((tokens, tokens))

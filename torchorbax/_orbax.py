@@ -109,6 +109,24 @@ class Storage:
             return []
         return sorted(found.step for found in _NAMES.find_all(self._root) if self._is_step(found))
 
+    def existing_steps(self) -> list[int]:
+        """`steps`, of which there must be some.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+        """
+        if found := self.steps():
+            return found
+        hint = ""
+        if self._root.exists() and self._root.is_dir():
+            runs = sorted(entry.name for entry in self._root.iterdir() if Storage(str(entry)).steps())
+            hint = f"; there are runs below it: {_few(runs)}" if runs else ""
+        if not hint and self._root.name.isdecimal() and self.path.removesuffix(f"/{self._root.name}") != self.path:
+            parent = self.path.removesuffix(f"/{self._root.name}")
+            if int(self._root.name) in Storage(parent).steps():
+                hint = f"; it is step {self._root.name} of the run {parent}"
+        raise CheckpointNotFoundError(self.path, hint=hint)
+
     def _is_step(self, found: Any) -> bool:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
         return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
@@ -123,6 +141,10 @@ class Storage:
         Raises:
             SaveError: anything that went wrong, as `__cause__`. The step is not listed.
         """
+        if self._folder(manifest.step).exists():
+            raise SaveError(
+                manifest.step, self.path, "somebody else has saved it meanwhile; is another run writing to this path?"
+            )
         items = {item: {name: array for name, array in one.items() if array.size} for item, one in arrays.items()}
         args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
         try:

@@ -202,6 +202,8 @@ class _Mended(TorchFunctionMode):
         elif isinstance(kwargs.get("alpha"), torch.Tensor) and len(args) == 2:
             # torch would read alpha (SGD's learning rate) as a number, which a traced value is not
             return func(args[0], args[1] * kwargs["alpha"])
+        elif isinstance(kwargs.get("value"), torch.Tensor) and func is torch.Tensor.addcdiv_:
+            return args[0].add_(kwargs["value"] * args[1] / args[2])  # the same of value, in RMSprop
         return func(*args, **kwargs)
 
 

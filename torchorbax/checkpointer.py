@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures.thread  # noqa: F401  # see _finish_saves
 import datetime
 import logging
+import operator
 import os
 import threading
 import time
@@ -32,7 +33,7 @@ from torchorbax.errors import (
 from torchorbax.items import RNG, items_of
 from torchorbax.manifest import ItemMeta
 from torchorbax.metrics import checked, ready
-from torchorbax.policies import ContinuousPolicy, preservation_policy, save_policy
+from torchorbax.policies import ContinuousPolicy, NeverPolicy, preservation_policy, save_policy
 from torchorbax.preemption import PreemptionNotice
 from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
@@ -164,6 +165,7 @@ class Checkpointer:
                 untouched.
         """
         started_s = time.perf_counter()
+        step = step_number(step)
         if self._closed:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
         if self._saver.step_in_flight is None:
@@ -218,6 +220,8 @@ class Checkpointer:
     def restore(self, step: int | None = None) -> int | None:
         """Restore the live objects, in place; all or nothing.
 
+        A run only goes forward: after restoring an older step, saves must still be of steps above the newest one.
+
         Args:
             step: which step; None for the newest good one. Then a damaged step is skipped with a warning that says why.
 
@@ -231,8 +235,8 @@ class Checkpointer:
         """
         self._saver.collect()
         if step is not None:
-            self._restore_step(step)
-            return step
+            self._restore_step(step_number(step))
+            return self.step
         reasons: dict[int, str] = {}
         for candidate in reversed(self._storage.steps()):
             try:
@@ -315,6 +319,16 @@ class Checkpointer:
                         self.save(step, metrics=self._metrics, force=True)
                     self.wait()
                     return
+        newest = max(self._saver.infos, default=-1)
+        if newest < self.next_step - 1 and not isinstance(self._save_policy, NeverPolicy):
+            _logger.warning(
+                "%s: the last step, %d, was not due and is not saved; the newest saved is %s. To save it: "
+                "run.save(%d, force=True)",
+                self.path,
+                self.next_step - 1,
+                "none" if newest < 0 else newest,
+                self.next_step - 1,
+            )
 
     def log(self, **metrics: Any) -> None:
         """Metrics of the current step, for the bar, the manifest and `best_step`. Never waits for the device."""
@@ -351,6 +365,21 @@ class Checkpointer:
             if exc is None:
                 raise
             exc.add_note(f"Besides: {error}")
+
+
+def step_number(step: Any) -> int:
+    """`step` as an int; anything that can be an index is taken, such as numpy's integers.
+
+    Raises:
+        ConfigError: it is no step.
+    """
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise ConfigError(f"a step is a whole number, not {step!r}") from None
+    if number < 0:
+        raise ConfigError(f"a step cannot be negative: {number}")
+    return number
 
 
 @dataclass(frozen=True)

@@ -255,5 +255,10 @@ def _batch_leaf(name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
         )
     held = live_array(f"batch.{name}" if name else "batch", leaf)
     array = held if isinstance(held, jax.Array) else host_copy(held)
-    placed: jax.Array = jax.device_put(array, sharding if array.ndim else None)
+    try:
+        placed: jax.Array = jax.device_put(array, sharding if array.ndim else None)
+    except ValueError as error:
+        raise ConfigError(
+            f"{f'batch.{name}' if name else 'batch'} of shape {array.shape} cannot be laid out by {sharding}: {error}"
+        ) from error
     return placed

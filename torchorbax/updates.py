@@ -135,7 +135,7 @@ class TorchUpdate:
     ) -> tuple[Arrays, Any]:
         by_name = self.trained()
         with holding(by_name, params), self._traced(by_name, grads, further, _State(by_name, state)) as traced:
-            self._optimizer.step()
+            self._step()
             return arrays_of(by_name), traced.arrays(by_name, state, shardings)
 
     def _first_state(self, by_name: Mapping[str, torch.Tensor], shardings: Mapping[str, Sharding]) -> Any:
@@ -153,10 +153,22 @@ class TorchUpdate:
             zeros = {name: jnp.zeros_like(_torchax.array_of(param)) for name, param in by_name.items()}
             rates = [jnp.asarray(float(group["lr"])) for group in groups]
             with holding(by_name, zeros), self._traced(by_name, zeros, rates, _State(by_name, {})) as traced:
-                self._optimizer.step()
+                self._step()
                 return traced.first_arrays(by_name, shardings)
 
         return jax.jit(first_values)()
+
+    def _step(self) -> None:
+        try:
+            self._optimizer.step()
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever the optimizer's code makes of traced values
+            name, reason = type(self._optimizer).__name__, str(error).strip().splitlines()[:1]
+            raise ConfigError(
+                f"the step of {name} cannot be traced: {type(error).__name__}: {''.join(reason)} Use an optimizer that "
+                "can be (SGD, Adam, AdamW, RMSprop, NAdam, RAdam, Adadelta), or optax with torchorbax.OptaxOptimizer"
+            ) from error
 
     @contextlib.contextmanager
     def _traced(
