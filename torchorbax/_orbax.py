@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers as orbax_policies
 from orbax.checkpoint.path import step as orbax_steps
 
+from torchorbax import _orbax_arrays, _orbax_save
+from torchorbax._orbax_arrays import Traffic
+from torchorbax._orbax_save import MANIFEST
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME, fits_on_device
 from torchorbax.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, SaveError
@@ -30,7 +34,6 @@ from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 
 __all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies"]
 
-MANIFEST = "manifest"
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
 _NAMES = orbax_steps.standard_name_format()
@@ -59,13 +62,15 @@ class Storage:
 
     Args:
         path: relative paths are taken from the current folder, now.
+        traffic: how arrays are written and read.
 
     Raises:
         ConfigError: the path is a file, or holds something that is no run, or its file system needs an extra.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, traffic: Traffic = Traffic()) -> None:  # noqa: B008  # immutable
         self.path = _absolute(path)
+        self._traffic = traffic
         self._root = epath.Path(self.path)
 
     def check(self) -> None:
@@ -131,12 +136,12 @@ class Storage:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
         return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
 
-    def write(
-        self,
-        manifest: Manifest,
-        arrays: Mapping[str, Mapping[str, Array]],
-    ) -> None:
+    def write(self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]]) -> None:
         """Write one step and commit it; blocks until it is listed.
+
+        Args:
+            manifest: of the step; fingerprints are filled in while the arrays are written.
+            arrays: by item and leaf; each is taken out as soon as it is written.
 
         Raises:
             SaveError: anything that went wrong, as `__cause__`. The step is not listed.
@@ -145,14 +150,8 @@ class Storage:
             raise SaveError(
                 manifest.step, self.path, "somebody else has saved it meanwhile; is another run writing to this path?"
             )
-        items = {item: {name: array for name, array in one.items() if array.size} for item, one in arrays.items()}
-        args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
         try:
-            with _new_checkpointer(args.keys()) as checkpointer:
-                checkpointer.save(
-                    self._folder(manifest.step),
-                    args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave(manifest.to_json())}),
-                )
+            _orbax_save.save(self._folder(manifest.step), manifest, arrays, self._traffic)
         except Exception as error:
             raise SaveError(manifest.step, self.path, f"{type(error).__name__}: {error}") from error
 
@@ -168,11 +167,7 @@ class Storage:
             raise CheckpointNotFoundError(self.path, step, self.steps())
         with self._as_corrupt(step):
             self._check_whole(folder)
-            with _new_checkpointer(()) as checkpointer:
-                json = checkpointer.restore(folder, args=ocp.args.Composite(**{MANIFEST: ocp.args.JsonRestore()}))[
-                    MANIFEST
-                ]
-            manifest = Manifest.from_json(json)
+            manifest = Manifest.from_json(json.loads((folder / MANIFEST / "metadata").read_text()))
             if manifest.step != step:
                 raise ValueError(f"its manifest is that of step {manifest.step}")
             return manifest
@@ -204,43 +199,21 @@ class Storage:
         Raises:
             CorruptCheckpointError: something is missing, unreadable, or not what the manifest says.
         """
-        wanted = {
-            item: {name: target for name, target in leaves.items() if not items[item].leaves[name].is_empty}
-            for item, leaves in targets.items()
-        }
-        wanted = {item: leaves for item, leaves in wanted.items() if leaves}
-        args = {item: _restore_args(leaves, items[item].leaves) for item, leaves in wanted.items()}
-        try:
-            loaded = self._load(step, args)
-        except Exception as error:
-            raise CorruptCheckpointError(self.path, {step: self._what_fails(step, args) or _told(error)}) from error
-        with self._as_corrupt(step):
-            arrays: dict[str, dict[str, Array]] = {}
-            for item, leaves in targets.items():
-                arrays[item] = {
-                    name: _empty(items[item].leaves[name], target)
-                    if items[item].leaves[name].is_empty
-                    else _checked(f"{item}.{name}", loaded[item][name], items[item].leaves[name])
-                    for name, target in leaves.items()
-                }
-            return arrays
-
-    def _load(self, step: int, args: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not args:
-            return {}
-        with _new_checkpointer(args.keys()) as checkpointer:
-            loaded: Mapping[str, Any] = checkpointer.restore(self._folder(step), args=ocp.args.Composite(**args))
-            return loaded
-
-    def _what_fails(self, step: int, args: Mapping[str, Any]) -> str:
-        """Which items cannot be loaded; Orbax's own errors mostly do not say."""
-        told = []
-        for item, arg in args.items():
+        arrays: dict[str, dict[str, Array]] = {}
+        reasons = []
+        for item, leaves in targets.items():
+            meta = items[item].leaves
+            wanted = {name: (meta[name], target) for name, target in leaves.items() if not meta[name].is_empty}
             try:
-                self._load(step, {item: arg})
-            except Exception as error:
-                told.append(f"item {item}: {_told(error)}")
-        return "; ".join(told)
+                read = _orbax_arrays.read(f"{self._folder(step)}/{item}", wanted, self._traffic) if wanted else {}
+                arrays[item] = {
+                    name: read[name] if name in read else _empty(meta[name], target) for name, target in leaves.items()
+                }
+            except Exception as error:  # TensorStore and the file system raise whatever they like on damaged files
+                reasons.append(f"item {item}: {_told(error)}")
+        if reasons:
+            raise CorruptCheckpointError(self.path, {step: "; ".join(reasons)})
+        return arrays
 
     def set_aside(self, step: int) -> None:
         """Rename a damaged step, so that another can take its place and nothing is lost that might be repaired."""
@@ -282,35 +255,6 @@ def _told(error: Exception) -> str:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _new_checkpointer(items: Any) -> ocp.Checkpointer:
-    handlers: dict[str, Any] = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in items}
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers, **{MANIFEST: ocp.JsonCheckpointHandler()}))
-
-
-def _restore_args(targets: Mapping[str, Sharding | None], leaves: Mapping[str, LeafMeta]) -> Any:
-    # No dtype is asked for: Orbax would cast to it without a word, and `_checked` could not tell.
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaves[name].shape, BY_NAME[leaves[name].dtype], sharding=target)
-        for name, target in targets.items()
-    }
-    restore_args = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray)
-        if target is None
-        else ocp.ArrayRestoreArgs(sharding=target, global_shape=leaves[name].shape)
-        for name, target in targets.items()
-    }
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
-
-
-def _checked(name: str, array: Any, meta: LeafMeta) -> Array:
-    """`array`, if it is what the manifest says: Orbax pads, casts and leaves out without a word."""
-    if not isinstance(array, jax.Array | np.ndarray):
-        raise ValueError(f"{name} is missing from the array data")
-    if tuple(array.shape) != meta.shape or str(array.dtype) != meta.dtype:
-        raise ValueError(f"{name} is {array.dtype}{tuple(array.shape)}, but the manifest says {meta}")
-    return array
 
 
 def _empty(meta: LeafMeta, target: Sharding | None) -> Array:

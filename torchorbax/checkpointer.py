@@ -200,7 +200,7 @@ class Checkpointer:
         numbers = checked(metrics)
         self._saver.collect()  # two saves never overlap
         snap = snapshot.take({name: item.capture(state.get(name)) for name, item in self._items.items()}, self._staging)
-        record = SaveRecord(step, now, nbytes=snap.nbytes)
+        record = SaveRecord(step, now)
         self.history.append(record)
         self._preemption_saved = self.preempted
         self._saver.start(record, snap, numbers, started_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 from torchorbax._orbax import Storage
@@ -15,20 +14,6 @@ Arrays = Mapping[str, Mapping[str, Array]]
 
 _BATCH_BYTES = 256 << 20
 _SHOWN = 5
-
-
-def stamped(items: Mapping[str, ItemMeta], arrays: Arrays) -> dict[str, ItemMeta]:
-    """`items` with the fingerprints of `arrays`."""
-    found = fingerprints({(item, name): array for item, one in arrays.items() for name, array in one.items()})
-    return {
-        item: dataclasses.replace(
-            meta,
-            leaves={
-                name: dataclasses.replace(leaf, fingerprint=found[item, name]) for name, leaf in meta.leaves.items()
-            },
-        )
-        for item, meta in items.items()
-    }
 
 
 def check(path: str, step: int, items: Mapping[str, ItemMeta], arrays: Arrays) -> None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import torch
 
-from torchorbax import _orbax, _torchax, integrity
+from torchorbax import _orbax, _torchax
 from torchorbax._orbax import Storage
 from torchorbax.errors import CorruptCheckpointError, SaveError
 from torchorbax.manifest import Manifest
@@ -35,7 +35,7 @@ class SaveRecord:
         time: when `save` was called, in UTC.
         stall_s: seconds that `save` kept the loop, waiting for an earlier save included.
         commit_s: seconds from the call until the step was committed; None while in flight or if it failed.
-        nbytes: bytes of arrays saved, each counted once.
+        nbytes: bytes of arrays saved, each counted once; known once it is being written.
         metrics: the numbers given with it; complete once it is committed.
         error: why it failed, if it did.
     """
@@ -167,8 +167,8 @@ class Saver:
             self._leftovers_removed = True
         record.metrics.update({name: float(np.asarray(value)) for name, value in metrics.items()})
         snapshot = holder.pop()  # the only reference, so that its copies are freed on return
-        items = integrity.stamped(snapshot.items, snapshot.arrays)
-        manifest = Manifest(record.step, record.time, dict(record.metrics), items, _versions())
+        record.nbytes = snapshot.nbytes
+        manifest = Manifest(record.step, record.time, dict(record.metrics), snapshot.items, _versions())
         if record.step in self._damaged:
             self._storage.set_aside(record.step)
             self._damaged.remove(record.step)
