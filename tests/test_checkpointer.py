@@ -73,7 +73,7 @@ class FakeStorage:
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStorage]:
     fake = FakeStorage("run")
-    monkeypatch.setattr(checkpointer, "Storage", lambda path: fake)
+    monkeypatch.setattr(checkpointer, "Storage", lambda path, traffic: fake)
     yield fake
     fake.gate.set()
 

@@ -25,14 +25,14 @@ from orbax.checkpoint import checkpoint_managers as orbax_policies
 from orbax.checkpoint.path import step as orbax_steps
 
 from torchorbax import _orbax_arrays, _orbax_save
-from torchorbax._orbax_arrays import Traffic
+from torchorbax._orbax_arrays import LEAST_HOST_BYTES, Traffic
 from torchorbax._orbax_save import MANIFEST
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME, fits_on_device
 from torchorbax.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, SaveError
 from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 
-__all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies"]
+__all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies", "traffic"]
 
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
@@ -55,6 +55,19 @@ def decision_context(*, saving: bool, preempted: bool) -> orbax_policies.Decisio
 @functools.cache
 def _one_process() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions()
+
+
+def traffic(compression: str | None, max_host_bytes: int) -> Traffic:
+    """How arrays travel, in a user's words.
+
+    Raises:
+        ConfigError: a compression that is not known, or too little memory.
+    """
+    if compression not in (None, "zstd"):
+        raise ConfigError(f"compression must be 'zstd' or None, not {compression!r}")
+    if isinstance(max_host_bytes, bool) or not isinstance(max_host_bytes, int) or max_host_bytes < LEAST_HOST_BYTES:
+        raise ConfigError(f"max_host_bytes must be an int of at least {LEAST_HOST_BYTES}, not {max_host_bytes!r}")
+    return Traffic(compression is not None, max_host_bytes)
 
 
 class Storage:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_utils  # private, as Orbax's options are
 
 from torchorbax import fingerprint
@@ -26,12 +27,15 @@ from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME
 from torchorbax.manifest import LeafMeta
 
-__all__ = ["Traffic", "is_gathered", "read", "write"]
+__all__ = ["LEAST_HOST_BYTES", "Traffic", "is_gathered", "read", "write"]
 
 _GATHERED_BYTES = 64 << 10
 """Up to here a leaf is one key: cheaper than a chunk for each of its shards."""
+_STACKED = 64
+"""So many small leaves alike are gathered by one program: few enough to be compiled in no time."""
 _CHUNK_BYTES = 64 << 20
 """The largest chunk: what is read at least for any part of it, and held in host memory at most for each."""
+LEAST_HOST_BYTES = _CHUNK_BYTES
 _BATCH_BYTES = 128 << 20
 """What goes into one data file: large enough for object storage, small enough to let memory go early."""
 
@@ -80,21 +84,55 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
     out = _Batches(ts.KvStore.open(spec, context=context).result(), spec, context, traffic)
     started: dict[str, Callable[[], str]] = {}
     try:
-        for name in names:
-            array = arrays[name]
-            on_host = np.asarray(array) if is_gathered(array) else None
-            started[name] = fingerprint.start(array if on_host is None else on_host)
-            if on_host is not None:
-                out.add_small(name, on_host)
-            else:
-                out.add_large(name, array)
-            del array, on_host
+        for name, on_host in _gathered({name: arrays[name] for name in names if is_gathered(arrays[name])}):
+            del arrays[name]
+            started[name] = fingerprint.start(on_host)
+            out.add_small(name, on_host)
+        for name in list(arrays):
+            started[name] = fingerprint.start(arrays[name])
+            out.add_large(name, arrays[name])
             out.when_written(functools.partial(arrays.pop, name))
         out.finish()
     except BaseException:
         out.abort()
         raise
-    return {name: finish() for name, finish in started.items()}
+    return {name: started[name]() for name in names}
+
+
+def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
+    """Small arrays on the host. Those of one shape and layout come together, for every transfer has its price."""
+    alike: dict[Any, list[str]] = {}
+    for name, array in arrays.items():
+        if isinstance(array, jax.Array):
+            alike.setdefault((array.shape, array.dtype, array.sharding), []).append(name)
+        else:
+            yield name, array
+    for (_, dtype, sharding), names in alike.items():
+        for start in range(0, len(names), _STACKED):
+            some = names[start : start + _STACKED]
+            if len(some) < _STACKED or dtype.kind == "c":  # of complex numbers XLA cannot take the bits
+                yield from ((name, np.asarray(arrays[name])) for name in some)
+            else:
+                stacked = np.asarray(_stack(sharding)(*(arrays[name] for name in some)))
+                yield from zip(some, stacked.view(dtype), strict=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _stack(sharding: Sharding) -> Callable[..., jax.Array]:
+    """Arrays of a sharding as one along a new axis; every device stacks what it has.
+
+    As integers: XLA makes quiet NaNs of others where it moves small floats about.
+    """
+
+    def stack(*arrays: jax.Array) -> jax.Array:
+        if arrays[0].dtype == np.bool_:
+            return jnp.stack(arrays)
+        word = np.dtype(f"uint{8 * arrays[0].dtype.itemsize}")
+        return jnp.stack([jax.lax.bitcast_convert_type(array, word) for array in arrays])
+
+    if not isinstance(sharding, NamedSharding):
+        return jax.jit(stack)
+    return jax.jit(stack, out_shardings=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec)))
 
 
 @dataclass

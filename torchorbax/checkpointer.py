@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from tqdm.auto import tqdm
 
 from torchorbax import _orbax, integrity, snapshot
-from torchorbax._orbax import Storage
+from torchorbax._orbax import Storage, traffic
 from torchorbax.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -58,6 +58,8 @@ class Checkpointer:
         staging: how a snapshot is taken, see `torchorbax.snapshot.take`.
         rng: save and restore the random number generators as well (item `rng`).
         verify: compare what is restored with the fingerprints made when it was saved, before anything live changes.
+        compression: `"zstd"`, or None: trained weights hardly get smaller, and it takes several times as long.
+        max_host_bytes: host memory for arrays on their way to storage or back, 64 MiB at least.
 
     Raises:
         ConfigError: an argument that cannot work, a path that is a file, cannot be written to or holds something else,
@@ -75,6 +77,8 @@ class Checkpointer:
         staging: snapshot.Staging = "auto",
         rng: bool = True,
         verify: bool = True,
+        compression: Literal["zstd"] | None = None,
+        max_host_bytes: int = 1 << 30,
     ) -> None:
         if jax.process_count() > 1:
             raise ConfigError("several jax processes are not supported yet")
@@ -85,7 +89,7 @@ class Checkpointer:
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
         self._items = items_of(self._state, rng=rng)
-        self._storage = Storage(path)
+        self._storage = Storage(path, traffic(compression, max_host_bytes))
         self._storage.check()
         self._storage.create()
         self._saver = Saver(self._storage, keep_policy)

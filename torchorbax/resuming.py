@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,8 @@ def resume(
     staging: Staging = "auto",
     rng: bool = True,
     verify: bool = True,
+    compression: Literal["zstd"] | None = None,
+    max_host_bytes: int = 1 << 30,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
 
@@ -45,6 +47,8 @@ def resume(
         staging: see `Checkpointer`.
         rng: see `Checkpointer`.
         verify: see `Checkpointer`.
+        compression: see `Checkpointer`.
+        max_host_bytes: see `Checkpointer`.
 
     Returns:
         The run. `run.step` is the step restored, None if it starts fresh.
@@ -66,6 +70,8 @@ def resume(
         staging=staging,
         rng=rng,
         verify=verify,
+        compression=compression,
+        max_host_bytes=max_host_bytes,
     )
     try:
         restored = run.restore()

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import torch
 
-from torchorbax.adapter import tensor_of
+from torchorbax.adapter import ARRAY_TYPES, tensor_of
 from torchorbax.errors import UnsupportedLeafError
 
 Json = Any
@@ -50,7 +50,7 @@ def encode(value: Any, leaves: dict[str, Any], name_of: Callable[[Path], str] = 
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"$": "float", "value": repr(value)}
-    if isinstance(value, torch.Tensor | jax.Array | np.ndarray | np.generic):
+    if isinstance(value, ARRAY_TYPES):
         return {"$": "leaf", "name": add_leaf(name_of(path), value, leaves), "as": _leaf_type(value)}
     if type(value) is list:
         return [encode(one, leaves, name_of, (*path, str(index))) for index, one in enumerate(value)]
