@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,10 +137,11 @@ class Storage:
         manifest: Manifest,
         arrays: Mapping[str, Mapping[str, Array]],
     ) -> None:
-        """Write one step and commit it; blocks until it is listed.
+        """Write one step and commit it; blocks until it is listed and, on a local disk, survives a loss of power.
 
         Raises:
-            SaveError: anything that went wrong, as `__cause__`. The step is not listed.
+            SaveError: anything that went wrong, as `__cause__`. The step is not listed, and what was written of it is
+                removed if it can be.
         """
         if self._folder(manifest.step).exists():
             raise SaveError(
@@ -153,8 +155,32 @@ class Storage:
                     self._folder(manifest.step),
                     args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave(manifest.to_json())}),
                 )
+            self._make_durable(self._folder(manifest.step))
         except Exception as error:
+            self._remove_failed(manifest.step)
             raise SaveError(manifest.step, self.path, f"{type(error).__name__}: {error}") from error
+
+    def _make_durable(self, folder: Any) -> None:
+        """Flush a step and its name to the disk, since older ones may be deleted next.
+
+        TensorStore flushes its own files; Orbax does not flush its metadata, nor anybody the folders. Object storage
+        needs none of it.
+        """
+        if "://" in self.path:
+            return
+        for place, _, files in os.walk(folder):
+            for path in (*(os.path.join(place, file) for file in files), place):
+                _flush(path)
+        _flush(self.path)
+
+    def _remove_failed(self, step: int) -> None:
+        """Give back the space of a save that has failed, which may have failed for want of space."""
+        try:
+            for entry in self._root.iterdir():
+                if entry.name == _NAMES.build_name(step) or entry.name.startswith(f"{step}{_TEMPORARY}"):
+                    entry.rmtree()
+        except OSError as error:
+            _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, error)
 
     def manifest(self, step: int) -> Manifest:
         """What the step says about itself.
@@ -273,6 +299,14 @@ class Storage:
             raise
         except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
             raise CorruptCheckpointError(self.path, {step: _told(error)}) from error
+
+
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _told(error: Exception) -> str:

@@ -42,6 +42,10 @@ from torchorbax.state import ItemPlan
 _logger = logging.getLogger(__name__)
 
 
+class _ProgressBar(tqdm):  # type: ignore[type-arg, misc]  # tqdm is untyped
+    monitor_interval = 0  # no thread that outlives the run
+
+
 class Checkpointer:
     """Saves and restores live objects under a path.
 
@@ -58,6 +62,8 @@ class Checkpointer:
         staging: how a snapshot is taken, see `torchorbax.snapshot.take`.
         rng: save and restore the random number generators as well (item `rng`).
         verify: compare what is restored with the fingerprints made when it was saved, before anything live changes.
+        save_on_exception: when an exception leaves the `with` block, save the last step that was complete. For that a
+            snapshot is taken at every call of `save`, which costs what a save costs the loop, and its memory.
 
     Raises:
         ConfigError: an argument that cannot work, a path that is a file, cannot be written to or holds something else,
@@ -75,12 +81,15 @@ class Checkpointer:
         staging: snapshot.Staging = "auto",
         rng: bool = True,
         verify: bool = True,
+        save_on_exception: bool = False,
     ) -> None:
         if jax.process_count() > 1:
             raise ConfigError("several jax processes are not supported yet")
         self._save_policy = save_policy(save)
         keep_policy = preservation_policy(keep)
         self._verify = verify
+        self._save_on_exception = save_on_exception
+        self._complete: _Taken | None = None  # the last step, if it was not due
         self._staging = snapshot.check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
@@ -172,8 +181,13 @@ class Checkpointer:
             self._saver.collect()
         now = datetime.datetime.now(datetime.UTC)
         due = force or (self.preempted and not self._preemption_saved) or self._due(step, now)
+        self._complete = None
         if due:
-            self._start(step, now, state or {}, metrics or {}, started_s)
+            self._check_step(step, state or {})
+            self._saver.collect()  # two saves never overlap
+            self._start(self._take(step, now, state or {}, metrics or {}, started_s))
+        elif self._save_on_exception:
+            self._complete = self._take(step, now, state or {}, metrics or {}, started_s)
         self.next_step = max(self.next_step, step + 1)
         self._saver.raise_unreported()
         return due
@@ -184,9 +198,7 @@ class Checkpointer:
         previous = list(self._saver.infos.values())
         return bool(self._save_policy.should_save(_Candidate(step, now), previous, context=context))
 
-    def _start(
-        self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
-    ) -> None:
+    def _check_step(self, step: int, state: Mapping[str, Any]) -> None:
         newest = max(self._saver.infos, default=None)
         if newest is not None and step <= newest:
             raise ConfigError(
@@ -197,14 +209,20 @@ class Checkpointer:
             )
         if unknown := [name for name in state if name not in self._items]:
             raise ConfigError(f"save got state for {', '.join(unknown)}, but there is only {', '.join(self._items)}")
+
+    def _take(
+        self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
+    ) -> _Taken:
         numbers = checked(metrics)
-        self._saver.collect()  # two saves never overlap
-        snap = snapshot.take({name: item.capture(state.get(name)) for name, item in self._items.items()}, self._staging)
-        record = SaveRecord(step, now, nbytes=snap.nbytes)
+        captured = {name: item.capture(state.get(name)) for name, item in self._items.items()}
+        return _Taken(step, now, snapshot.take(captured, self._staging), numbers, started_s)
+
+    def _start(self, taken: _Taken) -> None:
+        record = SaveRecord(taken.step, taken.time, nbytes=taken.snapshot.nbytes)
         self.history.append(record)
         self._preemption_saved = self.preempted
-        self._saver.start(record, snap, numbers, started_s)
-        record.stall_s = time.perf_counter() - started_s
+        self._saver.start(record, taken.snapshot, taken.metrics, taken.started_s)
+        record.stall_s = time.perf_counter() - taken.started_s
 
     def wait(self) -> None:
         """Wait until the save in flight, if any, is committed.
@@ -303,7 +321,7 @@ class Checkpointer:
             stop: the number of steps of the whole run.
             progress: show a progress bar; None shows one on a terminal only.
         """
-        with tqdm(
+        with _ProgressBar(
             total=stop, initial=min(self.next_step, stop), disable=None if progress is None else not progress
         ) as bar:
             for step in range(self.next_step, stop):
@@ -318,6 +336,7 @@ class Checkpointer:
                     if step not in self._saver.infos:  # the signal came after save had looked
                         self.save(step, metrics=self._metrics, force=True)
                     self.wait()
+                    _logger.warning("stopped by SIGTERM. %s", self._last_line())
                     return
         newest = max(self._saver.infos, default=-1)
         if newest < self.next_step - 1 and not isinstance(self._save_policy, NeverPolicy):
@@ -359,12 +378,26 @@ class Checkpointer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        unsaved, self._complete = self._complete, None
         try:
+            if exc is not None and unsaved is not None and not self._closed:
+                self._saver.collect()
+                self._start(unsaved)
             self.close()
         except SaveError as error:
             if exc is None:
                 raise
             exc.add_note(f"Besides: {error}")
+        if isinstance(exc, SystemExit):  # which nobody prints
+            _logger.warning("%s", self._last_line())
+        elif exc is not None:
+            exc.add_note(self._last_line())
+
+    def _last_line(self) -> str:
+        newest = max(self._saver.infos, default=None)
+        if newest is None:
+            return f"{self.path}: no step has been committed yet"
+        return f"{self.path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"
 
 
 def step_number(step: Any) -> int:
@@ -380,6 +413,17 @@ def step_number(step: Any) -> int:
     if number < 0:
         raise ConfigError(f"a step cannot be negative: {number}")
     return number
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A snapshot of a step, and what else a save of it takes."""
+
+    step: int
+    time: datetime.datetime
+    snapshot: snapshot.Snapshot
+    metrics: dict[str, Any]
+    started_s: float
 
 
 @dataclass(frozen=True)
@@ -404,6 +448,7 @@ def _finish_saves() -> None:
             run.close()
         except SaveError as error:
             _logger.error("at exit: %s", error)
+        _logger.warning("the program has ended without close(). %s", run._last_line())
 
 
 # Orbax hands work to executors, which refuse it as soon as `threading` winds down; `atexit` functions run later than
