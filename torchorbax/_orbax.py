@@ -11,6 +11,8 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,8 @@ _DAMAGED = ".torchorbax-damaged"
 _DELETED = ".torchorbax-deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
+
+_ONE_WRITE = threading.Lock()  # Orbax numbers its operations per process, and mixes those of concurrent saves up
 
 _logger = logging.getLogger(__name__)
 
@@ -150,7 +154,7 @@ class Storage:
         items = {item: {name: array for name, array in one.items() if array.size} for item, one in arrays.items()}
         args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
         try:
-            with _new_checkpointer(args.keys()) as checkpointer:
+            with _ONE_WRITE, _new_checkpointer(args.keys()) as checkpointer:
                 checkpointer.save(
                     self._folder(manifest.step),
                     args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave(manifest.to_json())}),
@@ -352,10 +356,17 @@ def _empty(meta: LeafMeta, target: Sharding | None) -> Array:
     return array if target is None or not fits_on_device(array.dtype) else jax.device_put(array, target)
 
 
-def _absolute(path: str) -> str:
+def _absolute(path: str | os.PathLike[str]) -> str:
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise ConfigError(f"a path must be a string or a Path, not {path!r}")
     path = str(path)
     if "://" not in path:
-        return str(Path(path).expanduser().absolute())
+        if re.match(r"[a-z0-9]+:/", path):
+            raise ConfigError(f"{path}: a URI has two slashes: {path.replace(':/', '://', 1)}")
+        try:
+            return str(Path(path).expanduser().absolute())
+        except RuntimeError as error:
+            raise ConfigError(f"{path}: {error}") from error
     if path.startswith("gs://"):
         for module in ("gcsfs", "google.cloud.storage"):
             if not _installed(module):

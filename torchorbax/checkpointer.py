@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures.thread  # noqa: F401  # see _finish_saves
 import datetime
 import logging
+import math
 import operator
 import os
 import threading
@@ -42,7 +43,7 @@ from torchorbax.state import ItemPlan
 _logger = logging.getLogger(__name__)
 
 
-class _ProgressBar(tqdm):  # type: ignore[type-arg, misc]  # tqdm is untyped
+class _ProgressBar(tqdm):  # type: ignore[misc]  # tqdm is untyped
     monitor_interval = 0  # no thread that outlives the run
 
 
@@ -90,6 +91,7 @@ class Checkpointer:
         self._verify = verify
         self._save_on_exception = save_on_exception
         self._complete: _Taken | None = None  # the last step, if it was not due
+        self._handed: Mapping[str, Any] = {}  # what the body of `steps` gave `save`, until the body ends
         self._staging = snapshot.check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
@@ -101,6 +103,8 @@ class Checkpointer:
         self._preemption = PreemptionNotice()
         self._preemption_saved = False
         self._closed = False
+        self._pid = os.getpid()
+        self._in_steps = False
         self._metrics: dict[str, Any] = {}
         self.step: int | None = None
         self.next_step = 0
@@ -129,15 +133,19 @@ class Checkpointer:
         return self._saver.good_steps()
 
     def best_step(self, metric: str, mode: str = "min") -> int | None:
-        """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`); None if no step has it.
+        """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`), NaN aside.
+
+        None if no step has it.
 
         Raises:
             ConfigError: another mode.
         """
         if mode not in ("min", "max"):
             raise ConfigError(f"mode must be 'min' or 'max', not {mode!r}")
-        infos = {step: info for step, info in self._saver.infos.items() if step != self._saver.step_in_flight}
-        values = {step: info.metrics[metric] for step, info in infos.items() if info.metrics and metric in info.metrics}
+        on_storage = set(self.all_steps())
+        infos = [info for step, info in list(self._saver.infos.items()) if step in on_storage]
+        values = {info.step: value for info in infos if (value := (info.metrics or {}).get(metric)) is not None}
+        values = {step: value for step, value in values.items() if not math.isnan(value)}
         if not values:
             return None
         return (min if mode == "min" else max)(values, key=lambda step: values[step])
@@ -179,15 +187,19 @@ class Checkpointer:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
         if self._saver.step_in_flight is None:
             self._saver.collect()
+        metrics = self._metrics = {**self._metrics, **(metrics or {})}
+        self._handed = state or {}
         now = datetime.datetime.now(datetime.UTC)
         due = force or (self.preempted and not self._preemption_saved) or self._due(step, now)
         self._complete = None
         if due:
-            self._check_step(step, state or {})
+            self._check_step(step, self._handed)
             self._saver.collect()  # two saves never overlap
-            self._start(self._take(step, now, state or {}, metrics or {}, started_s))
+            self._start(self._take(step, now, self._handed, metrics, started_s))
         elif self._save_on_exception:
-            self._complete = self._take(step, now, state or {}, metrics or {}, started_s)
+            self._complete = self._take(step, now, self._handed, metrics, started_s)
+        if not self._in_steps:
+            self._handed, self._metrics = {}, {}
         self.next_step = max(self.next_step, step + 1)
         self._saver.raise_unreported()
         return due
@@ -325,16 +337,20 @@ class Checkpointer:
             total=stop, initial=min(self.next_step, stop), disable=None if progress is None else not progress
         ) as bar:
             for step in range(self.next_step, stop):
-                self._metrics = {}
-                yield step
+                self._metrics, self._handed, self._in_steps = {}, {}, True
+                try:
+                    yield step
+                finally:
+                    self._in_steps = False
+                shown, handed = self._metrics, self._handed
                 if self.next_step <= step:  # the body has not called save itself
                     last = step == stop - 1 and isinstance(self._save_policy, ContinuousPolicy)
-                    self.save(step, metrics=self._metrics, force=last)
+                    self.save(step, metrics=shown, force=last)
                 bar.update()
-                bar.set_postfix(ready(self._metrics), refresh=False)
+                bar.set_postfix(ready(shown), refresh=False)
                 if self.preempted:
                     if step not in self._saver.infos:  # the signal came after save had looked
-                        self.save(step, metrics=self._metrics, force=True)
+                        self.save(step, handed, metrics=shown, force=True)
                     self.wait()
                     _logger.warning("stopped by SIGTERM. %s", self._last_line())
                     return
@@ -435,15 +451,14 @@ class _Candidate:
     metrics: dict[str, float] | None = None
 
 
-_PID = os.getpid()
 _open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
 def _finish_saves() -> None:
     """Close what a program left open when it ends, so that the save in flight is committed."""
-    if os.getpid() != _PID:
-        return  # a forked worker: the run belongs to its parent
     for run in list(_open_checkpointers):
+        if run._pid != os.getpid():
+            continue  # a forked worker: the run belongs to its parent
         try:
             run.close()
         except SaveError as error:

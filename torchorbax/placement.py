@@ -56,6 +56,8 @@ def place_(
     rules = None if shardings is None else ShardingRules(shardings)
     tensors = {name: tensor for name, tensor in all_tensors(module) if name not in skip}
     raise_if_deleted({**tensors, **_optimizer_leaves(module, optimizer)})
+    if rules is not None:
+        rules.warn_of_unused([name for name, _ in all_tensors(module)])
     targets = target_shardings(tensors, rules)
     arrays = {name: _moved(name, tensor, targets[name]) for name, tensor in tensors.items()}
     with ExitStack() as undo:
@@ -90,7 +92,6 @@ def target_shardings(
         ConfigError: the rules do not fit.
     """
     if rules is not None:
-        rules.warn_of_unused(tensors)
         return dict(rules.for_leaves({name: tuple(tensor.shape) for name, tensor in tensors.items()}))
     return {name: _current_sharding(tensor, host) for name, tensor in tensors.items()}
 

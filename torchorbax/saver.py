@@ -18,7 +18,7 @@ import torch
 
 from torchorbax import _orbax, _torchax, integrity
 from torchorbax._orbax import Storage
-from torchorbax.errors import CorruptCheckpointError, SaveError
+from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveError
 from torchorbax.manifest import Manifest
 from torchorbax.policies import PreservationContext, PreservationPolicy
 from torchorbax.snapshot import Snapshot
@@ -60,7 +60,7 @@ class StepInfo:
     def _manifest(self) -> Manifest | None:
         try:
             return self._storage.manifest(self.step)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:  # damaged, or deleted by somebody
             _logger.warning("%s", error)
             return None
 
@@ -122,7 +122,7 @@ class Saver:
             started_s: `time.perf_counter()` at the call of `save`.
         """
         info = self.infos[record.step] = StepInfo(record.step, self._storage)
-        info.time = record.time  # known, so the manifest need not be read
+        info.time, info.metrics = record.time, None  # there is no manifest to read them from yet
         self._record = record
         work = functools.partial(self._work, record, [snapshot], metrics, started_s)
         self._thread = threading.Thread(target=work, name=f"torchorbax-save-{record.step}")
