@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from torchorbax.snapshot import Staging
 def resume(
     model: torch.nn.Module,
     optimizer: Optimizer | None,
-    path: str,
+    path: str | os.PathLike[str],
     *,
     state: Mapping[str, Any] | None = None,
     save: Any = "continuous",
