@@ -15,7 +15,7 @@ from torchorbax.dtypes import BY_NAME
 from torchorbax.values import Json, decode
 
 FORMAT = 1
-ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """What an item may be called: its name is that of a folder."""
 
 Residence = Literal["jax", "host"]
