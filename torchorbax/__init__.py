@@ -17,6 +17,7 @@ from torchorbax.loading import load
 from torchorbax.optimizers import OptaxOptimizer
 from torchorbax.placement import place_
 from torchorbax.resuming import resume
+from torchorbax.starting import params
 from torchorbax.training import train_step
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "UnsupportedLeafError",
     "assign_",
     "load",
+    "params",
     "place_",
     "policies",
     "resume",

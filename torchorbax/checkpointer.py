@@ -10,8 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -21,11 +20,13 @@ from tqdm.auto import tqdm
 
 from torchorbax import _orbax, snapshot
 from torchorbax._orbax import Storage
-from torchorbax.errors import ConfigError, CorruptCheckpointError, MismatchError, Problem, SaveError
-from torchorbax.items import RNG, items_of
+from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, SaveError
+from torchorbax.items import items_of
 from torchorbax.metrics import checked, ready
+from torchorbax.plan import Rename, Request, request
 from torchorbax.policies import ContinuousPolicy, preservation_policy, save_policy
 from torchorbax.preemption import PreemptionNotice
+from torchorbax.restoring import restore_step
 from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
 
@@ -83,6 +84,7 @@ class Checkpointer:
         self.step: int | None = None
         self.next_step = 0
         self.history: list[SaveRecord] = []
+        self.left_out: tuple[Problem, ...] = ()
         _open_checkpointers.add(self)
 
     # ------------------------------------------------------------------------------------------------------- facts
@@ -203,11 +205,26 @@ class Checkpointer:
 
     # ----------------------------------------------------------------------------------------------------- restore
 
-    def restore(self, step: int | None = None) -> int | None:
+    def restore(
+        self,
+        step: int | None = None,
+        *,
+        only: str | Iterable[str] | None = None,
+        strict: bool = True,
+        rename: Rename | None = None,
+        cast: bool = False,
+    ) -> int | None:
         """Restore the live objects, in place; all or nothing.
 
         Args:
             step: which step; None for the newest good one. Then a damaged step is skipped with a warning that says why.
+            only: what to restore: items (`"model"`) or patterns of live names with the item's in front
+                (`["model.encoder.*"]`); the rest stays as it is.
+            strict: raise if anything differs. False restores what fits, logs what does not and lists it in `left_out`.
+            rename: `{old: new}`, from names in the checkpoint to live names (each stands for what lies below it, too),
+                or a function from one to the other. Optimizer state follows its parameter.
+            cast: convert where dtypes differ, within floating-point, complex and integer ones. The optimizer's state
+                follows its parameter.
 
         Returns:
             The step restored; None if `step` is None and there is none.
@@ -215,51 +232,40 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: there is no such step.
             CorruptCheckpointError: the step asked for, or each of them, is damaged.
-            MismatchError: the checkpoint does not fit the live objects; never skipped.
+            MismatchError: the checkpoint does not fit the live objects; never skipped. `.problems` has all of them.
+            ConfigError: `only` or `rename` names what nobody has.
         """
         self._saver.collect()
+        return self._restore_from(self._storage, step, request(only, strict, rename, cast))
+
+    def start_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
+        """Restore a step of another run; None for its newest good one. `resume(init_from=...)` calls this."""
+        return self._restore_from(storage, step, wanted)
+
+    def _restore_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
+        """Restore a step of this run or another; None for the newest good one."""
         if step is not None:
-            self._restore_step(step)
+            self._restore_step(storage, step, wanted)
             return step
         reasons: dict[int, str] = {}
-        for candidate in reversed(self._storage.steps()):
+        for candidate in reversed(storage.steps()):
             try:
-                self._restore_step(candidate)
+                self._restore_step(storage, candidate, wanted)
             except CorruptCheckpointError as error:
                 reasons.update(error.reasons)
                 continue
             for skipped, reason in reasons.items():
-                warnings.warn(f"{self.path}: skipped damaged step {skipped}: {reason}", stacklevel=2)
+                warnings.warn(f"{storage.path}: skipped damaged step {skipped}: {reason}", stacklevel=3)
             return candidate
         if reasons:
-            raise CorruptCheckpointError(self.path, reasons)
+            raise CorruptCheckpointError(storage.path, reasons)
         return None
 
-    def _restore_step(self, step: int) -> None:
-        manifest = self._storage.manifest(step)
-        saved = {name: item for name, item in manifest.items.items() if name != RNG or RNG in self._items}
-        items = {name: item for name, item in self._items.items() if name != RNG or RNG in saved}
-        problems = [Problem("missing", name, "the whole item", items[name].kind) for name in items if name not in saved]
-        plans = {}
-        for name, meta in saved.items():
-            if name not in items or items[name].kind != meta.kind:
-                problems.append(Problem("unexpected", name, "the whole item", "", f"a {meta.kind} item"))
-            else:
-                plans[name] = items[name].plan(meta, self._rules)
-                problems += plans[name].problems
-        if problems:
-            raise MismatchError(
-                f"{self.path}: step {step}",
-                problems,
-                "Build the model, the optimizer and `state` as they were when it was saved, or use another path.",
-            )
-        arrays = self._storage.read(step, saved, {name: plan.targets for name, plan in plans.items()})
-        with ExitStack() as undo:
-            for name, item in items.items():
-                item.apply(saved[name], arrays[name], undo)
-            undo.pop_all()
-        self.step = step
-        self.next_step = step + 1
+    def _restore_step(self, storage: Storage, step: int, wanted: Request) -> None:
+        self.left_out = restore_step(storage, step, self._items, self._rules, wanted)
+        if wanted.only is None:
+            self.step = step
+            self.next_step = step + 1
 
     # ---------------------------------------------------------------------------------------------------- the loop
 

@@ -1,0 +1,121 @@
+"""One restore: planned as a whole, loaded and converted, and only then written into the live objects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from torchorbax._orbax import Storage
+from torchorbax.adapter import Array
+from torchorbax.dtypes import BY_NAME, fits_on_device
+from torchorbax.errors import MismatchError, Problem, summary
+from torchorbax.items import RNG
+from torchorbax.manifest import ItemMeta, Manifest
+from torchorbax.plan import Request, advice, with_suggestions
+from torchorbax.sharding import ShardingRules
+from torchorbax.state import Item, ItemPlan
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a restore does, by item; and what it leaves out."""
+
+    items: Mapping[str, ItemPlan]
+    left_out: tuple[Problem, ...]
+
+
+def restore_step(
+    storage: Storage, step: int, items: Mapping[str, Item], rules: ShardingRules | None, request: Request
+) -> tuple[Problem, ...]:
+    """Restore what is asked for of a step into the live objects; all or nothing.
+
+    Returns:
+        What was left out because it does not fit; nothing if the request is strict.
+
+    Raises:
+        CheckpointNotFoundError: there is no such step.
+        CorruptCheckpointError: it cannot be read.
+        MismatchError: it does not fit the live objects.
+        ConfigError: the request names what nobody has.
+    """
+    manifest = storage.manifest(step)
+    plan = planned(f"{storage.path}: step {step}", manifest, items, rules, request)
+    targets = {name: _loadable(manifest.items[name], one) for name, one in plan.items.items()}
+    arrays = storage.read(step, {name: manifest.items[name] for name in plan.items}, targets)
+    converted = {name: _converted(name, one, arrays[name]) for name, one in plan.items.items()}
+    with ExitStack() as undo:
+        for name, one in plan.items.items():
+            items[name].apply(manifest.items[name], one, converted[name], undo)
+        undo.pop_all()
+    if plan.left_out:
+        counts, lines = summary(plan.left_out, "`left_out`")
+        _logger.warning("%s: step %d: restored without what does not fit: %s\n%s", storage.path, step, counts, lines)
+    return plan.left_out
+
+
+def planned(
+    source: str, manifest: Manifest, items: Mapping[str, Item], rules: ShardingRules | None, request: Request
+) -> Plan:
+    """Compare a step with the live objects; touches nothing and reads nothing.
+
+    Raises:
+        MismatchError: the request is strict and anything differs, or nothing at all fits.
+        ConfigError: the request names what nobody has.
+    """
+    saved = {name: item for name, item in manifest.items.items() if request.concerns(name) and name != RNG}
+    live = {name: item for name, item in items.items() if request.concerns(name) and name != RNG}
+    if RNG in items and request.concerns(RNG):
+        if RNG in manifest.items:  # generators that were not saved go on as they are
+            saved[RNG], live[RNG] = manifest.items[RNG], items[RNG]
+        else:
+            _logger.warning("%s has no random number generators; those of this process go on", source)
+    problems = [
+        Problem("missing", name, "the whole item", item.kind) for name, item in live.items() if name not in saved
+    ]
+    plans: dict[str, ItemPlan] = {}
+    for name, meta in saved.items():
+        if name not in live:
+            problems.append(Problem("unexpected", name, "the whole item", "", f"a {meta.kind} item"))
+        elif live[name].kind != meta.kind:
+            problems.append(Problem("placement", name, "the whole item", f"{live[name].kind}", f"a {meta.kind} item"))
+        else:
+            plans[name] = live[name].plan(meta, rules, request)
+            problems += plans[name].problems
+    problems = with_suggestions(problems)
+    nothing_fits = not any(plan.restores_something for name, plan in plans.items() if name != RNG)
+    if problems and (request.strict or nothing_fits):
+        raise MismatchError(source, problems, advice(problems))
+    request.check_used()
+    return Plan(plans, tuple(problems))
+
+
+def _loadable(saved: ItemMeta, plan: ItemPlan) -> dict[str, Any]:
+    """The targets, but host memory for what JAX would narrow before it could be converted."""
+    return {
+        name: None if name in plan.dtypes and not fits_on_device(BY_NAME[saved.leaves[name].dtype]) else target
+        for name, target in plan.targets.items()
+    }
+
+
+def _converted(item: str, plan: ItemPlan, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays in the dtypes planned.
+
+    Raises:
+        MismatchError: an integer does not fit into the new dtype.
+    """
+    converted = dict(arrays)
+    for name, dtype in plan.dtypes.items():
+        array, target = arrays[name], plan.targets[name]
+        new = array.astype(dtype)
+        if dtype.kind in "iu" and not bool((new.astype(array.dtype) == array).all()):
+            problem = Problem("dtype", item, name, f"values that fit into {dtype}", f"larger ones of {array.dtype}")
+            raise MismatchError("the checkpoint", [problem], "Give the live tensor the dtype that it had.")
+        converted[name] = new if target is None or isinstance(new, jax.Array) else jax.device_put(new, target)
+    return converted
