@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -101,6 +102,26 @@ def run_python(tmp_path: Path) -> RunPython:
         return done
 
     return run
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The names of the functions that XLA compiles while the test runs, in order."""
+    seen: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if found := re.search(r"Compiling jit\((\w+)\)", record.getMessage()):
+                seen.append(found[1])
+
+    logger, handler = logging.getLogger("jax"), Listener()
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    jax.config.update("jax_log_compiles", True)
+    yield seen
+    jax.config.update("jax_log_compiles", False)
+    logger.removeHandler(handler)
+    logger.propagate = propagate
 
 
 def bits(value: object) -> bytes:

@@ -495,9 +495,9 @@ HEADING = """# What resumes bit for bit
 
 Written by `python -m tests.matrix write`; a test runs the matrix and fails if this page is stale.
 
-Every row ran {steps} steps in one process, saving after {saved}; another process built the same objects from other random
-numbers, resumed, and ran the rest. `bitwise`: losses, parameters, buffers, optimizer state, other state and random numbers
-are the same to the last bit. {works} of {all} are; the others say why not.
+Every row ran {steps} steps in one process, saving after {saved}; another process built the same objects from other
+random numbers, resumed, and ran the rest. `bitwise`: losses, parameters, buffers, optimizer state, other state and
+random numbers are the same to the last bit. {works} of {all} are; the others say why not.
 
 | loop | model | optimizer | `state=` | after a resume |
 |---|---|---|---|---|"""

@@ -647,7 +647,7 @@ def test_a_damaged_step_is_skipped_with_a_reason_and_all_bad_is_an_error(saved: 
     assert list(one.value.reasons) == [1]
     Path(saved, "0", "manifest", "metadata").write_text("{")
     before = bits(model.hidden.weight.detach().numpy())
-    with pytest.raises(torchorbax.CorruptCheckpointError, match="none of 2 steps can be restored") as caught:
+    with pytest.raises(torchorbax.CorruptCheckpointError, match="2 damaged steps") as caught:
         torchorbax.resume(model, optimizer, saved)
     assert set(caught.value.reasons) == {0, 1}
     assert bits(model.hidden.weight.detach().numpy()) == before
@@ -785,10 +785,9 @@ def test_a_body_that_saves_itself_is_left_to_it(storage: FakeStorage) -> None:
     with fake_run(storage) as run:
         for step in run.steps(3):
             if step != 1:
-                run.save(step, {"w": weights(step)}, force=step == 0)
+                run.save(step, {"w": weights(step)}, force=True)
                 run.wait()
-    assert storage.steps() == [0, 1, 2] or storage.steps() == [0, 2]
-    assert [record.step for record in run.history if record.step != 1] == [0, 2]
+    assert [record.step for record in run.history] == [0, 1, 2]
 
 
 def test_sigterm_that_arrives_when_save_has_already_looked(

@@ -74,7 +74,7 @@ def test_corrupt_gives_a_reason_for_every_step_newest_first() -> None:
     reasons = {1: "no manifest", 12: "truncated", 3: "weight is missing"}
     error = errors.CorruptCheckpointError("/run", reasons)
     assert (error.path, error.reasons) == ("/run", reasons)
-    assert "none of 3 steps can be restored" in str(error)
+    assert "3 damaged steps" in str(error)
     lines = str(error).splitlines()
     assert [line.strip() for line in lines if line.startswith("  step")] == [
         "step 12: truncated",
@@ -84,7 +84,7 @@ def test_corrupt_gives_a_reason_for_every_step_newest_first() -> None:
     assert "Nothing was changed" in lines[-1]
     reasons.clear()
     assert len(error.reasons) == 3
-    assert "this step cannot be restored" in str(errors.CorruptCheckpointError("/run", {3: "truncated"}))
+    assert "/run: a damaged step" in str(errors.CorruptCheckpointError("/run", {3: "truncated"}))
 
 
 def test_mismatch_counts_every_kind_shows_the_first_of_each_and_keeps_all() -> None:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torchorbax.dtypes import BY_NAME
-from torchorbax.manifest import FORMAT, ItemMeta, LeafMeta, Manifest
+from torchorbax.manifest import FORMAT, ITEM_NAME, ItemMeta, LeafMeta, Manifest
+from torchorbax.values import encode
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 jsons = st.recursive(
@@ -31,7 +32,9 @@ leaf_metas = st.builds(
     dtype=st.sampled_from(sorted(BY_NAME)),
     residence=st.sampled_from(["jax", "host"]),
     sharding=st.none() | shardings,
+    fingerprint=st.integers(0, 2**128 - 1).map(lambda number: f"{number:032x}"),
 )
+item_names = st.from_regex(ITEM_NAME, fullmatch=True)
 
 
 @st.composite
@@ -40,7 +43,7 @@ def item_metas(draw: st.DrawFn) -> ItemMeta:
     leaves = draw(st.dictionaries(names, leaf_metas, max_size=3))
     aliases = draw(st.sets(names.filter(lambda name: name not in leaves), max_size=2)) if leaves else ()
     ties = {alias: draw(st.sampled_from(sorted(leaves))) for alias in aliases}
-    return ItemMeta(kind, leaves, ties, draw(jsons))
+    return ItemMeta(kind, leaves, ties, encode(draw(jsons), {}))
 
 
 manifests = st.builds(
@@ -48,7 +51,7 @@ manifests = st.builds(
     step=st.integers(0, 2**40),
     time=st.datetimes(timezones=st.just(datetime.UTC)),
     metrics=st.dictionaries(names, st.floats(allow_nan=False), max_size=3),
-    items=st.dictionaries(names, item_metas(), max_size=3),
+    items=st.dictionaries(item_names, item_metas(), max_size=3),
     versions=st.dictionaries(names, names, max_size=3),
 )
 
@@ -65,7 +68,7 @@ def test_a_metric_that_is_not_a_number_survives() -> None:
     assert repr(back.metrics) == repr(manifest.metrics)
 
 
-LEAF = LeafMeta((2, 3), "bfloat16", "jax", {"mesh": {"fsdp": 2}, "spec": ["fsdp", None]})
+LEAF = LeafMeta((2, 3), "bfloat16", "jax", {"mesh": {"fsdp": 2}, "spec": ["fsdp", None]}, "00ff" * 8)
 MANIFEST = Manifest(
     step=3,
     time=datetime.datetime(2030, 1, 2, 3, 4, 5, 678, datetime.UTC),
@@ -91,6 +94,7 @@ def test_the_text_is_made_to_be_read_by_others() -> None:
                         "dtype": "bfloat16",
                         "residence": "jax",
                         "sharding": {"mesh": {"fsdp": 2}, "spec": ["fsdp", None]},
+                        "fingerprint": "00ff" * 8,
                     }
                 },
                 "ties": {"head": "weight"},

@@ -13,6 +13,7 @@ from torchorbax.errors import (
     TorchorbaxError,
     UnsupportedLeafError,
 )
+from torchorbax.integrity import verify
 from torchorbax.loading import load
 from torchorbax.optimizers import OptaxOptimizer
 from torchorbax.placement import place_
@@ -39,4 +40,5 @@ __all__ = [
     "resume",
     "to_jax",
     "train_step",
+    "verify",
 ]

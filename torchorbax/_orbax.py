@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ MANIFEST = "manifest"
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
 _NAMES = orbax_steps.standard_name_format()
+_DAMAGED = ".torchorbax-damaged"
 _DELETED = ".torchorbax-deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
 
 _logger = logging.getLogger(__name__)
 
@@ -75,9 +77,9 @@ class Storage:
                 raise ConfigError(f"{self.path} is a file; a run needs a folder")
             entries = [entry for entry in self._root.iterdir() if not entry.name.startswith(".")]
         if entries and not any(_belongs_to_run(entry) for entry in entries):
-            names = ", ".join(sorted(entry.name for entry in entries)[:5])
+            names = sorted(entry.name for entry in entries)
             raise ConfigError(
-                f"{self.path} holds no run but other things ({names}); choose a folder that is new or empty"
+                f"{self.path} holds no run but other things ({_few(names)}); choose a folder that is new or empty"
             )
 
     def create(self) -> None:
@@ -105,7 +107,11 @@ class Storage:
         """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged."""
         if not self._root.exists():
             return []
-        return sorted(found.step for found in _NAMES.find_all(self._root))
+        return sorted(found.step for found in _NAMES.find_all(self._root) if self._is_step(found))
+
+    def _is_step(self, found: Any) -> bool:
+        """Not a file, nor a name in other digits, which Orbax takes as well."""
+        return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
 
     def write(
         self,
@@ -139,8 +145,7 @@ class Storage:
         if not folder.exists():
             raise CheckpointNotFoundError(self.path, step, self.steps())
         with self._as_corrupt(step):
-            if not (folder / MANIFEST).exists():
-                raise ValueError("it has no manifest, so it was not written by torchorbax or is half deleted")
+            self._check_whole(folder)
             with _new_checkpointer(()) as checkpointer:
                 json = checkpointer.restore(folder, args=ocp.args.Composite(**{MANIFEST: ocp.args.JsonRestore()}))[
                     MANIFEST
@@ -149,6 +154,20 @@ class Storage:
             if manifest.step != step:
                 raise ValueError(f"its manifest is that of step {manifest.step}")
             return manifest
+
+    def _check_whole(self, folder: Any) -> None:
+        """Raise ValueError if the folder is no step of ours, or one with metadata too large to be read."""
+        if not (folder / MANIFEST).exists():
+            inside = sorted(entry.name for entry in folder.iterdir())
+            if not inside:
+                raise ValueError("the folder is empty")
+            raise ValueError(
+                f"it has no manifest, so it is half deleted or was not written by torchorbax (there is {_few(inside)})"
+            )
+        for name in (f"{MANIFEST}/metadata", *(f"{item.name}/_METADATA" for item in folder.iterdir())):
+            file = folder / name
+            if file.exists() and file.stat().length > _MOST_METADATA_BYTES:
+                raise ValueError(f"{name} has {file.stat().length} bytes; metadata has {_MOST_METADATA_BYTES} at most")
 
     def read(
         self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
@@ -168,12 +187,12 @@ class Storage:
             for item, leaves in targets.items()
         }
         wanted = {item: leaves for item, leaves in wanted.items() if leaves}
+        args = {item: _restore_args(leaves, items[item].leaves) for item, leaves in wanted.items()}
+        try:
+            loaded = self._load(step, args)
+        except Exception as error:
+            raise CorruptCheckpointError(self.path, {step: self._what_fails(step, args) or _told(error)}) from error
         with self._as_corrupt(step):
-            loaded: Mapping[str, Any] = {}
-            if wanted:
-                args = {item: _restore_args(leaves, items[item].leaves) for item, leaves in wanted.items()}
-                with _new_checkpointer(args.keys()) as checkpointer:
-                    loaded = checkpointer.restore(self._folder(step), args=ocp.args.Composite(**args))
             arrays: dict[str, dict[str, Array]] = {}
             for item, leaves in targets.items():
                 arrays[item] = {
@@ -183,6 +202,32 @@ class Storage:
                     for name, target in leaves.items()
                 }
             return arrays
+
+    def _load(self, step: int, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not args:
+            return {}
+        with _new_checkpointer(args.keys()) as checkpointer:
+            loaded: Mapping[str, Any] = checkpointer.restore(self._folder(step), args=ocp.args.Composite(**args))
+            return loaded
+
+    def _what_fails(self, step: int, args: Mapping[str, Any]) -> str:
+        """Which items cannot be loaded; Orbax's own errors mostly do not say."""
+        told = []
+        for item, arg in args.items():
+            try:
+                self._load(step, {item: arg})
+            except Exception as error:
+                told.append(f"item {item}: {_told(error)}")
+        return "; ".join(told)
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged step, so that another can take its place and nothing is lost that might be repaired."""
+        folder = self._folder(step)
+        count = 1
+        while (aside := self._root / f"{folder.name}{_DAMAGED}{'' if count == 1 else f'-{count}'}").exists():
+            count += 1
+        folder.rename(aside)
+        _logger.warning("%s: damaged step %d is now %s", self.path, step, aside.name)
 
     def delete(self, step: int) -> None:
         """Delete a step so that it is never listed half deleted."""
@@ -205,10 +250,16 @@ class Storage:
         except (CheckpointNotFoundError, CorruptCheckpointError):
             raise
         except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
-            reason = str(error).strip().splitlines()
-            raise CorruptCheckpointError(
-                self.path, {step: f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}"}
-            ) from error
+            raise CorruptCheckpointError(self.path, {step: _told(error)}) from error
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _new_checkpointer(items: Any) -> ocp.Checkpointer:

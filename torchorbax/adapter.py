@@ -92,6 +92,8 @@ def live_array(name: str, leaf: Any) -> jax.Array | np.ndarray | torch.Tensor:
     if _torchax.is_torchax(leaf):
         return _torchax.array_of(leaf)
     if isinstance(leaf, jax.Array):
+        if leaf.dtype not in _HOST_DTYPES:
+            raise UnsupportedLeafError(name, f"jax dtype {leaf.dtype} is not supported")
         return leaf
     if isinstance(leaf, np.ndarray | np.generic):
         if np.dtype(leaf.dtype) not in _HOST_DTYPES:

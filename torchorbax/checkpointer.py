@@ -48,6 +48,7 @@ class Checkpointer:
         shardings: `(mesh, rules by parameter name)` to restore into; None restores every tensor to where it is.
         staging: how a snapshot is taken, see `torchorbax.snapshot.take`.
         rng: save and restore the random number generators as well (item `rng`).
+        verify: compare what is restored with the fingerprints made when it was saved, before anything live changes.
 
     Raises:
         ConfigError: an argument that cannot work, a path that is a file, cannot be written to or holds something else,
@@ -64,11 +65,13 @@ class Checkpointer:
         shardings: Shardings | None = None,
         staging: snapshot.Staging = "auto",
         rng: bool = True,
+        verify: bool = True,
     ) -> None:
         if jax.process_count() > 1:
             raise ConfigError("several jax processes are not supported yet")
         self._save_policy = save_policy(save)
         keep_policy = preservation_policy(keep)
+        self._verify = verify
         self._staging = snapshot.check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
@@ -105,8 +108,8 @@ class Checkpointer:
         return self._preemption.received
 
     def all_steps(self) -> list[int]:
-        """The committed steps in ascending order."""
-        return self._storage.steps()
+        """The committed steps in ascending order, without those that turned out to be damaged."""
+        return self._saver.good_steps()
 
     def best_step(self, metric: str, mode: str = "min") -> int | None:
         """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`); None if no step has it.
@@ -255,6 +258,8 @@ class Checkpointer:
                 reasons.update(error.reasons)
                 continue
             for skipped, reason in reasons.items():
+                if storage is self._storage:
+                    self._saver.mark_damaged(skipped)
                 warnings.warn(f"{storage.path}: skipped damaged step {skipped}: {reason}", stacklevel=3)
             return candidate
         if reasons:
@@ -262,7 +267,7 @@ class Checkpointer:
         return None
 
     def _restore_step(self, storage: Storage, step: int, wanted: Request) -> None:
-        self.left_out = restore_step(storage, step, self._items, self._rules, wanted)
+        self.left_out = restore_step(storage, step, self._items, self._rules, wanted, verify=self._verify)
         if wanted.only is None:
             self.step = step
             self.next_step = step + 1

@@ -62,7 +62,7 @@ class CheckpointNotFoundError(TorchorbaxError, FileNotFoundError):
 
 
 class CorruptCheckpointError(TorchorbaxError):
-    """A step cannot be read back, or none of the steps under a path can.
+    """Steps that cannot be read back as they were saved: the one asked for, or all there are under a path.
 
     Attributes:
         path: the run's folder or URI.
@@ -71,7 +71,7 @@ class CorruptCheckpointError(TorchorbaxError):
 
     def __init__(self, path: str, reasons: Mapping[int, str]) -> None:
         lines = "".join(f"\n  step {step}: {reason}" for step, reason in sorted(reasons.items(), reverse=True))
-        what = "this step cannot be restored" if len(reasons) == 1 else f"none of {len(reasons)} steps can be restored"
+        what = "a damaged step" if len(reasons) == 1 else f"{len(reasons)} damaged steps"
         super().__init__(
             f"{path}: {what}:{lines}\nNothing was changed. Restore the files from a copy, or start a new run elsewhere."
         )

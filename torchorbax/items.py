@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
 from torchorbax.errors import ConfigError
+from torchorbax.manifest import ITEM_NAME
 from torchorbax.objects import Metrics, ObjectItem, PytreeItem, is_metric
 from torchorbax.optimizer_state import OptaxItem, TorchOptimizerItem
 from torchorbax.optimizers import OptaxOptimizer
@@ -17,7 +17,6 @@ from torchorbax.state import Item, ModuleItem
 
 RNG = "rng"
 _RESERVED = ("manifest", "metrics", "default", RNG)
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:
@@ -51,7 +50,7 @@ def _entries(slot: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any,
     seen: set[str] = set()
     for key, value in slot.items() if isinstance(slot, Mapping) else enumerate(slot):
         name = f"{prefix}{key}"
-        if (not prefix and not isinstance(key, str)) or not _NAME.fullmatch(name) or name in _RESERVED:
+        if (not prefix and not isinstance(key, str)) or not ITEM_NAME.fullmatch(name) or name in _RESERVED:
             raise ConfigError(
                 f"{name if prefix else key!r} cannot name an item: use letters, digits, '_', '-' and '.', and none of "
                 f"{_RESERVED}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchorbax import integrity
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME, fits_on_device
@@ -11,7 +12,12 @@ from torchorbax.state import default_device
 
 
 def load(
-    path: str, step: int | None = None, item: str = "model", shardings: Shardings | None = None
+    path: str,
+    step: int | None = None,
+    item: str = "model",
+    shardings: Shardings | None = None,
+    *,
+    verify: bool = True,
 ) -> dict[str, Array]:
     """The arrays of one item of a step, by name.
 
@@ -20,6 +26,7 @@ def load(
         step: which step; None for the newest.
         item: which item.
         shardings: `(mesh, rules by name)`; None loads onto the default device.
+        verify: compare what was read with the fingerprints made when it was saved.
 
     Returns:
         `jax.Array`s with the shapes and dtypes that were saved. Tied weights are under each of their names, as the same
@@ -44,5 +51,8 @@ def load(
         targets = dict.fromkeys(on_device, default_device())
     else:
         targets = dict(ShardingRules(shardings).for_leaves(on_device))
-    arrays = storage.read(step, {item: meta}, {item: {name: targets.get(name) for name in meta.leaves}})[item]
+    read = storage.read(step, {item: meta}, {item: {name: targets.get(name) for name in meta.leaves}})
+    if verify:
+        integrity.check(storage.path, step, manifest.items, read)
+    arrays = read[item]
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}

@@ -6,16 +6,23 @@ import datetime
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torchorbax.dtypes import BY_NAME
-from torchorbax.values import Json
+from torchorbax.values import Json, decode
 
 FORMAT = 1
+ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""What an item may be called: its name is that of a folder."""
 
 Residence = Literal["jax", "host"]
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_MOST_DIMENSIONS = 64  # numpy's limit
+_MOST_BYTES = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -27,12 +34,14 @@ class LeafMeta:
         dtype: its dtype's name, the same for torch, numpy and JAX (`torchorbax.dtypes`).
         residence: whether it lived on jax devices or in host memory.
         sharding: how it was sharded when saved, for people to read (`torchorbax.sharding.describe`).
+        fingerprint: of its data (`torchorbax.fingerprint`); empty until that is known.
     """
 
     shape: tuple[int, ...]
     dtype: str
     residence: Residence
     sharding: Mapping[str, Any] | None = None
+    fingerprint: str = ""
 
     def __str__(self) -> str:
         return f"{self.dtype}{self.shape}"
@@ -93,26 +102,20 @@ class Manifest:
         """The manifest in a JSON object.
 
         Raises:
-            ValueError: not a manifest, of a newer format, or changed since it was written.
+            ValueError: not a manifest, of a newer format, changed since it was written, or nothing that `to_json`
+                would write, whoever did.
         """
         try:
             if content["format"] > FORMAT:
                 raise ValueError(f"manifest format {content['format']} is newer than this torchorbax reads ({FORMAT})")
             if content["sha256"] != _digest({key: value for key, value in content.items() if key != "sha256"}):
                 raise ValueError("the manifest is not what was written: its SHA-256 differs")
-            items = {
-                name: ItemMeta(
-                    kind=item["kind"],
-                    leaves={leaf: _leaf_meta(meta) for leaf, meta in item["leaves"].items()},
-                    ties=dict(item["ties"]),
-                    values=item["values"],
-                )
-                for name, item in content["items"].items()
-            }
+            items = {name: _item_meta(name, item) for name, item in content["items"].items()}
             time = datetime.datetime.fromisoformat(content["time"])
-            return cls(content["step"], time, dict(content["metrics"]), items, dict(content["versions"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {error}") from error
+            metrics = {name: float(value) for name, value in content["metrics"].items()}
+            return cls(content["step"], time, metrics, items, dict(content["versions"]))
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _digest(content: Json) -> str:
@@ -120,5 +123,29 @@ def _digest(content: Json) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _leaf_meta(content: Json) -> LeafMeta:
-    return LeafMeta(tuple(content["shape"]), content["dtype"], content["residence"], content["sharding"])
+def _item_meta(name: str, content: Json) -> ItemMeta:
+    if not ITEM_NAME.fullmatch(name):
+        raise ValueError(f"{name[:200]!r} cannot name an item")
+    leaves = {leaf: _leaf_meta(leaf, meta) for leaf, meta in content["leaves"].items()}
+    ties = dict(content["ties"])
+    if strangers := [alias for alias, leaf in ties.items() if leaf not in leaves]:
+        raise ValueError(f"{name}: {strangers[0][:200]!r} is tied to a leaf that is not there")
+    values = content["values"]
+    # One encoded value, or several by name; decoded here so that those who use them need not expect anything else.
+    for value in values.values() if isinstance(values, dict) and "$" not in values else [values]:
+        decode(value, dict.fromkeys(leaves))
+    return ItemMeta(str(content["kind"]), leaves, ties, values)
+
+
+def _leaf_meta(name: str, content: Json) -> LeafMeta:
+    shape, dtype, residence = tuple(content["shape"]), content["dtype"], content["residence"]
+    if (
+        len(shape) > _MOST_DIMENSIONS
+        or not all(type(size) is int and size >= 0 for size in shape)
+        or dtype not in BY_NAME
+        or math.prod(size or 1 for size in shape) * BY_NAME[dtype].itemsize > _MOST_BYTES
+        or residence not in get_args(Residence)
+        or not _FINGERPRINT.fullmatch(content["fingerprint"])
+    ):
+        raise ValueError(f"{name[:200]!r} is described as {str(content)[:200]}, which no array can be")
+    return LeafMeta(shape, dtype, residence, content["sharding"], content["fingerprint"])

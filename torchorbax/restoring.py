@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from torchorbax import integrity
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME, fits_on_device
-from torchorbax.errors import MismatchError, Problem, summary
+from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, TorchorbaxError, summary
 from torchorbax.items import RNG
 from torchorbax.manifest import ItemMeta, Manifest
 from torchorbax.plan import Request, advice, with_suggestions
@@ -32,23 +33,39 @@ class Plan:
 
 
 def restore_step(
-    storage: Storage, step: int, items: Mapping[str, Item], rules: ShardingRules | None, request: Request
+    storage: Storage,
+    step: int,
+    items: Mapping[str, Item],
+    rules: ShardingRules | None,
+    request: Request,
+    *,
+    verify: bool,
 ) -> tuple[Problem, ...]:
     """Restore what is asked for of a step into the live objects; all or nothing.
+
+    Args:
+        storage: the run.
+        step: which step.
+        items: the live objects.
+        rules: where they go.
+        request: what is asked for.
+        verify: compare what was read with its fingerprints.
 
     Returns:
         What was left out because it does not fit; nothing if the request is strict.
 
     Raises:
         CheckpointNotFoundError: there is no such step.
-        CorruptCheckpointError: it cannot be read.
+        CorruptCheckpointError: it cannot be read, or is not what was saved.
         MismatchError: it does not fit the live objects.
         ConfigError: the request names what nobody has.
     """
     manifest = storage.manifest(step)
-    plan = planned(f"{storage.path}: step {step}", manifest, items, rules, request)
+    plan = planned(storage.path, manifest, items, rules, request)
     targets = {name: _loadable(manifest.items[name], one) for name, one in plan.items.items()}
     arrays = storage.read(step, {name: manifest.items[name] for name in plan.items}, targets)
+    if verify:
+        integrity.check(storage.path, step, manifest.items, arrays)
     converted = {name: _converted(name, one, arrays[name]) for name, one in plan.items.items()}
     with ExitStack() as undo:
         for name, one in plan.items.items():
@@ -61,14 +78,16 @@ def restore_step(
 
 
 def planned(
-    source: str, manifest: Manifest, items: Mapping[str, Item], rules: ShardingRules | None, request: Request
+    path: str, manifest: Manifest, items: Mapping[str, Item], rules: ShardingRules | None, request: Request
 ) -> Plan:
     """Compare a step with the live objects; touches nothing and reads nothing.
 
     Raises:
         MismatchError: the request is strict and anything differs, or nothing at all fits.
         ConfigError: the request names what nobody has.
+        CorruptCheckpointError: an item does not have what belongs to its kind.
     """
+    source = f"{path}: step {manifest.step}"
     saved = {name: item for name, item in manifest.items.items() if request.concerns(name) and name != RNG}
     live = {name: item for name, item in items.items() if request.concerns(name) and name != RNG}
     if RNG in items and request.concerns(RNG):
@@ -86,7 +105,8 @@ def planned(
         elif live[name].kind != meta.kind:
             problems.append(Problem("placement", name, "the whole item", f"{live[name].kind}", f"a {meta.kind} item"))
         else:
-            plans[name] = live[name].plan(meta, rules, request)
+            with _as_corrupt(path, manifest.step, name, meta):
+                plans[name] = live[name].plan(meta, rules, request)
             problems += plans[name].problems
     problems = with_suggestions(problems)
     nothing_fits = not any(plan.restores_something for name, plan in plans.items() if name != RNG)
@@ -94,6 +114,18 @@ def planned(
         raise MismatchError(source, problems, advice(problems))
     request.check_used()
     return Plan(plans, tuple(problems))
+
+
+@contextmanager
+def _as_corrupt(path: str, step: int, name: str, meta: ItemMeta) -> Iterator[None]:
+    """A manifest may be well-formed and still be that of no optimizer, say."""
+    try:
+        yield
+    except TorchorbaxError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        reason = f"item {name} does not have what belongs to a {meta.kind}: {type(error).__name__}: {error}"
+        raise CorruptCheckpointError(path, {step: reason[:300]}) from error
 
 
 def _loadable(saved: ItemMeta, plan: ItemPlan) -> dict[str, Any]:

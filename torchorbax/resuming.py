@@ -37,6 +37,7 @@ def resume(
     cast: bool = False,
     staging: Staging = "auto",
     rng: bool = True,
+    verify: bool = True,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
 
@@ -60,6 +61,7 @@ def resume(
         cast: see `Checkpointer.restore`.
         staging: see `Checkpointer`.
         rng: see `Checkpointer`.
+        verify: see `Checkpointer`.
 
     Returns:
         The run. `run.step` is the step restored, None if it starts fresh or from parameters only; `run.left_out` is
@@ -79,7 +81,14 @@ def resume(
         raise ConfigError(f"model must be a torch.nn.Module, or a list or dict of them, not a {type(model).__name__}")
     objects = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
     run = Checkpointer(
-        path, {**objects, **further}, save=save, keep=keep, shardings=shardings, staging=staging, rng=rng
+        path,
+        {**objects, **further},
+        save=save,
+        keep=keep,
+        shardings=shardings,
+        staging=staging,
+        rng=rng,
+        verify=verify,
     )
     try:
         restored = run.restore(strict=strict, rename=rename, cast=cast)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import torch
 
-from torchorbax import _orbax, _torchax
+from torchorbax import _orbax, _torchax, integrity
 from torchorbax._orbax import Storage
 from torchorbax.errors import CorruptCheckpointError, SaveError
 from torchorbax.manifest import Manifest
@@ -93,7 +93,17 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._record: SaveRecord | None = None
         self._unreported: SaveError | None = None
+        self._damaged: set[int] = set()
         self._leftovers_removed = False
+
+    def mark_damaged(self, step: int) -> None:
+        """A step that cannot be restored: it no longer counts, and gives way to a save of the same number."""
+        self._damaged.add(step)
+        self.infos.pop(step, None)
+
+    def good_steps(self) -> list[int]:
+        """The steps on storage that are not known to be damaged, in ascending order."""
+        return [step for step in self._storage.steps() if step not in self._damaged]
 
     @property
     def step_in_flight(self) -> int | None:
@@ -157,13 +167,17 @@ class Saver:
             self._leftovers_removed = True
         record.metrics.update({name: float(np.asarray(value)) for name, value in metrics.items()})
         snapshot = holder.pop()  # the only reference, so that its copies are freed on return
-        manifest = Manifest(record.step, record.time, dict(record.metrics), snapshot.items, _versions())
+        items = integrity.stamped(snapshot.items, snapshot.arrays)
+        manifest = Manifest(record.step, record.time, dict(record.metrics), items, _versions())
+        if record.step in self._damaged:
+            self._storage.set_aside(record.step)
+            self._damaged.remove(record.step)
         self._storage.write(manifest, snapshot.arrays)
         self.infos[record.step].metrics = dict(record.metrics) or None
 
     def _retain(self, newest: int) -> None:
         """Delete what the policy lets go, now that the newest step is committed."""
-        infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self._storage.steps()]
+        infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self.good_steps()]
         preserved = self._keep.should_preserve(infos, context=PreservationContext())
         for info, keep in zip(infos, preserved, strict=True):
             if keep or info.step == newest:
