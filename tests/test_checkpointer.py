@@ -52,6 +52,12 @@ class FakeStorage:
     def steps(self) -> list[int]:
         return sorted(self.committed)
 
+    def bases(self) -> set[int]:
+        return set()
+
+    def next_base(self) -> int:
+        return 0
+
     def manifest(self, step: int) -> Manifest:
         return self.committed[step]
 

@@ -18,15 +18,16 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from torchorbax import _orbax, snapshot
+from torchorbax import _orbax, frozen, snapshot
 from torchorbax._orbax import Storage
 from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, SaveError
+from torchorbax.frozen import FrozenArrays
 from torchorbax.items import items_of
 from torchorbax.metrics import checked, ready
 from torchorbax.plan import Rename, Request, request
 from torchorbax.policies import ContinuousPolicy, preservation_policy, save_policy
 from torchorbax.preemption import PreemptionNotice
-from torchorbax.restoring import restore_step
+from torchorbax.restoring import Restored, restore_step
 from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
 
@@ -80,6 +81,7 @@ class Checkpointer:
         self._storage.check()
         self._storage.create()
         self._saver = Saver(self._storage, keep_policy)
+        self._frozen = FrozenArrays()
         self._preemption = PreemptionNotice()
         self._preemption_saved = False
         self._closed = False
@@ -190,7 +192,10 @@ class Checkpointer:
             raise ConfigError(f"save got state for {', '.join(unknown)}, but there is only {', '.join(self._items)}")
         numbers = checked(metrics)
         self._saver.collect()  # two saves never overlap
-        snap = snapshot.take({name: item.capture(state.get(name)) for name, item in self._items.items()}, self._staging)
+        if committed := self._saver.take_committed():
+            self._frozen.saved(committed)
+        captured = {name: item.capture(state.get(name)) for name, item in self._items.items()}
+        snap = snapshot.take(captured, self._staging, self._frozen.look(captured))
         record = SaveRecord(step, now, nbytes=snap.nbytes)
         self.history.append(record)
         self._preemption_saved = self.preempted
@@ -267,10 +272,19 @@ class Checkpointer:
         return None
 
     def _restore_step(self, storage: Storage, step: int, wanted: Request) -> None:
-        self.left_out = restore_step(storage, step, self._items, self._rules, wanted, verify=self._verify)
+        restored = restore_step(storage, step, self._items, self._rules, wanted, verify=self._verify)
+        self.left_out = restored.left_out
+        if storage is self._storage:
+            self._note_frozen(restored)
         if wanted.only is None:
             self.step = step
             self.next_step = step + 1
+
+    def _note_frozen(self, restored: Restored) -> None:
+        """Frozen arrays that have just been restored need not be written again."""
+        self._saver.take_committed()  # it says nothing about the arrays that are live now
+        in_base = {key: leaf for key, leaf in frozen.in_base(restored.manifest).items() if key in restored.exact}
+        self._frozen.restored({item: self._items[item].capture() for item in {item for item, _ in in_base}}, in_base)
 
     # ---------------------------------------------------------------------------------------------------- the loop
 

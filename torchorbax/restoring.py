@@ -32,6 +32,21 @@ class Plan:
     left_out: tuple[Problem, ...]
 
 
+@dataclass(frozen=True)
+class Restored:
+    """What a restore has done.
+
+    Attributes:
+        manifest: of the step.
+        left_out: what does not fit and was not restored; nothing if the request was strict.
+        exact: items and leaves that live under the names and in the dtypes that they have on storage.
+    """
+
+    manifest: Manifest
+    left_out: tuple[Problem, ...]
+    exact: frozenset[tuple[str, str]]
+
+
 def restore_step(
     storage: Storage,
     step: int,
@@ -40,7 +55,7 @@ def restore_step(
     request: Request,
     *,
     verify: bool,
-) -> tuple[Problem, ...]:
+) -> Restored:
     """Restore what is asked for of a step into the live objects; all or nothing.
 
     Args:
@@ -50,9 +65,6 @@ def restore_step(
         rules: where they go.
         request: what is asked for.
         verify: compare what was read with its fingerprints.
-
-    Returns:
-        What was left out because it does not fit; nothing if the request is strict.
 
     Raises:
         CheckpointNotFoundError: there is no such step.
@@ -74,7 +86,13 @@ def restore_step(
     if plan.left_out:
         counts, lines = summary(plan.left_out, "`left_out`")
         _logger.warning("%s: step %d: restored without what does not fit: %s\n%s", storage.path, step, counts, lines)
-    return plan.left_out
+    exact = {
+        (name, leaf)
+        for name, one in plan.items.items()
+        for live, leaf in one.sources.items()
+        if live == leaf and leaf not in one.dtypes
+    }
+    return Restored(manifest, plan.left_out, frozenset(exact))
 
 
 def planned(

@@ -31,12 +31,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Captured:
-    """The live leaves of an item at this moment, by reference; the rest as in `ItemMeta`."""
+    """The live leaves of an item at this moment, by reference; the rest as in `ItemMeta`.
+
+    Attributes:
+        frozen: leaves that nothing is expected to change.
+    """
 
     kind: str
     leaves: Mapping[str, Any]
     ties: Mapping[str, str] = field(default_factory=dict)
     values: Json = None
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -145,7 +150,8 @@ class ModuleItem:
             leaves.update(self._checked(handed, tensors, first_of))
         extra = {name: encode(value, leaves, path=(name,)) for name, value in self._extra().items()}
         ties = {name: first for name, first in first_of.items() if name != first}
-        return Captured(self.kind, leaves, ties, extra)
+        frozen = (name for name, tensor in tensors.items() if is_parameter(tensor) and not tensor.requires_grad)
+        return Captured(self.kind, leaves, ties, extra, frozenset(frozen))
 
     def _checked(
         self, handed: Any, tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]
@@ -212,6 +218,11 @@ class ModuleItem:
 
 
 _EXTRA = "_extra_state"
+
+
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Also one that is a torchax tensor."""
+    return isinstance(tensor, torch.nn.Parameter)
 
 
 def _dtype_name(leaf: Any) -> str:
