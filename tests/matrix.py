@@ -1,8 +1,8 @@
 """Which runs are the same run after a resume: every combination below, in one process and then in another.
 
-`python -m tests.matrix first FOLDER` runs every combination without interruption and saves in the middle;
-`python -m tests.matrix second FOLDER` builds each anew, from other random numbers, resumes and runs the rest.
-`python -m tests.matrix write` does both and writes docs/matrix.md.
+`python -m tests.matrix first FOLDER SHARE` runs combinations without interruption and saves in the middle;
+`python -m tests.matrix second FOLDER SHARE` builds each anew, from other random numbers, resumes and runs the rest.
+`python -m tests.matrix write` does both for all and writes docs/matrix.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ from torchorbax.values import encode
 from tests.models import BATCH, TOKENS, WIDTH, TiedNet, batch_of, loss_fn
 
 PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"
-STEPS, SAVED = 6, 2
+STEPS, SAVED, SHARES = 6, 2, 2
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+}
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,7 @@ def frozen() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "dropout, BatchNorm, tied": TiedNet,
+    "dropout": lambda: Tokens(nn.Linear(WIDTH, WIDTH)),
     "the same in bf16": lambda: TiedNet().to(torch.bfloat16),
     "frozen layer": frozen,
     "ParameterList, ParameterDict": lambda: Tokens(Listed()),
@@ -248,7 +255,7 @@ def state_of(names: tuple[str, ...], model: nn.Module, optimizer: Any) -> dict[s
     makers: dict[str, Callable[[], Any]] = {
         **{name: (lambda make=make: make(optimizer)) for name, make in SCHEDULERS.items()},
         **{name: (lambda workers=workers: loader_of(workers)) for name, workers in LOADERS.items()},
-        "metrics": lambda: torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.MaxMetric()]),
+        "torchmetrics": lambda: torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.MaxMetric()]),
         "EMA": lambda: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True),
         "plain values": lambda: {"epoch": 0, "seen": [0.0], "name": "x"},
     }
@@ -283,9 +290,8 @@ def after_step(extra: Mapping[str, Any], model: nn.Module, loss: float) -> None:
 
 def average(ema: AveragedModel, model: nn.Module) -> None:
     """Exponential average of torchax weights: `update_parameters` needs torchax's modes."""
-    with _torchax.modes(_torchax.rng_key()):
-        for kept, new in zip(ema.module.parameters(), model.parameters(), strict=True):
-            _torchax.set_array(kept, kept.jax() * 0.5 + new.jax() * 0.5)
+    for kept, new in zip(ema.module.parameters(), model.parameters(), strict=True):
+        _torchax.set_array(kept, _torchax.array_of(kept) * 0.5 + _torchax.array_of(new) * 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loops
@@ -329,7 +335,7 @@ def plain_torch(model: nn.Module, optimizer: Any) -> Callable[[Any], float]:
     return run
 
 
-def functional(model: nn.Module, path: str, tx: Any, thread_key: bool) -> tuple[list[float], Any, int]:
+def functional(model: nn.Module, path: str, tx: Any, thread_key: bool) -> tuple[list[float], Any]:
     """Torchax's tutorial: `make_train_step`-like, jitted and donating, its state in local variables, handed to `save`.
 
     The key is an argument and a result of the step, or else in torchax's environment, where jit makes it a constant.
@@ -359,7 +365,7 @@ def functional(model: nn.Module, path: str, tx: Any, thread_key: bool) -> tuple[
             _torchax.set_rng_key(key)
             losses.append(float(loss))
             run.save(i, {"model": weights, "opt_state": opt_state}, force=i == SAVED)
-        return losses, {"weights": weights, "opt_state": opt_state}, run.next_step
+        return losses, [weights, jax.tree.leaves(opt_state), jax.random.key_data(_torchax.rng_key())]
 
 
 LOOPS: dict[str, Callable[[nn.Module, Any], Callable[[Any], float]]] = {
@@ -371,16 +377,18 @@ FUNCTIONAL = {"functional": True, "functional, key in the environment": False}
 
 
 def combinations() -> list[Combination]:
-    found = [Combination("train_step", USUAL, name) for name in OPTIMIZERS if name not in ("Muon", "SparseAdam")]
-    found += [Combination("train_step", "weights only", name) for name in ("Muon", "SparseAdam")]
-    found += [Combination("train_step", model, "AdamW") for model in MODELS if model != USUAL]
+    needs_matrices = ("Muon", "SparseAdam")
+    found = [Combination("train_step", USUAL, name) for name in OPTIMIZERS if name not in needs_matrices]
+    found += [Combination("train_step", "weights only", name) for name in needs_matrices]
+    found += [Combination("train_step", model, "AdamW") for model in MODELS if model not in (USUAL, "weights only")]
     found += [Combination("train_step", USUAL, "SGD momentum", (name,)) for name in SCHEDULERS]
-    found += [
-        Combination("train_step", USUAL, "AdamW", (name,)) for name in (*LOADERS, "metrics", "EMA", "plain values")
-    ]
-    found += [Combination("eager update", USUAL, name) for name in ("SGD", "AdamW", "RMSprop", "Adafactor")]
+    found += [Combination("train_step", USUAL, "AdamW", (name,)) for name in (*LOADERS, "torchmetrics", "plain values")]
+    found += [Combination("train_step", USUAL, "AdamW", ("EMA", "StepLR", "loader"))]
+    eager = ("SGD", "AdamW", "Adamax", "NAdam", "Adagrad", "ASGD", "Rprop", "Adafactor")
+    found += [Combination("eager update", "dropout", name) for name in eager]
     found += [Combination("plain torch", USUAL, name, ("StepLR",)) for name in ("SGD momentum", "AdamW", "Adafactor")]
-    found += [Combination(loop, USUAL, "optax adamw") for loop in FUNCTIONAL]
+    found += [Combination("plain torch", "HF Llama with LoRA", "Adagrad")]
+    found += [Combination(loop, "dropout", "optax adamw") for loop in FUNCTIONAL]
     return found
 
 
@@ -401,11 +409,9 @@ def run_one(one: Combination, path: str, seed: int) -> dict[str, Any]:
         model = MODELS[one.model]()
         if one.loop in FUNCTIONAL:
             tx = OPTIMIZERS[one.optimizer](model).tx
-            losses, final, _ = functional(model, path, tx, FUNCTIONAL[one.loop])
+            losses, final = functional(model, path, tx, FUNCTIONAL[one.loop])
             return {"losses": losses[-(STEPS - SAVED - 1) :], "digest": digest(final)}
         optimizer = OPTIMIZERS[one.optimizer](model)
-        if "EMA" in one.state:
-            place_(model, optimizer)
         extra = state_of(one.state, model, optimizer)
         if "EMA" in extra:
             place_(extra["EMA"])
@@ -450,14 +456,12 @@ def digest(tree: Any) -> str:
     return found.hexdigest()
 
 
-def run_all(part: str, folder: Path) -> None:
+def run_all(part: str, folder: Path, share: int) -> None:
     warnings.simplefilter("ignore")  # torch's, on combinations that do not work anyway
-    chosen = os.environ.get("MATRIX", "")
-    results = {}
-    for one in combinations():
-        if chosen in str(one):
-            results[str(one)] = run_one(one, str(folder / str(one).replace(",", "")), 1 if part == "first" else 2)
-    (folder / f"{part}.json").write_text(json.dumps(results))
+    chosen = combinations()[share::SHARES]
+    seed = 1 if part == "first" else 2
+    results = {str(one): run_one(one, str(folder / str(one).replace(",", "")), seed) for one in chosen}
+    (folder / f"{part}-{share}.json").write_text(json.dumps(results))
 
 
 def verdict(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
@@ -471,14 +475,18 @@ def verdict(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     return "bitwise" if first["digest"] == second["digest"] else "equal losses, other state"
 
 
-def both_parts(folder: Path, environment: Mapping[str, str]) -> dict[Combination, str]:
-    """The verdicts of all combinations, each after two processes."""
+def both_parts(folder: Path) -> dict[Combination, str]:
+    """The verdicts of all combinations, each after two processes; `SHARES` of them run at a time."""
     root = str(Path(__file__).parent.parent)
-    for part in ("first", "second"):
-        environment = {**environment, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-        subprocess.run([sys.executable, "-m", "tests.matrix", part, str(folder)], cwd=root, env=environment, check=True)
-    first, second = (json.loads((folder / f"{part}.json").read_text()) for part in ("first", "second"))
-    return {one: verdict(first[str(one)], second[str(one)]) for one in combinations() if str(one) in first}
+    results: dict[str, dict[str, Any]] = {"first": {}, "second": {}}
+    for part, found in results.items():
+        command = [sys.executable, "-m", "tests.matrix", part, str(folder)]
+        processes = [subprocess.Popen([*command, str(share)], cwd=root, env=ENVIRONMENT) for share in range(SHARES)]
+        for share, process in enumerate(processes):
+            if process.wait() != 0:
+                raise RuntimeError(f"the {part} part of the matrix ended with exit code {process.returncode}")
+            found.update(json.loads((folder / f"{part}-{share}.json").read_text()))
+    return {one: verdict(results["first"][str(one)], results["second"][str(one)]) for one in combinations()}
 
 
 def page(verdicts: Mapping[Combination, str]) -> str:
@@ -506,6 +514,6 @@ random numbers are the same to the last bit. {works} of {all} are; the others sa
 if __name__ == "__main__":
     if sys.argv[1] == "write":
         with tempfile.TemporaryDirectory() as folder:
-            PAGE.write_text(page(both_parts(Path(folder), os.environ)))
+            PAGE.write_text(page(both_parts(Path(folder))))
     else:
-        run_all(sys.argv[1], Path(sys.argv[2]))
+        run_all(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -108,6 +108,10 @@ class Manifest:
     def to_json(self) -> dict[str, Json]:
         """The JSON object that `from_json` reads."""
         content = {"format": FORMAT, **asdict(self), "time": self.time.isoformat()}
+        for item in content["items"].values():
+            for leaf in item["leaves"].values():
+                if leaf["base"] is None:
+                    del leaf["base"]
         return {**content, "sha256": _digest(content)}
 
     @classmethod

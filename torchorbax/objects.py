@@ -69,6 +69,10 @@ class ObjectItem:
         self._register_undo(undo)
         try:
             self._obj.load_state_dict(decode(saved.values, arrays))
+            if isinstance(self._obj, torch.utils.data.DataLoader):
+                # Makes the iterator now, before the random numbers are restored, of which it takes some: the run that
+                # nobody interrupted took them at the start of the epoch.
+                self._obj.state_dict()
         except Exception as error:  # whatever the object thinks of it, nothing is changed and the caller reads why
             refused = f"one that it refuses: {type(error).__name__}: {error}"
             problem = Problem("placement", self._name, "", f"a state that {type(self._obj).__name__} takes", refused)
