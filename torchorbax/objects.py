@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar, Protocol
@@ -19,6 +20,9 @@ from torchorbax.plan import Request, compare_leaves
 from torchorbax.sharding import ShardingRules
 from torchorbax.state import Captured, ItemPlan, compare_values, default_device, live_meta, selected
 from torchorbax.values import add_leaf, decode, encode
+
+
+_logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -87,7 +91,13 @@ class ObjectItem:
         values = encode(self._obj.state_dict(), before)
         held = {name: live_array(name, leaf) for name, leaf in before.items()}
         kept = {name: array if isinstance(array, jax.Array) else host_copy(array) for name, array in held.items()}
-        undo.callback(lambda: self._obj.load_state_dict(decode(values, kept)))
+        undo.callback(lambda: self._put_back(decode(values, kept)))
+
+    def _put_back(self, state: Any) -> None:
+        try:
+            self._obj.load_state_dict(state)
+        except Exception:  # an error is on its way to the caller already, and says what is wrong
+            _logger.exception("%s: its state before the failed restore could not be put back", self._name)
 
 
 class Metrics:
