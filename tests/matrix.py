@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -215,6 +216,8 @@ OPTAX: dict[str, Callable[[nn.Module], Any]] = {
     "optax adafactor": _optax(lambda: optax.adafactor(0.01, min_dim_size_to_factor=8)),
 }
 OPTIMIZERS = {**TORCH, **OPTAX}
+DOES_NOT_TRAIN = ("Adamax", "Adagrad", "ASGD", "Rprop", "Adafactor", "LBFGS", "SparseAdam")
+"""In at least one loop, whether or not there is a checkpoint."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
@@ -378,12 +381,15 @@ FUNCTIONAL = {"functional": True, "functional, key in the environment": False}
 
 def combinations() -> list[Combination]:
     needs_matrices = ("Muon", "SparseAdam")
-    found = [Combination("train_step", USUAL, name) for name in OPTIMIZERS if name not in needs_matrices]
-    found += [Combination("train_step", "weights only", name) for name in needs_matrices]
+    schedulers = itertools.chain(SCHEDULERS, itertools.repeat(None))
+    found = []
+    for name in OPTIMIZERS:
+        scheduler = None if name in DOES_NOT_TRAIN or name not in TORCH else next(schedulers)
+        model = "weights only" if name in needs_matrices else USUAL
+        found.append(Combination("train_step", model, name, (scheduler,) if scheduler else ()))
     found += [Combination("train_step", model, "AdamW") for model in MODELS if model not in (USUAL, "weights only")]
-    found += [Combination("train_step", USUAL, "SGD momentum", (name,)) for name in SCHEDULERS]
-    found += [Combination("train_step", USUAL, "AdamW", (name,)) for name in (*LOADERS, "torchmetrics", "plain values")]
-    found += [Combination("train_step", USUAL, "AdamW", ("EMA", "StepLR", "loader"))]
+    found += [Combination("train_step", USUAL, "AdamW", (name,)) for name in LOADERS]
+    found += [Combination("train_step", USUAL, "AdamW", ("EMA", "StepLR", "loader", "torchmetrics", "plain values"))]
     eager = ("SGD", "AdamW", "Adamax", "NAdam", "Adagrad", "ASGD", "Rprop", "Adafactor")
     found += [Combination("eager update", "dropout", name) for name in eager]
     found += [Combination("plain torch", USUAL, name, ("StepLR",)) for name in ("SGD momentum", "AdamW", "Adafactor")]

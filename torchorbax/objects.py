@@ -21,7 +21,6 @@ from torchorbax.sharding import ShardingRules
 from torchorbax.state import Captured, ItemPlan, compare_values, default_device, live_meta, selected
 from torchorbax.values import add_leaf, decode, encode
 
-
 _logger = logging.getLogger(__name__)
 
 
