@@ -6,10 +6,6 @@ import pytest
 
 from tests.matrix import DOES_NOT_TRAIN, PAGE, Combination, both_parts, combinations, page
 
-KNOWN = {
-    "functional, key in the environment": "jit makes the random key a constant, another one after a resume",
-}
-
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[Combination, str]:
@@ -23,7 +19,7 @@ def test_a_resumed_run_is_the_same_run(one: Combination, verdicts: dict[Combinat
     if verdict.startswith("does not train: "):  # torchax or the optimizer cannot, before any checkpoint
         assert one.optimizer in DOES_NOT_TRAIN
     else:
-        assert verdict == "bitwise" or one.loop in KNOWN
+        assert verdict == "bitwise"
 
 
 def test_the_page_in_the_docs_is_what_the_matrix_says(verdicts: dict[Combination, str]) -> None:
