@@ -513,3 +513,13 @@ def test_a_write_that_fails_undoes_the_others() -> None:
         assert np.asarray(to_jax(live[name])).tolist() == [0, 0], name
     assert live["list"][1].tolist() == [0, 0]
     assert to_jax(parent).tolist() == [[0, 0], [0, 0]]
+
+
+def test_the_counter_that_jax_narrowed_comes_back_into_a_cpu_module() -> None:
+    model = nn.BatchNorm1d(2)
+    arrays = to_jax(model) | {"num_batches_tracked": jnp.int32(7)}
+    assign_(model, arrays)
+    assert model.num_batches_tracked.dtype is torch.int64
+    assert model.num_batches_tracked == 7
+    with pytest.raises(MismatchError, match="dtype: expected int64, found int32"):
+        assign_(model, arrays | {"num_batches_tracked": np.int32(7)})  # nobody narrowed this one

@@ -60,3 +60,14 @@ def test_the_missing_optax_extra_is_named(run_python: RunPython) -> None:
         torchorbax.OptaxOptimizer(torch.nn.Linear(1, 1), object())
     """
     assert "pip install 'torchorbax[optax]'" in run_python(program, check=False).stderr
+
+
+def test_verify(run_path: str, run_python: RunPython) -> None:
+    result = CliRunner().invoke(app, ["verify", run_path])
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [f"step {step}: every byte is as it was saved" for step in (0, 1)]
+    Path(run_path, "1", "manifest", "metadata").unlink()
+    program = f"import sys; sys.argv[1:] = ['verify', {run_path!r}]; from torchorbax.__main__ import main; main()"
+    done = run_python(program, check=False)
+    assert done.returncode == 1
+    assert "a damaged step:\n  step 1: " in done.stderr

@@ -22,7 +22,7 @@ ORBAX_WARNS = "import warnings; warnings.filterwarnings('ignore', 'Sharding info
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_run(page: Path, run_python: RunPython) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    run_python("\n".join([ORBAX_WARNS, *blocks]))
+    run_python("\n".join([ORBAX_WARNS, *blocks]), devices=None)
 
 
 def test_readme_starts_with_the_two_commands() -> None:

@@ -400,3 +400,8 @@ def test_donated_optimizer_state_is_named(mesh: Mesh) -> None:
     with pytest.raises(DeletedArrayError, match="momentum_buffer"):
         place_(model, optimizer, (mesh, {"embed.weight": P("fsdp")}))
     assert to_jax(model.embed.weight) is before
+
+
+def test_shardings_in_the_place_of_the_optimizer(mesh: Mesh) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer must be a torch\.optim or optax optimizer or None, not a tuple"):
+        place_(nn.Linear(2, 2), (mesh, {}))  # type: ignore[arg-type]

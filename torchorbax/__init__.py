@@ -1,5 +1,7 @@
 """Checkpointing for PyTorch models that run on TPU through torchax, on top of Orbax."""
 
+from importlib.metadata import version as _version
+
 from torchorbax import policies
 from torchorbax.adapter import assign_, to_jax
 from torchorbax.checkpointer import Checkpointer
@@ -20,6 +22,8 @@ from torchorbax.placement import place_
 from torchorbax.resuming import resume
 from torchorbax.starting import params
 from torchorbax.training import train_step
+
+__version__ = _version("torchorbax")
 
 __all__ = [
     "CheckpointNotFoundError",

@@ -10,6 +10,9 @@ import functools
 import importlib.metadata
 import importlib.util
 import logging
+import os
+import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +42,8 @@ _DAMAGED = ".torchorbax-damaged"
 _DELETED = ".torchorbax-deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
+
+_ONE_WRITE = threading.Lock()  # Orbax numbers its operations per process, and mixes those of concurrent saves up
 
 _logger = logging.getLogger(__name__)
 
@@ -112,6 +117,24 @@ class Storage:
             return []
         return sorted(found.step for found in _NAMES.find_all(self._root) if self._is_step(found))
 
+    def existing_steps(self) -> list[int]:
+        """`steps`, of which there must be some.
+
+        Raises:
+            CheckpointNotFoundError: there is none.
+        """
+        if found := self.steps():
+            return found
+        hint = ""
+        if self._root.exists() and self._root.is_dir():
+            runs = sorted(entry.name for entry in self._root.iterdir() if Storage(str(entry)).steps())
+            hint = f"; there are runs below it: {_few(runs)}" if runs else ""
+        if not hint and self._root.name.isdecimal() and self.path.removesuffix(f"/{self._root.name}") != self.path:
+            parent = self.path.removesuffix(f"/{self._root.name}")
+            if int(self._root.name) in Storage(parent).steps():
+                hint = f"; it is step {self._root.name} of the run {parent}"
+        raise CheckpointNotFoundError(self.path, hint=hint)
+
     def _is_step(self, found: Any) -> bool:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
         return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
@@ -121,28 +144,62 @@ class Storage:
         manifest: Manifest,
         arrays: Mapping[str, Mapping[str, Array]],
     ) -> None:
-        """Write one step and commit it; blocks until it is listed. A new base is committed first.
+        """Write one step and commit it; blocks until it is listed and, on a local disk, survives a loss of power.
+
+        Frozen leaves of a new base are committed first.
 
         Raises:
-            SaveError: anything that went wrong, as `__cause__`. The step is not listed.
+            SaveError: anything that went wrong, as `__cause__`. The step is not listed, and what was written of it is
+                removed if it can be.
         """
+        if self._folder(manifest.step).exists():
+            raise SaveError(
+                manifest.step, self.path, "somebody else has saved it meanwhile; is another run writing to this path?"
+            )
         for base, part in _by_base(manifest.items, arrays).items():
             if base is None:
                 self._write(manifest, part)
-            else:
+                continue
+            try:
                 self._base_area()._write(manifest.of_base(base), part)
+            except SaveError as error:
+                raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error
 
     def _write(self, manifest: Manifest, arrays: Mapping[str, Mapping[str, Array]]) -> None:
         items = {item: {name: array for name, array in one.items() if array.size} for item, one in arrays.items()}
         args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
         try:
-            with _new_checkpointer(args.keys()) as checkpointer:
+            with _ONE_WRITE, _new_checkpointer(args.keys()) as checkpointer:
                 checkpointer.save(
                     self._folder(manifest.step),
                     args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave(manifest.to_json())}),
                 )
+            self._make_durable(self._folder(manifest.step))
         except Exception as error:
+            self._remove_failed(manifest.step)
             raise SaveError(manifest.step, self.path, f"{type(error).__name__}: {error}") from error
+
+    def _make_durable(self, folder: Any) -> None:
+        """Flush a step and its name to the disk, since older ones may be deleted next.
+
+        TensorStore flushes its own files; Orbax does not flush its metadata, nor anybody the folders. Object storage
+        needs none of it.
+        """
+        if "://" in self.path:
+            return
+        for place, _, files in os.walk(folder):
+            for path in (*(os.path.join(place, file) for file in files), place):
+                _flush(path)
+        _flush(self.path)
+
+    def _remove_failed(self, step: int) -> None:
+        """Give back the space of a save that has failed, which may have failed for want of space."""
+        try:
+            for entry in self._root.iterdir():
+                if entry.name == _NAMES.build_name(step) or entry.name.startswith(f"{step}{_TEMPORARY}"):
+                    entry.rmtree()
+        except OSError as error:
+            _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, error)
 
     def manifest(self, step: int) -> Manifest:
         """What the step says about itself.
@@ -310,6 +367,14 @@ def _by_base(
     return {**parts, None: step}
 
 
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _told(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
@@ -353,10 +418,17 @@ def _empty(meta: LeafMeta, target: Sharding | None) -> Array:
     return array if target is None or not fits_on_device(array.dtype) else jax.device_put(array, target)
 
 
-def _absolute(path: str) -> str:
+def _absolute(path: str | os.PathLike[str]) -> str:
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise ConfigError(f"a path must be a string or a Path, not {path!r}")
     path = str(path)
     if "://" not in path:
-        return str(Path(path).expanduser().absolute())
+        if re.match(r"[a-z0-9]+:/", path):
+            raise ConfigError(f"{path}: a URI has two slashes: {path.replace(':/', '://', 1)}")
+        try:
+            return str(Path(path).expanduser().absolute())
+        except RuntimeError as error:
+            raise ConfigError(f"{path}: {error}") from error
     if path.startswith("gs://"):
         for module in ("gcsfs", "google.cloud.storage"):
             if not _installed(module):

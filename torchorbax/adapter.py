@@ -265,7 +265,7 @@ def _checked(name: str, shape: tuple[int, ...], dtype: np.dtype, value: Any, pro
     if tuple(value.shape) != tuple(shape):
         problems.append(Problem("shape", "", name, str(tuple(shape)), str(tuple(value.shape))))
         return None
-    if value.dtype != dtype:
+    if value.dtype != dtype and not (dtype == np.int64 and value.dtype == np.int32 and isinstance(value, jax.Array)):
         problems.append(Problem("dtype", "", name, str(dtype), str(value.dtype)))
         return None
     return value
@@ -312,7 +312,7 @@ def _placed_like(array: Array, live: torch.Tensor) -> Array:
     if isinstance(live, _torchax.Tensor):
         return place_like(_unshared(array), _torchax.array_of(live))
     if not (live.is_meta or isinstance(live, _torchax.View)):
-        return np.asarray(array)
+        return np.asarray(array).astype(live_dtype(live), copy=False)  # widens what `device_dtype` narrowed
     placed: jax.Array = jax.device_put(_unshared(array))
     return placed
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures.thread  # noqa: F401  # see _finish_saves
 import datetime
 import logging
+import math
+import operator
 import os
 import threading
 import time
@@ -25,13 +27,17 @@ from torchorbax.frozen import FrozenArrays
 from torchorbax.items import items_of
 from torchorbax.metrics import checked, ready
 from torchorbax.plan import Rename, Request, request
-from torchorbax.policies import ContinuousPolicy, preservation_policy, save_policy
+from torchorbax.policies import ContinuousPolicy, NeverPolicy, preservation_policy, save_policy
 from torchorbax.preemption import PreemptionNotice
 from torchorbax.restoring import Restored, restore_step
 from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
 
 _logger = logging.getLogger(__name__)
+
+
+class _ProgressBar(tqdm):  # type: ignore[misc]  # tqdm is untyped
+    monitor_interval = 0  # no thread that outlives the run
 
 
 class Checkpointer:
@@ -50,6 +56,8 @@ class Checkpointer:
         staging: how a snapshot is taken, see `torchorbax.snapshot.take`.
         rng: save and restore the random number generators as well (item `rng`).
         verify: compare what is restored with the fingerprints made when it was saved, before anything live changes.
+        save_on_exception: when an exception leaves the `with` block, save the last step that was complete. For that a
+            snapshot is taken at every call of `save`, which costs what a save costs the loop, and its memory.
 
     Raises:
         ConfigError: an argument that cannot work, a path that is a file, cannot be written to or holds something else,
@@ -67,12 +75,16 @@ class Checkpointer:
         staging: snapshot.Staging = "auto",
         rng: bool = True,
         verify: bool = True,
+        save_on_exception: bool = False,
     ) -> None:
         if jax.process_count() > 1:
             raise ConfigError("several jax processes are not supported yet")
         self._save_policy = save_policy(save)
         keep_policy = preservation_policy(keep)
         self._verify = verify
+        self._save_on_exception = save_on_exception
+        self._complete: _Taken | None = None  # the last step, if it was not due
+        self._handed: Mapping[str, Any] = {}  # what the body of `steps` gave `save`, until the body ends
         self._staging = snapshot.check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
@@ -85,6 +97,8 @@ class Checkpointer:
         self._preemption = PreemptionNotice()
         self._preemption_saved = False
         self._closed = False
+        self._pid = os.getpid()
+        self._in_steps = False
         self._metrics: dict[str, Any] = {}
         self.step: int | None = None
         self.next_step = 0
@@ -114,15 +128,19 @@ class Checkpointer:
         return self._saver.good_steps()
 
     def best_step(self, metric: str, mode: str = "min") -> int | None:
-        """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`); None if no step has it.
+        """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`), NaN aside.
+
+        None if no step has it.
 
         Raises:
             ConfigError: another mode.
         """
         if mode not in ("min", "max"):
             raise ConfigError(f"mode must be 'min' or 'max', not {mode!r}")
-        infos = {step: info for step, info in self._saver.infos.items() if step != self._saver.step_in_flight}
-        values = {step: info.metrics[metric] for step, info in infos.items() if info.metrics and metric in info.metrics}
+        on_storage = set(self.all_steps())
+        infos = [info for step, info in list(self._saver.infos.items()) if step in on_storage]
+        values = {info.step: value for info in infos if (value := (info.metrics or {}).get(metric)) is not None}
+        values = {step: value for step, value in values.items() if not math.isnan(value)}
         if not values:
             return None
         return (min if mode == "min" else max)(values, key=lambda step: values[step])
@@ -159,14 +177,24 @@ class Checkpointer:
                 untouched.
         """
         started_s = time.perf_counter()
+        step = step_number(step)
         if self._closed:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
         if self._saver.step_in_flight is None:
             self._saver.collect()
+        metrics = self._metrics = {**self._metrics, **(metrics or {})}
+        self._handed = state or {}
         now = datetime.datetime.now(datetime.UTC)
         due = force or (self.preempted and not self._preemption_saved) or self._due(step, now)
+        self._complete = None
         if due:
-            self._start(step, now, state or {}, metrics or {}, started_s)
+            self._check_step(step, self._handed)
+            self._saver.collect()  # two saves never overlap
+            self._start(self._take(step, now, self._handed, metrics, started_s))
+        elif self._save_on_exception:
+            self._complete = self._take(step, now, self._handed, metrics, started_s)
+        if not self._in_steps:
+            self._handed, self._metrics = {}, {}
         self.next_step = max(self.next_step, step + 1)
         self._saver.raise_unreported()
         return due
@@ -177,9 +205,7 @@ class Checkpointer:
         previous = list(self._saver.infos.values())
         return bool(self._save_policy.should_save(_Candidate(step, now), previous, context=context))
 
-    def _start(
-        self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
-    ) -> None:
+    def _check_step(self, step: int, state: Mapping[str, Any]) -> None:
         newest = max(self._saver.infos, default=None)
         if newest is not None and step <= newest:
             raise ConfigError(
@@ -190,17 +216,23 @@ class Checkpointer:
             )
         if unknown := [name for name in state if name not in self._items]:
             raise ConfigError(f"save got state for {', '.join(unknown)}, but there is only {', '.join(self._items)}")
+
+    def _take(
+        self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
+    ) -> _Taken:
         numbers = checked(metrics)
-        self._saver.collect()  # two saves never overlap
         if committed := self._saver.take_committed():
-            self._frozen.saved(committed)
+            self._frozen.saved(*committed)
         captured = {name: item.capture(state.get(name)) for name, item in self._items.items()}
-        snap = snapshot.take(captured, self._staging, self._frozen.look(captured))
-        record = SaveRecord(step, now, nbytes=snap.nbytes)
+        taken = snapshot.take(captured, self._staging, self._frozen.look(captured))
+        return _Taken(step, now, taken, numbers, started_s)
+
+    def _start(self, taken: _Taken) -> None:
+        record = SaveRecord(taken.step, taken.time, nbytes=taken.snapshot.nbytes)
         self.history.append(record)
         self._preemption_saved = self.preempted
-        self._saver.start(record, snap, numbers, started_s)
-        record.stall_s = time.perf_counter() - started_s
+        self._saver.start(record, taken.snapshot, taken.metrics, taken.started_s)
+        record.stall_s = time.perf_counter() - taken.started_s
 
     def wait(self) -> None:
         """Wait until the save in flight, if any, is committed.
@@ -223,6 +255,8 @@ class Checkpointer:
         cast: bool = False,
     ) -> int | None:
         """Restore the live objects, in place; all or nothing.
+
+        A run only goes forward: after restoring an older step, saves must still be of steps above the newest one.
 
         Args:
             step: which step; None for the newest good one. Then a damaged step is skipped with a warning that says why.
@@ -253,6 +287,7 @@ class Checkpointer:
     def _restore_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
         """Restore a step of this run or another; None for the newest good one."""
         if step is not None:
+            step = step_number(step)
             self._restore_step(storage, step, wanted)
             return step
         reasons: dict[int, str] = {}
@@ -300,22 +335,37 @@ class Checkpointer:
             stop: the number of steps of the whole run.
             progress: show a progress bar; None shows one on a terminal only.
         """
-        with tqdm(
+        with _ProgressBar(
             total=stop, initial=min(self.next_step, stop), disable=None if progress is None else not progress
         ) as bar:
             for step in range(self.next_step, stop):
-                self._metrics = {}
-                yield step
+                self._metrics, self._handed, self._in_steps = {}, {}, True
+                try:
+                    yield step
+                finally:
+                    self._in_steps = False
+                shown, handed = self._metrics, self._handed
                 if self.next_step <= step:  # the body has not called save itself
                     last = step == stop - 1 and isinstance(self._save_policy, ContinuousPolicy)
-                    self.save(step, metrics=self._metrics, force=last)
+                    self.save(step, metrics=shown, force=last)
                 bar.update()
-                bar.set_postfix(ready(self._metrics), refresh=False)
+                bar.set_postfix(ready(shown), refresh=False)
                 if self.preempted:
                     if step not in self._saver.infos:  # the signal came after save had looked
-                        self.save(step, metrics=self._metrics, force=True)
+                        self.save(step, handed, metrics=shown, force=True)
                     self.wait()
+                    _logger.warning("stopped by SIGTERM. %s", self._last_line())
                     return
+        newest = max(self._saver.infos, default=-1)
+        if newest < self.next_step - 1 and not isinstance(self._save_policy, NeverPolicy):
+            _logger.warning(
+                "%s: the last step, %d, was not due and is not saved; the newest saved is %s. To save it: "
+                "run.save(%d, force=True)",
+                self.path,
+                self.next_step - 1,
+                "none" if newest < 0 else newest,
+                self.next_step - 1,
+            )
 
     def log(self, **metrics: Any) -> None:
         """Metrics of the current step, for the bar, the manifest and `best_step`. Never waits for the device."""
@@ -346,12 +396,52 @@ class Checkpointer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        unsaved, self._complete = self._complete, None
         try:
+            if exc is not None and unsaved is not None and not self._closed:
+                self._saver.collect()
+                self._start(unsaved)
             self.close()
         except SaveError as error:
             if exc is None:
                 raise
             exc.add_note(f"Besides: {error}")
+        if isinstance(exc, SystemExit):  # which nobody prints
+            _logger.warning("%s", self._last_line())
+        elif exc is not None:
+            exc.add_note(self._last_line())
+
+    def _last_line(self) -> str:
+        newest = max(self._saver.infos, default=None)
+        if newest is None:
+            return f"{self.path}: no step has been committed yet"
+        return f"{self.path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"
+
+
+def step_number(step: Any) -> int:
+    """`step` as an int; anything that can be an index is taken, such as numpy's integers.
+
+    Raises:
+        ConfigError: it is no step.
+    """
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise ConfigError(f"a step is a whole number, not {step!r}") from None
+    if number < 0:
+        raise ConfigError(f"a step cannot be negative: {number}")
+    return number
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A snapshot of a step, and what else a save of it takes."""
+
+    step: int
+    time: datetime.datetime
+    snapshot: snapshot.Snapshot
+    metrics: dict[str, Any]
+    started_s: float
 
 
 @dataclass(frozen=True)
@@ -363,19 +453,19 @@ class _Candidate:
     metrics: dict[str, float] | None = None
 
 
-_PID = os.getpid()
 _open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
 def _finish_saves() -> None:
     """Close what a program left open when it ends, so that the save in flight is committed."""
-    if os.getpid() != _PID:
-        return  # a forked worker: the run belongs to its parent
     for run in list(_open_checkpointers):
+        if run._pid != os.getpid():
+            continue  # a forked worker: the run belongs to its parent
         try:
             run.close()
         except SaveError as error:
             _logger.error("at exit: %s", error)
+        _logger.warning("the program has ended without close(). %s", run._last_line())
 
 
 # Orbax hands work to executors, which refuse it as soon as `threading` winds down; `atexit` functions run later than

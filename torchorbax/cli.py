@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from torchorbax import integrity
 from torchorbax._orbax import Storage
-from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, TorchorbaxError
+from torchorbax.errors import CorruptCheckpointError, TorchorbaxError
 from torchorbax.manifest import LeafMeta
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look into the checkpoints of a run.")
@@ -25,7 +26,7 @@ def list_steps(path: RunPath) -> None:
     """List the committed steps, with their time, size and metrics."""
     storage = Storage(path)
     table = Table("step", "saved (UTC)", "arrays", "metrics")
-    for step in _steps(storage):
+    for step in storage.existing_steps():
         try:
             manifest = storage.manifest(step)
         except CorruptCheckpointError as error:
@@ -43,8 +44,7 @@ def inspect(
 ) -> None:
     """Show every array of a step: name, dtype, shape and how it was sharded."""
     storage = Storage(path)
-    steps = _steps(storage)
-    manifest = storage.manifest(steps[-1] if step is None else step)
+    manifest = storage.manifest(storage.existing_steps()[-1] if step is None else step)
     for name, item in manifest.items.items():
         table = Table(
             "name", "dtype", "shape", "sharding", title=f"{name} ({item.kind}, {_size(item.leaves.values())})"
@@ -57,19 +57,21 @@ def inspect(
         _console.print(table)
 
 
+@app.command()
+def verify(
+    path: RunPath, step: Annotated[int | None, typer.Option(help="Which step; all of them if not given.")] = None
+) -> None:
+    """Read every byte again and compare it with the fingerprints made when it was saved; exit code 1 on damage."""
+    for good in integrity.verify(path, step):
+        _console.print(f"step {good}: every byte is as it was saved")
+
+
 def main() -> None:
     """Run the command; an error of torchorbax is a message and exit code 1."""
     try:
         app()
     except TorchorbaxError as error:
         sys.exit(f"error: {error}")
-
-
-def _steps(storage: Storage) -> list[int]:
-    steps = storage.steps()
-    if not steps:
-        raise CheckpointNotFoundError(storage.path)
-    return steps
 
 
 def _size(leaves: Iterable[LeafMeta]) -> str:

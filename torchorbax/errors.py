@@ -53,10 +53,10 @@ class CheckpointNotFoundError(TorchorbaxError, FileNotFoundError):
         step: the step asked for; None when any would have done.
     """
 
-    def __init__(self, path: str, step: int | None = None, available: Sequence[int] = ()) -> None:
+    def __init__(self, path: str, step: int | None = None, available: Sequence[int] = (), hint: str = "") -> None:
         wanted = "no checkpoint" if step is None else f"no step {step}"
         listed = f"; steps there: {', '.join(map(str, available))}" if available else ""
-        super().__init__(f"{path}: {wanted} found{listed}")
+        super().__init__(f"{path}: {wanted} found{listed}{hint}")
         self.path = path
         self.step = step
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,41 +25,53 @@ NEW_BASE = -1
 """Stands for the number of a base that is still to be written."""
 
 
+Identities = Mapping[Key, "weakref.ref[jax.Array]"]
+
+
+@dataclass(frozen=True)
+class Look:
+    """The frozen leaves of one moment.
+
+    Attributes:
+        known: of those that a base has, what is known; None for those of a new base.
+        identities: which arrays they are.
+    """
+
+    known: Mapping[Key, LeafMeta | None]
+    identities: Identities
+
+
 class FrozenArrays:
     """Which of the live frozen arrays lie in the base area already."""
 
     def __init__(self) -> None:
-        self._seen: dict[Key, weakref.ref[jax.Array]] = {}
+        self._seen: Identities = {}
         self._changing: set[Key] = set()
-        self._written: dict[Key, LeafMeta] = {}
+        self._written: dict[Key, tuple[weakref.ref[jax.Array], LeafMeta]] = {}
 
-    def look(self, captured: Mapping[str, Captured]) -> dict[Key, LeafMeta | None]:
-        """The frozen leaves that need not be written, with what is known of them, and (None) those of a new base.
+    def look(self, captured: Mapping[str, Captured]) -> Look:
+        """The frozen leaves of what is about to be saved.
 
-        One that has changed since the save before is not taken for frozen any more.
+        One that is another array than at the last look is not taken for frozen any more.
         """
-        found: dict[Key, LeafMeta | None] = {}
-        seen: dict[Key, weakref.ref[jax.Array]] = {}
-        for key, array in _frozen_arrays(captured).items():
-            before = self._seen.get(key)
-            same = before is not None and before() is array
-            if before is not None and not same:
-                self._changing.add(key)
-            seen[key] = weakref.ref(array)
-            if key not in self._changing:
-                found[key] = self._written.get(key) if same else None
-        self._seen = seen
-        return found
+        arrays = _frozen_arrays(captured)
+        self._changing |= {key for key, array in arrays.items() if key in self._seen and self._seen[key]() is not array}
+        self._seen = {key: weakref.ref(array) for key, array in arrays.items()}
+        known: dict[Key, LeafMeta | None] = {}
+        for key in arrays.keys() - self._changing:
+            ref, leaf = self._written.get(key, (None, None))
+            known[key] = leaf if ref is not None and ref() is arrays[key] else None
+        return Look(known, self._seen)
 
-    def saved(self, manifest: Manifest) -> None:
-        """What `look` saw last has been committed."""
-        self._written = in_base(manifest)
+    def saved(self, manifest: Manifest, identities: Identities) -> None:
+        """A step with these arrays has been committed."""
+        self._written = {key: (identities[key], leaf) for key, leaf in in_base(manifest).items() if key in identities}
 
     def restored(self, captured: Mapping[str, Captured], written: Mapping[Key, LeafMeta]) -> None:
         """A restore has just put these arrays of the base area in place."""
-        self._written = dict(written)
-        arrays = _frozen_arrays(captured)
-        self._seen = {key: weakref.ref(array) for key, array in arrays.items() if key in written}
+        arrays = {key: array for key, array in _frozen_arrays(captured).items() if key in written}
+        self._seen = {key: weakref.ref(array) for key, array in arrays.items()}
+        self._written = {key: (ref, written[key]) for key, ref in self._seen.items()}
         self._changing.clear()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
-from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from torchorbax.errors import CorruptCheckpointError
 from torchorbax.fingerprint import fingerprints
 from torchorbax.manifest import ItemMeta, Manifest
 
@@ -66,9 +66,7 @@ def verify(path: str, step: int | None = None) -> list[int]:
         CorruptCheckpointError: some are damaged; `.reasons` says for each of them what is wrong with which leaf.
     """
     storage = Storage(path)
-    steps = storage.steps() if step is None else [step]
-    if not steps:
-        raise CheckpointNotFoundError(storage.path, step)
+    steps = storage.existing_steps() if step is None else [step]
     reasons: dict[int, str] = {}
     for one in steps:
         try:

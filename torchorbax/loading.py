@@ -6,7 +6,7 @@ from torchorbax import integrity
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME, fits_on_device
-from torchorbax.errors import CheckpointNotFoundError, ConfigError
+from torchorbax.errors import ConfigError
 from torchorbax.sharding import ShardingRules, Shardings
 from torchorbax.state import default_device
 
@@ -38,10 +38,8 @@ def load(
         CorruptCheckpointError: the step is damaged.
     """
     storage = Storage(path)
-    steps = storage.steps()
-    if not steps:
-        raise CheckpointNotFoundError(storage.path, step)
-    step = steps[-1] if step is None else step
+    if step is None:
+        step = storage.existing_steps()[-1]
     manifest = storage.manifest(step)
     if item not in manifest.items:
         raise ConfigError(f"{storage.path}: step {step} has no item {item!r}; it has {', '.join(manifest.items)}")

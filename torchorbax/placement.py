@@ -14,7 +14,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from torchorbax import _torchax
 from torchorbax.adapter import device_dtype, host_copy, live_array, live_dtype, raise_if_deleted, settle
-from torchorbax.errors import UnsupportedLeafError
+from torchorbax.errors import ConfigError, UnsupportedLeafError
 from torchorbax.optimizers import OptaxOptimizer, Optimizer, state_tensors
 from torchorbax.sharding import ShardingRules, Shardings, state_sharding
 
@@ -49,9 +49,15 @@ def place_(
         UnsupportedLeafError: a dtype that the devices cannot hold, such as float64 while `jax_enable_x64` is off.
         DeletedArrayError: tensors whose buffers were donated.
     """
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"optimizer must be a torch.optim or optax optimizer or None, not a {type(optimizer).__name__}"
+        )
     rules = None if shardings is None else ShardingRules(shardings)
     tensors = {name: tensor for name, tensor in all_tensors(module) if name not in skip}
     raise_if_deleted({**tensors, **_optimizer_leaves(module, optimizer)})
+    if rules is not None:
+        rules.warn_of_unused([name for name, _ in all_tensors(module)])
     targets = target_shardings(tensors, rules)
     arrays = {name: _moved(name, tensor, targets[name]) for name, tensor in tensors.items()}
     with ExitStack() as undo:
@@ -93,7 +99,6 @@ def target_shardings(
         ConfigError: the rules do not fit.
     """
     if rules is not None:
-        rules.warn_of_unused(tensors)
         return dict(rules.for_leaves({name: tuple(tensor.shape) for name, tensor in tensors.items()}))
     return {name: _current_sharding(tensor, host) for name, tensor in tensors.items()}
 

@@ -38,6 +38,7 @@ def resume(
     staging: Staging = "auto",
     rng: bool = True,
     verify: bool = True,
+    save_on_exception: bool = False,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
 
@@ -62,6 +63,7 @@ def resume(
         staging: see `Checkpointer`.
         rng: see `Checkpointer`.
         verify: see `Checkpointer`.
+        save_on_exception: see `Checkpointer`.
 
     Returns:
         The run. `run.step` is the step restored, None if it starts fresh or from parameters only; `run.left_out` is
@@ -89,6 +91,7 @@ def resume(
         staging=staging,
         rng=rng,
         verify=verify,
+        save_on_exception=save_on_exception,
     )
     try:
         restored = run.restore(strict=strict, rename=rename, cast=cast)

@@ -18,7 +18,8 @@ import torch
 
 from torchorbax import _orbax, _torchax, frozen, integrity
 from torchorbax._orbax import Storage
-from torchorbax.errors import CorruptCheckpointError, SaveError
+from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveError
+from torchorbax.frozen import Identities
 from torchorbax.manifest import Manifest
 from torchorbax.policies import PreservationContext, PreservationPolicy
 from torchorbax.snapshot import Snapshot
@@ -61,7 +62,7 @@ class StepInfo:
         """What it says about itself; None if that cannot be read."""
         try:
             return self._storage.manifest(self.step)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:  # damaged, or deleted by somebody
             _logger.warning("%s", error)
             return None
 
@@ -96,7 +97,7 @@ class Saver:
         self._unreported: SaveError | None = None
         self._damaged: set[int] = set()
         self._leftovers_removed = False
-        self._committed: Manifest | None = None
+        self._committed: tuple[Manifest, Identities] | None = None
 
     def mark_damaged(self, step: int) -> None:
         """A step that cannot be restored: it no longer counts, and gives way to a save of the same number."""
@@ -124,7 +125,7 @@ class Saver:
             started_s: `time.perf_counter()` at the call of `save`.
         """
         info = self.infos[record.step] = StepInfo(record.step, self._storage)
-        info.time = record.time  # known, so the manifest need not be read
+        info.time, info.metrics = record.time, None  # there is no manifest to read them from yet
         self._record = record
         work = functools.partial(self._work, record, [snapshot], metrics, started_s)
         self._thread = threading.Thread(target=work, name=f"torchorbax-save-{record.step}")
@@ -180,14 +181,15 @@ class Saver:
             self._damaged.remove(record.step)
         self._storage.write(manifest, arrays)
         self.infos[record.step].metrics = dict(record.metrics) or None
-        self.infos[record.step].manifest = self._committed = manifest
+        self.infos[record.step].manifest = manifest
+        self._committed = manifest, snapshot.identities
 
     def _newest_before(self, step: int) -> Manifest | None:
         before = [one for one in self.good_steps() if one in self.infos and one != step]
         return self.infos[before[-1]].manifest if before else None
 
-    def take_committed(self) -> Manifest | None:
-        """The manifest of the step that has been committed since the last call."""
+    def take_committed(self) -> tuple[Manifest, Identities] | None:
+        """The step that has been committed since the last call, and which its frozen arrays are."""
         committed, self._committed = self._committed, None
         return committed
 

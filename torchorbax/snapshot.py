@@ -8,7 +8,7 @@ copied at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from torchorbax.adapter import Array, host_copy, live_array, raise_if_deleted
 from torchorbax.errors import ConfigError
-from torchorbax.frozen import NEW_BASE, Key
+from torchorbax.frozen import NEW_BASE, Identities, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
 from torchorbax.state import Captured
@@ -28,10 +28,11 @@ Staging = Literal["auto", "reference", "device", "host"]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The arrays to write by item and leaf name, and what the manifest says of all."""
+    """The arrays to write by item and leaf name, what the manifest says of all, and which the frozen ones are."""
 
     arrays: Mapping[str, Mapping[str, Array]]
     items: Mapping[str, ItemMeta]
+    identities: Identities = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -50,15 +51,12 @@ def check_staging(staging: str) -> Staging:
     return staging  # type: ignore[return-value]  # checked above
 
 
-def take(
-    captured: Mapping[str, Captured], staging: Staging, frozen: Mapping[Key, LeafMeta | None] | None = None
-) -> Snapshot:
+def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None = None) -> Snapshot:
     """The state of this moment.
 
     Args:
         captured: live leaves by item.
-        frozen: leaves of the run's base area: what is known of those that it has, which are left out, and None for new
-            ones.
+        look: the frozen leaves, of which those that the run's base area has are left out.
         staging: `reference` keeps references to jax arrays (right only where nothing is donated; a donated one makes
             the save fail, never wrong); `device` copies them on their devices, dispatched and not waited for; `host`
             copies them to host memory before it returns; `auto` is `device`.
@@ -67,7 +65,8 @@ def take(
         UnsupportedLeafError, DeletedArrayError: a leaf cannot be saved; nothing has been copied.
     """
     raise_if_deleted({f"{item}.{name}": leaf for item, one in captured.items() for name, leaf in one.leaves.items()})
-    frozen = frozen or {}
+    look = look or Look({}, {})
+    frozen = look.known
     held = {
         (item, name): live_array(f"{item}.{name}", leaf)
         for item, one in captured.items()
@@ -96,7 +95,7 @@ def take(
         )
         for item, one in captured.items()
     }
-    return Snapshot(arrays, items)
+    return Snapshot(arrays, items, look.identities)
 
 
 def _meta(array: Array, held: Any, base: int | None) -> LeafMeta:

@@ -44,17 +44,27 @@ class Update(Protocol):
 
 def update_of(model: torch.nn.Module, optimizer: Optimizer) -> Update:
     """The update of an optimizer of either kind."""
-    return OptaxUpdate(optimizer) if isinstance(optimizer, OptaxOptimizer) else TorchUpdate(model, optimizer)
+    return OptaxUpdate(model, optimizer) if isinstance(optimizer, OptaxOptimizer) else TorchUpdate(model, optimizer)
 
 
 class OptaxUpdate:
     """An optax transformation and `optax.apply_updates`."""
 
-    def __init__(self, optimizer: OptaxOptimizer) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: OptaxOptimizer) -> None:
+        if optimizer.model is not model:
+            raise ConfigError("the OptaxOptimizer was built for another model (or for a part of this one)")
         self._optimizer = optimizer
 
     def trained(self) -> dict[str, torch.Tensor]:
-        return self._optimizer.params()
+        params, state = self._optimizer.params(), self._optimizer.state
+        if params and state is not None:
+            expected: Any = jax.tree.structure(self._optimizer.abstract_state())
+            if jax.tree.structure(state) != expected:
+                raise ConfigError(
+                    "the state of the OptaxOptimizer does not fit the parameters that require a gradient; have they "
+                    "changed since it was made? Use optax.multi_transform or optax.masked to freeze some"
+                )
+        return params
 
     def constants(self) -> Any:
         return None
@@ -87,9 +97,10 @@ class TorchUpdate:
         self._names: dict[int, str] = {}
 
     def trained(self) -> dict[str, torch.Tensor]:
-        names = self._names or {id(param): name for name, param in self._model.named_parameters()}
-        self._names = names
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        if any(id(param) not in self._names for param in params):
+            self._names = {id(param): name for name, param in self._model.named_parameters()}
+        names = self._names
         if strangers := sum(id(param) not in names for param in params):
             raise ConfigError(
                 f"{strangers} of the optimizer's {len(params)} parameters are not the model's; build it from "
@@ -99,7 +110,11 @@ class TorchUpdate:
 
     def constants(self) -> Any:
         return tuple(
-            tuple((key, _constant(key, value)) for key, value in group.items() if key not in ("params", "lr"))
+            tuple(
+                (key, _constant(key, value))
+                for key, value in group.items()
+                if key not in ("params", "lr", "initial_lr")
+            )
             for group in self._optimizer.param_groups
         )
 
@@ -135,7 +150,7 @@ class TorchUpdate:
     ) -> tuple[Arrays, Any]:
         by_name = self.trained()
         with holding(by_name, params), self._traced(by_name, grads, further, _State(by_name, state)) as traced:
-            self._optimizer.step()
+            self._step()
             return arrays_of(by_name), traced.arrays(by_name, state, shardings)
 
     def _first_state(self, by_name: Mapping[str, torch.Tensor], shardings: Mapping[str, Sharding]) -> Any:
@@ -153,10 +168,22 @@ class TorchUpdate:
             zeros = {name: jnp.zeros_like(_torchax.array_of(param)) for name, param in by_name.items()}
             rates = [jnp.asarray(float(group["lr"])) for group in groups]
             with holding(by_name, zeros), self._traced(by_name, zeros, rates, _State(by_name, {})) as traced:
-                self._optimizer.step()
+                self._step()
                 return traced.first_arrays(by_name, shardings)
 
         return jax.jit(first_values)()
+
+    def _step(self) -> None:
+        try:
+            self._optimizer.step()
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever the optimizer's code makes of traced values
+            name, reason = type(self._optimizer).__name__, str(error).strip().splitlines()[:1]
+            raise ConfigError(
+                f"the step of {name} cannot be traced: {type(error).__name__}: {''.join(reason)} Use an optimizer that "
+                "can be (SGD, Adam, AdamW, RMSprop, NAdam, RAdam, Adadelta), or optax with torchorbax.OptaxOptimizer"
+            ) from error
 
     @contextlib.contextmanager
     def _traced(
