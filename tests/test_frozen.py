@@ -107,6 +107,7 @@ def test_what_changes_is_written_whatever_requires_grad_says(tmp_path: Path) -> 
             run.save(i, force=True)
         run.wait()
         assert [round(record.nbytes / (WIDTH * WIDTH * 4)) for record in run.history] == [4, 1, 1, 1]
+    assert [path.name for path in (tmp_path / "base").iterdir()] == ["0"], "no base is made for what keeps changing"
     for i in range(1, 4):
         assert (np.asarray(torchorbax.load(str(tmp_path), i)["base.0.weight"]) == i).all()
     assert verify(str(tmp_path)) == [0, 1, 2, 3]
@@ -173,6 +174,30 @@ def test_a_save_that_failed_after_its_base_is_no_base_to_rely_on(
         assert run.history[-1].nbytes < BASE_BYTES / 40
     assert [path.name for path in (tmp_path / "base").iterdir()] == ["1"], "the first one belongs to no step"
     assert verify(str(tmp_path)) == [1, 2]
+
+
+def test_frozen_again_with_other_values_after_a_save_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, _ = build()
+    place_(model)
+    weight = model.base[0].weight
+    with Checkpointer(str(tmp_path), {"model": model}, save=None, rng=False) as run:
+        run.save(0, force=True)
+        run.wait()
+        torchorbax.assign_(weight.requires_grad_(True), jnp.ones((WIDTH, WIDTH)))
+        with monkeypatch.context() as patched:
+            patched.setattr(Storage, "write", fail)
+            run.save(1, force=True)
+            with pytest.raises(SaveError, match="disk full"):
+                run.wait()
+        weight.requires_grad_(False)
+        run.save(2, force=True)
+    assert (np.asarray(torchorbax.load(str(tmp_path), 2)["base.0.weight"]) == 1).all()
+
+
+def fail(storage: Storage, manifest: Any, arrays: Any) -> None:
+    raise SaveError(manifest.step, storage.path, "disk full")
 
 
 def test_an_older_step_has_the_base_that_it_was_saved_with(tmp_path: Path) -> None:

@@ -288,6 +288,22 @@ def test_only_what_is_asked_for_is_restored(saved: str, only: Any, restored: set
     assert bool(optimizer.state) == (only == "optimizer")
 
 
+@pytest.mark.parametrize("kind", ["torch", "optax"])
+def test_only_part_of_an_optimizer(kind: str, tmp_path: Path) -> None:
+    saved = save(tmp_path / "run", Net(), kind)
+    model = Net()
+    optimizer = optimizer_of(model, kind, 0)
+    with Checkpointer(saved, {"model": model, "optimizer": optimizer}) as run:
+        run.restore(only=["optimizer.head.*"])
+    if kind == "torch":
+        assert list(optimizer.state) == [model.head.weight]
+        assert optimizer.state[model.head.weight]["step"] == 2
+    else:
+        assert [(name, float(array.mean())) for name, array in optimizer.state[0].mu.items() if array.any()] == [
+            ("head.weight", 2.0)
+        ]
+
+
 def test_only_leaves_the_rest_unchecked(saved: str) -> None:
     model = Net(width=8)
     head = bits(torchorbax.load(saved)["head.weight"])
