@@ -15,7 +15,18 @@ import torchorbax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from torch import nn
-from torchorbax import Checkpointer, CorruptCheckpointError, SaveError, place_, resume, to_jax, train_step, verify
+from torchorbax import (
+    Checkpointer,
+    CorruptCheckpointError,
+    SaveError,
+    checkpointer,
+    place_,
+    resume,
+    snapshot,
+    to_jax,
+    train_step,
+    verify,
+)
 from torchorbax._orbax import Storage
 
 from tests.conftest import bits
@@ -95,6 +106,43 @@ def test_a_step_restores_alone_and_the_base_is_not_written_again_after_a_restart
     assert {name: bits(array) for name, array in torchorbax.load(str(tmp_path)).items()} == {
         name: bits(array) for name, array in to_jax(again).items()
     }
+
+
+def test_a_restored_base_is_not_even_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = build()
+    place_(model)
+    staged = []
+
+    original = snapshot.take
+
+    def take(*args: Any) -> snapshot.Snapshot:
+        taken = original(*args)
+        staged.append(taken.nbytes)
+        return taken
+
+    monkeypatch.setattr(checkpointer.snapshot, "take", take)  # what a save copies on the device
+    for _ in range(2):
+        with resume(model, None, str(tmp_path), save=None, rng=False) as run:
+            run.save(run.next_step, force=True)
+    assert staged[0] > BASE_BYTES
+    assert staged[1] < BASE_BYTES / 40
+
+
+def test_a_base_that_was_cast_is_another_one(tmp_path: Path) -> None:
+    model, _, _ = build()
+    place_(model)
+    with resume(model, None, str(tmp_path), save=None, rng=False) as run:
+        run.save(0, force=True)
+    half = Adapted().to(torch.bfloat16)
+    place_(half)
+    with resume(half, None, str(tmp_path), save=None, rng=False, cast=True) as run:
+        run.save(1, force=True)
+    found = torchorbax.load(str(tmp_path), 1)
+    assert {str(array.dtype) for array in found.values()} == {"bfloat16"}
+    assert {name: bits(array) for name, array in found.items()} == {
+        name: bits(array) for name, array in to_jax(half).items()
+    }
+    assert verify(str(tmp_path)) == [0, 1]
 
 
 def test_what_changes_is_written_whatever_requires_grad_says(tmp_path: Path) -> None:
@@ -213,6 +261,8 @@ def test_an_older_step_has_the_base_that_it_was_saved_with(tmp_path: Path) -> No
         run.save(1, force=True)
         run.restore(0)
         run.save(2, force=True)
+        run.wait()
+        assert run.history[-1].nbytes < BASE_BYTES / 40
         run.restore(1)
         run.restore(0, only="model.base.0")
         mixed = {name: bits(array) for name, array in to_jax(other).items()}
