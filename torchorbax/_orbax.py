@@ -70,7 +70,7 @@ class Storage:
         ConfigError: the path is a file, or holds something that is no run, or its file system needs an extra.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _absolute(path)
         self._root = epath.Path(self.path)
 

@@ -66,7 +66,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike[str],
         state: Mapping[str, Any],
         *,
         save: Any = "continuous",

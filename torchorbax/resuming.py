@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
 def resume(
     model: Model,
     optimizer: Optimizers | None,
-    path: str,
+    path: str | os.PathLike[str],
     *,
     state: Mapping[str, Any] | None = None,
     save: Any = "continuous",
