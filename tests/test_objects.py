@@ -97,6 +97,23 @@ def test_one_optimizer_over_several_models_knows_them_apart(tmp_path: Path) -> N
     assert found == [2, 3]
 
 
+def test_labels_that_are_called_like_parameters_do_not_confuse_them(tmp_path: Path, mesh: Mesh) -> None:
+    def optimizer_of(model: nn.Module) -> OptaxOptimizer:
+        transforms = {"weight": optax.sgd(0.1, momentum=0.9), "bias": optax.adam(0.1)}
+        return OptaxOptimizer(model, optax.multi_transform(transforms, {"weight": "bias", "bias": "weight"}))
+
+    model = nn.Linear(8, 8)
+    optimizer = optimizer_of(model)
+    place_(model, None, (mesh, lambda name, shape: P("fsdp")))
+    for (_, owner), leaf in zip(optimizer.leaf_names(optimizer.init()), jax.tree.leaves(optimizer.state), strict=True):
+        if leaf.ndim:
+            assert owner is not None
+            assert (leaf.shape, leaf.sharding.spec) == (tuple(model.get_parameter(owner).shape), P("fsdp"))
+    path = saved(tmp_path, model=model, optimizer=optimizer)
+    other = nn.Linear(8, 8)
+    restored(path, model=other, optimizer=optimizer_of(other))
+
+
 def test_containers_may_be_nested_and_mixed(tmp_path: Path) -> None:
     def objects(value: float) -> dict[str, Any]:
         model = nn.Linear(2, 2)
