@@ -129,6 +129,7 @@ def test_options_reach_where_they_should(base: str, tmp_path: Path) -> None:
         resume(model, optimizer, str(tmp_path / "a"), init_from=params(base))
     with resume(model, optimizer, str(tmp_path / "b"), init_from=params(base, strict=False)) as run:
         assert {problem.name for problem in run.left_out} == {"more.weight", "more.bias"}
+    resume(model, optimizer, str(tmp_path / "e"), init_from=params(base), strict=False).close()
     half = Base().to(torch.bfloat16)
     half.tail = half.head
     del half.head
