@@ -54,6 +54,12 @@ class FakeStorage:
     def steps(self) -> list[int]:
         return sorted(self.committed)
 
+    def bases(self) -> set[int]:
+        return set()
+
+    def next_base(self) -> int:
+        return 0
+
     def manifest(self, step: int) -> Manifest:
         return self.committed[step]
 
@@ -613,7 +619,10 @@ def test_items_and_kinds_must_agree(saved: str) -> None:
     model, _, _ = objects("adamw")
     with pytest.raises(torchorbax.MismatchError, match=r"whole item: found a torch\.optim item, but there is no such"):
         torchorbax.resume(model, None, saved)
-    with pytest.raises(torchorbax.MismatchError, match=r"optimizer: the whole item: found a torch\.optim item"):
+    with pytest.raises(
+        torchorbax.MismatchError,
+        match=r"optimizer: the whole item: placement: expected optax, found a torch\.optim item",
+    ):
         torchorbax.resume(model, torchorbax.OptaxOptimizer(model, optax.sgd(0.1)), saved)
     with pytest.raises(torchorbax.MismatchError, match="ema: the whole item: expected pytree, but it is missing"):
         torchorbax.resume(model, torch.optim.AdamW(model.parameters()), saved, state={"ema": weights()})

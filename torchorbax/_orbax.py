@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 
 __all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies"]
 
+BASE = "base"
 MANIFEST = "manifest"
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
@@ -103,6 +104,8 @@ class Storage:
         """Delete what interrupted saves and deletions left behind. Call it before the first save."""
         if not self._root.exists():
             return
+        if (self._root / BASE).exists():
+            self._base_area().remove_leftovers()
         for entry in self._root.iterdir():
             if _TEMPORARY in entry.name or entry.name.startswith(_DELETED):
                 _logger.info("removing %s, left behind by an interrupted run", entry)
@@ -143,6 +146,8 @@ class Storage:
     ) -> None:
         """Write one step and commit it; blocks until it is listed and, on a local disk, survives a loss of power.
 
+        Frozen leaves of a new base are committed first.
+
         Raises:
             SaveError: anything that went wrong, as `__cause__`. The step is not listed, and what was written of it is
                 removed if it can be.
@@ -151,6 +156,16 @@ class Storage:
             raise SaveError(
                 manifest.step, self.path, "somebody else has saved it meanwhile; is another run writing to this path?"
             )
+        for base, part in _by_base(manifest.items, arrays).items():
+            if base is None:
+                self._write(manifest, part)
+                continue
+            try:
+                self._base_area()._write(manifest.of_base(base), part)
+            except SaveError as error:
+                raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error
+
+    def _write(self, manifest: Manifest, arrays: Mapping[str, Mapping[str, Array]]) -> None:
         items = {item: {name: array for name, array in one.items() if array.size} for item, one in arrays.items()}
         args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
         try:
@@ -234,6 +249,22 @@ class Storage:
         Raises:
             CorruptCheckpointError: something is missing, unreadable, or not what the manifest says.
         """
+        arrays: dict[str, dict[str, Array]] = {item: {} for item in targets}
+        for base, part in _by_base(items, targets).items():
+            if base is None:
+                found = self._read(step, items, part)
+            else:
+                try:
+                    found = self._base_area()._read(base, items, part)
+                except CorruptCheckpointError as error:
+                    raise CorruptCheckpointError(self.path, {step: f"base {base}: {error.reasons[base]}"}) from error
+            for item, one in found.items():
+                arrays[item].update(one)
+        return arrays
+
+    def _read(
+        self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
+    ) -> dict[str, dict[str, Array]]:
         wanted = {
             item: {name: target for name, target in leaves.items() if not items[item].leaves[name].is_empty}
             for item, leaves in targets.items()
@@ -292,6 +323,22 @@ class Storage:
             folder.rename(hidden)
             hidden.rmtree()
 
+    def _base_area(self) -> Storage:
+        """Where frozen parameters lie, as steps with numbers of their own."""
+        return Storage(f"{self.path}/{BASE}")
+
+    def bases(self) -> set[int]:
+        """The numbers of the bases there are."""
+        return set(self._base_area().steps())
+
+    def next_base(self) -> int:
+        """The number of a base that is not there yet."""
+        return max(self.bases(), default=-1) + 1
+
+    def delete_base(self, base: int) -> None:
+        """Delete a base that no step needs."""
+        self._base_area().delete(base)
+
     def _folder(self, step: int) -> Any:
         return self._root / _NAMES.build_name(step)
 
@@ -303,6 +350,21 @@ class Storage:
             raise
         except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
             raise CorruptCheckpointError(self.path, {step: _told(error)}) from error
+
+
+T = TypeVar("T")
+
+
+def _by_base(
+    items: Mapping[str, ItemMeta], leaves: Mapping[str, Mapping[str, T]]
+) -> dict[int | None, dict[str, dict[str, T]]]:
+    """`leaves` by where they lie: in the base of a number, or in the step itself, which is always there, and last."""
+    parts: dict[int | None, dict[str, dict[str, T]]] = {}
+    for item, one in leaves.items():
+        for name, leaf in one.items():
+            parts.setdefault(items[item].leaves[name].base, {}).setdefault(item, {})[name] = leaf
+    step = parts.pop(None, {})
+    return {**parts, None: step}
 
 
 def _flush(path: str) -> None:
@@ -393,6 +455,8 @@ def _as_config_error(path: str) -> Iterator[None]:
 def _belongs_to_run(entry: Any) -> bool:
     if _TEMPORARY in entry.name:
         return True
+    if entry.name == BASE and entry.is_dir():
+        return any(_belongs_to_run(one) for one in entry.iterdir())
     return entry.name.isdigit() and entry.is_dir() and (_is_checkpoint(entry) or not any(entry.iterdir()))
 
 

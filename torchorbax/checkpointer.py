@@ -12,8 +12,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -21,24 +20,18 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from torchorbax import _orbax, integrity, snapshot
+from torchorbax import _orbax, frozen, snapshot
 from torchorbax._orbax import Storage
-from torchorbax.errors import (
-    ConfigError,
-    CorruptCheckpointError,
-    MismatchError,
-    Problem,
-    SaveError,
-    TorchorbaxError,
-)
-from torchorbax.items import RNG, items_of
-from torchorbax.manifest import ItemMeta
+from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, SaveError
+from torchorbax.frozen import FrozenArrays
+from torchorbax.items import items_of
 from torchorbax.metrics import checked, ready
+from torchorbax.plan import Rename, Request, request
 from torchorbax.policies import ContinuousPolicy, NeverPolicy, preservation_policy, save_policy
 from torchorbax.preemption import PreemptionNotice
+from torchorbax.restoring import Restored, restore_step
 from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
-from torchorbax.state import ItemPlan
 
 _logger = logging.getLogger(__name__)
 
@@ -100,6 +93,7 @@ class Checkpointer:
         self._storage.check()
         self._storage.create()
         self._saver = Saver(self._storage, keep_policy)
+        self._frozen = FrozenArrays()
         self._preemption = PreemptionNotice()
         self._preemption_saved = False
         self._closed = False
@@ -109,6 +103,7 @@ class Checkpointer:
         self.step: int | None = None
         self.next_step = 0
         self.history: list[SaveRecord] = []
+        self.left_out: tuple[Problem, ...] = ()
         _open_checkpointers.add(self)
 
     # ------------------------------------------------------------------------------------------------------- facts
@@ -226,8 +221,11 @@ class Checkpointer:
         self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
     ) -> _Taken:
         numbers = checked(metrics)
+        if committed := self._saver.take_committed():
+            self._frozen.saved(*committed)
         captured = {name: item.capture(state.get(name)) for name, item in self._items.items()}
-        return _Taken(step, now, snapshot.take(captured, self._staging), numbers, started_s)
+        taken = snapshot.take(captured, self._staging, self._frozen.look(captured))
+        return _Taken(step, now, taken, numbers, started_s)
 
     def _start(self, taken: _Taken) -> None:
         record = SaveRecord(taken.step, taken.time, nbytes=taken.snapshot.nbytes)
@@ -247,13 +245,28 @@ class Checkpointer:
 
     # ----------------------------------------------------------------------------------------------------- restore
 
-    def restore(self, step: int | None = None) -> int | None:
+    def restore(
+        self,
+        step: int | None = None,
+        *,
+        only: str | Iterable[str] | None = None,
+        strict: bool = True,
+        rename: Rename | None = None,
+        cast: bool = False,
+    ) -> int | None:
         """Restore the live objects, in place; all or nothing.
 
         A run only goes forward: after restoring an older step, saves must still be of steps above the newest one.
 
         Args:
             step: which step; None for the newest good one. Then a damaged step is skipped with a warning that says why.
+            only: what to restore: items (`"model"`) or patterns of live names with the item's in front
+                (`["model.encoder.*"]`); the rest stays as it is.
+            strict: raise if anything differs. False restores what fits, logs what does not and lists it in `left_out`.
+            rename: `{old: new}`, from names in the checkpoint to live names (each stands for what lies below it, too),
+                or a function from one to the other. Optimizer state follows its parameter.
+            cast: convert where dtypes differ, within floating-point, complex and integer ones. The optimizer's state
+                follows its parameter.
 
         Returns:
             The step restored; None if `step` is None and there is none.
@@ -261,63 +274,52 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: there is no such step.
             CorruptCheckpointError: the step asked for, or each of them, is damaged.
-            MismatchError: the checkpoint does not fit the live objects; never skipped.
+            MismatchError: the checkpoint does not fit the live objects; never skipped. `.problems` has all of them.
+            ConfigError: `only` or `rename` names what nobody has.
         """
         self._saver.collect()
+        return self._restore_from(self._storage, step, request(only, strict, rename, cast))
+
+    def start_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
+        """Restore a step of another run; None for its newest good one. `resume(init_from=...)` calls this."""
+        return self._restore_from(storage, step, wanted)
+
+    def _restore_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
+        """Restore a step of this run or another; None for the newest good one."""
         if step is not None:
-            self._restore_step(step_number(step))
-            return self.step
+            step = step_number(step)
+            self._restore_step(storage, step, wanted)
+            return step
         reasons: dict[int, str] = {}
-        for candidate in reversed(self._storage.steps()):
+        for candidate in reversed(storage.steps()):
             try:
-                self._restore_step(candidate)
+                self._restore_step(storage, candidate, wanted)
             except CorruptCheckpointError as error:
                 reasons.update(error.reasons)
                 continue
             for skipped, reason in reasons.items():
-                self._saver.mark_damaged(skipped)
-                warnings.warn(f"{self.path}: skipped damaged step {skipped}: {reason}", stacklevel=2)
+                if storage is self._storage:
+                    self._saver.mark_damaged(skipped)
+                warnings.warn(f"{storage.path}: skipped damaged step {skipped}: {reason}", stacklevel=3)
             return candidate
         if reasons:
-            raise CorruptCheckpointError(self.path, reasons)
+            raise CorruptCheckpointError(storage.path, reasons)
         return None
 
-    def _restore_step(self, step: int) -> None:
-        manifest = self._storage.manifest(step)
-        saved = {name: item for name, item in manifest.items.items() if name != RNG or RNG in self._items}
-        items = {name: item for name, item in self._items.items() if name != RNG or RNG in saved}
-        problems = [Problem("missing", name, "the whole item", items[name].kind) for name in items if name not in saved]
-        plans = {}
-        for name, meta in saved.items():
-            if name not in items or items[name].kind != meta.kind:
-                problems.append(Problem("unexpected", name, "the whole item", "", f"a {meta.kind} item"))
-            else:
-                plans[name] = self._planned(step, name, meta)
-                problems += plans[name].problems
-        if problems:
-            raise MismatchError(
-                f"{self.path}: step {step}",
-                problems,
-                "Build the model, the optimizer and `state` as they were when it was saved, or use another path.",
-            )
-        arrays = self._storage.read(step, saved, {name: plan.targets for name, plan in plans.items()})
-        if self._verify:
-            integrity.check(self.path, step, saved, arrays)
-        with ExitStack() as undo:
-            for name, item in items.items():
-                item.apply(saved[name], arrays[name], undo)
-            undo.pop_all()
-        self.step = step
-        self.next_step = step + 1
+    def _restore_step(self, storage: Storage, step: int, wanted: Request) -> None:
+        restored = restore_step(storage, step, self._items, self._rules, wanted, verify=self._verify)
+        self.left_out = restored.left_out
+        if storage is self._storage:
+            self._note_frozen(restored)
+        if wanted.only is None:
+            self.step = step
+            self.next_step = step + 1
 
-    def _planned(self, step: int, name: str, meta: ItemMeta) -> ItemPlan:
-        try:
-            return self._items[name].plan(meta, self._rules)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, TorchorbaxError):
-                raise
-            reason = f"item {name} does not have what belongs to a {meta.kind}: {type(error).__name__}: {error}"
-            raise CorruptCheckpointError(self.path, {step: reason[:300]}) from error
+    def _note_frozen(self, restored: Restored) -> None:
+        """Frozen arrays that have just been restored need not be written again."""
+        self._saver.take_committed()  # it says nothing about the arrays that are live now
+        in_base = {key: leaf for key, leaf in frozen.in_base(restored.manifest).items() if key in restored.exact}
+        self._frozen.restored({item: self._items[item].capture() for item in {item for item, _ in in_base}}, in_base)
 
     # ---------------------------------------------------------------------------------------------------- the loop
 

@@ -19,13 +19,14 @@ _SHOWN = 5
 
 
 def stamped(items: Mapping[str, ItemMeta], arrays: Arrays) -> dict[str, ItemMeta]:
-    """`items` with the fingerprints of `arrays`."""
+    """`items` with the fingerprints of `arrays`; other leaves have theirs already."""
     found = fingerprints({(item, name): array for item, one in arrays.items() for name, array in one.items()})
     return {
         item: dataclasses.replace(
             meta,
             leaves={
-                name: dataclasses.replace(leaf, fingerprint=found[item, name]) for name, leaf in meta.leaves.items()
+                name: dataclasses.replace(leaf, fingerprint=found.get((item, name), leaf.fingerprint))
+                for name, leaf in meta.leaves.items()
             },
         )
         for item, meta in items.items()

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torchorbax.dtypes import BY_NAME
@@ -35,6 +35,7 @@ class LeafMeta:
         residence: whether it lived on jax devices or in host memory.
         sharding: how it was sharded when saved, for people to read (`torchorbax.sharding.describe`).
         fingerprint: of its data (`torchorbax.fingerprint`); empty until that is known.
+        base: where in the run's base area it lies, being frozen (`torchorbax.frozen`); None for the step itself.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +43,7 @@ class LeafMeta:
     residence: Residence
     sharding: Mapping[str, Any] | None = None
     fingerprint: str = ""
+    base: int | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}{self.shape}"
@@ -92,9 +94,24 @@ class Manifest:
     items: Mapping[str, ItemMeta]
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def of_base(self, base: int) -> Manifest:
+        """What a base of this step says about itself: its leaves, as if it were a step of that number."""
+        items = {
+            name: ItemMeta(
+                item.kind,
+                {key: replace(leaf, base=None) for key, leaf in item.leaves.items() if leaf.base == base},
+            )
+            for name, item in self.items.items()
+        }
+        return Manifest(base, self.time, {}, {name: item for name, item in items.items() if item.leaves}, self.versions)
+
     def to_json(self) -> dict[str, Json]:
         """The JSON object that `from_json` reads."""
         content = {"format": FORMAT, **asdict(self), "time": self.time.isoformat()}
+        for item in content["items"].values():
+            for leaf in item["leaves"].values():
+                if leaf["base"] is None:
+                    del leaf["base"]
         return {**content, "sha256": _digest(content)}
 
     @classmethod
@@ -139,6 +156,7 @@ def _item_meta(name: str, content: Json) -> ItemMeta:
 
 def _leaf_meta(name: str, content: Json) -> LeafMeta:
     shape, dtype, residence = tuple(content["shape"]), content["dtype"], content["residence"]
+    base = content.get("base")
     if (
         len(shape) > _MOST_DIMENSIONS
         or not all(type(size) is int and size >= 0 for size in shape)
@@ -146,6 +164,7 @@ def _leaf_meta(name: str, content: Json) -> LeafMeta:
         or math.prod(size or 1 for size in shape) * BY_NAME[dtype].itemsize > _MOST_BYTES
         or residence not in get_args(Residence)
         or not _FINGERPRINT.fullmatch(content["fingerprint"])
+        or not (base is None or (type(base) is int and base >= 0))
     ):
         raise ValueError(f"{name[:200]!r} is described as {str(content)[:200]}, which no array can be")
-    return LeafMeta(shape, dtype, residence, content["sharding"], content["fingerprint"])
+    return LeafMeta(shape, dtype, residence, content["sharding"], content["fingerprint"], base)

@@ -69,6 +69,13 @@ def place_(
         undo.pop_all()
 
 
+def place_optimizer_(optimizer: Optimizer) -> None:
+    """Move an optimizer's state to where its parameters are, which are on jax devices."""
+    with ExitStack() as undo:
+        _place_optimizer(optimizer, undo)
+        undo.pop_all()
+
+
 def all_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer of a module once, by its first name; also buffers that are not persistent."""
     yield from module.named_parameters()

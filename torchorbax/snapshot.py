@@ -8,7 +8,7 @@ copied at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from torchorbax.adapter import Array, host_copy, live_array, raise_if_deleted
 from torchorbax.errors import ConfigError
+from torchorbax.frozen import NEW_BASE, Identities, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
 from torchorbax.state import Captured
@@ -27,10 +28,11 @@ Staging = Literal["auto", "reference", "device", "host"]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The arrays of all items by item and leaf name, and what the manifest says of them."""
+    """The arrays to write by item and leaf name, what the manifest says of all, and which the frozen ones are."""
 
     arrays: Mapping[str, Mapping[str, Array]]
     items: Mapping[str, ItemMeta]
+    identities: Identities = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -49,11 +51,12 @@ def check_staging(staging: str) -> Staging:
     return staging  # type: ignore[return-value]  # checked above
 
 
-def take(captured: Mapping[str, Captured], staging: Staging) -> Snapshot:
+def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None = None) -> Snapshot:
     """The state of this moment.
 
     Args:
         captured: live leaves by item.
+        look: the frozen leaves, of which those that the run's base area has are left out.
         staging: `reference` keeps references to jax arrays (right only where nothing is donated; a donated one makes
             the save fail, never wrong); `device` copies them on their devices, dispatched and not waited for; `host`
             copies them to host memory before it returns; `auto` is `device`.
@@ -62,32 +65,42 @@ def take(captured: Mapping[str, Captured], staging: Staging) -> Snapshot:
         UnsupportedLeafError, DeletedArrayError: a leaf cannot be saved; nothing has been copied.
     """
     raise_if_deleted({f"{item}.{name}": leaf for item, one in captured.items() for name, leaf in one.leaves.items()})
+    look = look or Look({}, {})
+    frozen = look.known
     held = {
         (item, name): live_array(f"{item}.{name}", leaf)
         for item, one in captured.items()
         for name, leaf in one.leaves.items()
+        if frozen.get((item, name)) is None
     }
     on_device = {key: array for key, array in held.items() if isinstance(array, jax.Array)}
     staged: dict[tuple[str, str], Array] = dict(_stage(on_device, staging))
     for key, array in held.items():
         if not isinstance(array, jax.Array):
             staged[key] = host_copy(array)
-    arrays = {item: {name: staged[item, name] for name in one.leaves} for item, one in captured.items()}
+    arrays = {
+        item: {name: staged[item, name] for name in one.leaves if (item, name) in staged}
+        for item, one in captured.items()
+    }
     items = {
         item: ItemMeta(
             kind=one.kind,
-            leaves={name: _meta(arrays[item][name], held[item, name]) for name in one.leaves},
+            leaves={
+                name: frozen.get((item, name))
+                or _meta(arrays[item][name], held[item, name], NEW_BASE if (item, name) in frozen else None)
+                for name in one.leaves
+            },
             ties=one.ties,
             values=one.values,
         )
         for item, one in captured.items()
     }
-    return Snapshot(arrays, items)
+    return Snapshot(arrays, items, look.identities)
 
 
-def _meta(array: Array, held: Any) -> LeafMeta:
+def _meta(array: Array, held: Any, base: int | None) -> LeafMeta:
     if isinstance(held, jax.Array):
-        return LeafMeta(tuple(array.shape), str(array.dtype), "jax", describe(held.sharding))
+        return LeafMeta(tuple(array.shape), str(array.dtype), "jax", describe(held.sharding), base=base)
     return LeafMeta(tuple(array.shape), str(array.dtype), "host")
 
 
