@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -53,10 +54,16 @@ class FakeStorage:
     def steps(self) -> list[int]:
         return sorted(self.committed)
 
+    def bases(self) -> set[int]:
+        return set()
+
+    def next_base(self) -> int:
+        return 0
+
     def manifest(self, step: int) -> Manifest:
         return self.committed[step]
 
-    def write(self, manifest: Manifest, arrays: Mapping[str, Any]) -> None:
+    def write(self, manifest: Manifest, arrays: Mapping[str, Any]) -> Manifest:
         self.writing.set()
         if not self.gate.wait(30):
             raise TimeoutError("the test never opened the gate")
@@ -64,6 +71,7 @@ class FakeStorage:
             raise self.failures[manifest.step]
         self.committed[manifest.step] = manifest
         self.log.append(f"commit {manifest.step}")
+        return manifest
 
     def delete(self, step: int) -> None:
         del self.committed[step]
@@ -213,7 +221,7 @@ def test_best_step_and_metrics_of_any_kind(storage: FakeStorage) -> None:
         assert run.best_step("other") == 4
         with pytest.raises(ConfigError, match="mode must be"):
             run.best_step("loss", mode="median")
-        with pytest.raises(ConfigError, match="metric loss must be a number"):
+        with pytest.raises(ConfigError, match="metric loss must be a real number"):
             run.save(5, metrics={"loss": "low"}, force=True)
     assert storage.committed[1].metrics == {"loss": 1.0}
 
@@ -527,9 +535,9 @@ def test_reference_staging_fails_aloud_when_arrays_are_donated(storage: FakeStor
     real = checkpointer._orbax.Storage(str(tmp_path / "run"))
     write = storage.write
 
-    def write_for_real(manifest: Manifest, arrays: Mapping[str, Any]) -> None:
+    def write_for_real(manifest: Manifest, arrays: Mapping[str, Any]) -> Manifest:
         write(manifest, arrays)
-        real.write(manifest, arrays)
+        return real.write(manifest, arrays)
 
     storage.write = write_for_real  # type: ignore[method-assign]
     run = Checkpointer("run", state, rng=False, staging="reference")
@@ -616,7 +624,10 @@ def test_items_and_kinds_must_agree(saved: str) -> None:
     model, _, _ = objects("adamw")
     with pytest.raises(torchorbax.MismatchError, match=r"whole item: found a torch\.optim item, but there is no such"):
         torchorbax.resume(model, None, saved)
-    with pytest.raises(torchorbax.MismatchError, match=r"optimizer: the whole item: found a torch\.optim item"):
+    with pytest.raises(
+        torchorbax.MismatchError,
+        match=r"optimizer: the whole item: placement: expected optax, found a torch\.optim item",
+    ):
         torchorbax.resume(model, torchorbax.OptaxOptimizer(model, optax.sgd(0.1)), saved)
     with pytest.raises(torchorbax.MismatchError, match="ema: the whole item: expected pytree, but it is missing"):
         torchorbax.resume(model, torch.optim.AdamW(model.parameters()), saved, state={"ema": weights()})
@@ -869,3 +880,103 @@ def test_a_path_beside_the_run_gives_a_hint(saved: str) -> None:
     step = Checkpointer(saved, {}, rng=False).all_steps()[-1]
     with pytest.raises(torchorbax.CheckpointNotFoundError, match=rf"it is step {step} of the run {saved}"):
         torchorbax.verify(f"{saved}/{step}")
+
+
+def test_sigterm_saves_what_the_body_handed_over(storage: FakeStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes after `save` has said that nothing is due; the live values are stale in a functional loop."""
+    seen: list[float] = []
+    write = storage.write
+    monkeypatch.setattr(storage, "write", lambda m, a: (seen.append(float(a["w"]["w"][0])), write(m, a))[1])
+    with fake_run(storage, save=100) as run:
+        for step in run.steps(9):
+            run.save(step, {"w": weights(step + 1.0)}, metrics={"loss": step})
+            run._preemption.received = step == 7
+    assert storage.steps() == [0, 7]
+    assert seen == [1.0, 8.0]
+    assert storage.committed[7].metrics == {"loss": 7.0}
+
+
+def test_what_was_logged_belongs_to_the_save_that_follows(storage: FakeStorage) -> None:
+    with fake_run(storage) as run:
+        run.log(loss=1.0, top=2.0)
+        run.save(0, metrics={"top": 3.0}, force=True)
+        run.save(1, force=True)
+        run.wait()
+        for step in run.steps(3):
+            run.log(loss=5.0)
+            run.save(step, force=True)
+    assert [storage.committed[step].metrics for step in (0, 1, 2)] == [{"loss": 1.0, "top": 3.0}, {}, {"loss": 5.0}]
+
+
+def test_the_best_of_nan_and_of_deleted_steps(storage: FakeStorage) -> None:
+    with fake_run(storage, keep=None) as run:
+        for step, loss in enumerate([float("nan"), 3.0, 1.0]):
+            run.save(step, metrics={"loss": loss}, force=True)
+        run.wait()
+        assert (run.best_step("loss"), run.best_step("loss", "max")) == (2, 1)
+        del storage.committed[2]  # by somebody else
+        assert run.best_step("loss") == 1
+
+
+def test_a_step_that_somebody_deleted_stops_nothing(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path), {"w": weights()}, rng=False) as run:
+        run.save(0, force=True)
+    with Checkpointer(str(tmp_path), {"w": weights()}, rng=False) as run:
+        shutil.rmtree(tmp_path / "0")
+        assert run.save(1)
+        assert run.best_step("loss") is None
+    assert run.all_steps() == [1]
+
+
+METRICS: list[Any] = [
+    "1",
+    None,
+    [1],
+    1j,
+    10**400,
+    np.ones(2),
+    jnp.ones(2),
+    torch.ones((), device="meta"),
+    np.array("x"),
+]
+
+
+@pytest.mark.parametrize("value", METRICS, ids=repr)
+def test_what_is_no_metric(storage: FakeStorage, value: Any) -> None:
+    with fake_run(storage) as run:
+        with pytest.raises(ConfigError, match="metric loss must be a real number"):
+            run.log(loss=value)
+        with pytest.raises(ConfigError, match="the name of a metric must be a string, not 9"):
+            run.save(0, metrics={9: 1.0})  # type: ignore[dict-item]
+        assert run.all_steps() == []
+
+
+def test_metrics_are_of_the_moment(storage: FakeStorage) -> None:
+    changing = {"numpy": np.array(1.0), "torch": torch.tensor(1.0, dtype=torch.bfloat16)}
+    storage.gate.clear()
+    with fake_run(storage) as run:
+        run.save(0, metrics=changing, force=True)
+        changing["numpy"][...] = changing["torch"][...] = 99
+        storage.gate.set()
+    assert storage.committed[0].metrics == {"numpy": 1.0, "torch": 1.0}
+
+
+def test_several_runs_in_one_process(tmp_path: Path) -> None:
+    runs = [Checkpointer(str(tmp_path / str(index)), {"w": weights(index)}, keep=None) for index in range(3)]
+    for step in range(4):
+        for run in runs:
+            run.save(step, force=True)
+    for index, run in enumerate(runs):
+        run.close()
+        assert run.all_steps() == torchorbax.verify(run.path) == [0, 1, 2, 3]
+        assert torchorbax.load(run.path, item="w")["w"][0] == index
+
+
+@pytest.mark.parametrize(
+    "path", [None, 123, True, b"abc", ["x"], "", "a\0b", "gs:/bucket/x", "~nosuchuser/x"], ids=repr
+)
+def test_what_is_no_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"a path must be|a URI has two slashes: gs://|nosuchuser"):
+        Checkpointer(path, {"w": weights()})
+    assert not list(tmp_path.iterdir())

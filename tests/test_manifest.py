@@ -33,6 +33,7 @@ leaf_metas = st.builds(
     residence=st.sampled_from(["jax", "host"]),
     sharding=st.none() | shardings,
     fingerprint=st.integers(0, 2**128 - 1).map(lambda number: f"{number:032x}"),
+    base=st.none() | st.integers(0, 9),
 )
 item_names = st.from_regex(ITEM_NAME, fullmatch=True)
 

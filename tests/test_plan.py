@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchorbax.errors import Problem
 from torchorbax.manifest import LeafMeta
-from torchorbax.plan import compare_leaves, compare_ties, widens
+from torchorbax.plan import (
+    Request,
+    advice,
+    castable,
+    compare_leaves,
+    compare_ties,
+    request,
+    widens,
+    with_suggestions,
+)
 
 names = st.sampled_from([f"layers.{index}.{kind}" for index in range(4) for kind in ("weight", "bias")])
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -99,3 +108,69 @@ def _first_names(groups: Mapping[str, int], order: list[str]) -> dict[str, str]:
 
 def _group(name: str, groups: Mapping[str, int], among: set[str]) -> set[str]:
     return {other for other in among if groups[other] == groups[name]}
+
+
+paths = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3).map(".".join)
+
+
+@given(name=paths, old=paths, new=paths)
+def test_a_renaming_moves_what_lies_below_and_can_be_repeated(name: str, old: str, new: str) -> None:
+    wanted = request(rename={old: new})
+    renamed = wanted.live_name("model", name)
+    below = name == old or name.startswith(f"{old}.")
+    if not below:
+        assert renamed == name
+    elif not (new == old or new.startswith(f"{old}.")):
+        assert renamed == new + name.removeprefix(old)
+        assert old.startswith(f"{new}.") or wanted.live_name("model", renamed) == renamed
+
+
+@given(name=paths, pattern=paths)
+def test_a_pattern_stands_for_what_lies_below(name: str, pattern: str) -> None:
+    wanted = request(only=f"model.{pattern}")
+    below = f"{name}.".startswith(f"{pattern}.")
+    assert wanted.selects("model", name) == below
+    assert not wanted.selects("other", name)
+    assert wanted.concerns("model")
+    assert not wanted.concerns("other")
+    assert wanted.selects("model", f"{name}.more") == f"{name}.more.".startswith(f"{pattern}.")
+    assert request().selects("model", name)
+
+
+@given(missing=st.sets(paths), unexpected=st.sets(paths))
+def test_every_suggestion_is_an_unexpected_name_of_the_same_shape_and_given_once(
+    missing: set[str], unexpected: set[str]
+) -> None:
+    problems = [Problem("missing", "model", name, f"float32({len(name)},)") for name in sorted(missing)]
+    problems += [
+        Problem("unexpected", "model", name, "", f"float32({len(name)},)") for name in sorted(unexpected - missing)
+    ]
+    found = [problem for problem in with_suggestions(problems) if problem.nearest]
+    assert all(problem.kind == "missing" and problem.nearest in unexpected for problem in found)
+    assert all(len(problem.nearest) == len(problem.name) for problem in found)
+    assert len({problem.nearest for problem in found}) == len(found)
+
+
+def test_suggestions_for_thousands_of_names_are_quick() -> None:
+    problems = [Problem("missing", "model", f"blocks.{i}.weight", "float32()") for i in range(5000)]
+    problems += [Problem("unexpected", "model", f"layers.{i}.weight", "", "float32()") for i in range(5000)]
+    found = with_suggestions(problems)
+    assert [problem.nearest for problem in found[:20]] == [f"layers.{i}.weight" for i in range(20)]
+
+
+def test_casts_stay_within_a_kind_of_numbers() -> None:
+    assert castable("float32", "bfloat16")
+    assert castable("float8_e4m3fn", "float64")
+    assert castable("int64", "int32")
+    assert castable("complex64", "complex128")
+    for saved, live in (("float32", "int32"), ("complex64", "float32"), ("bool", "int32"), ("int8", "float32")):
+        assert not castable(saved, live)
+
+
+def test_advice_names_the_argument() -> None:
+    assert "rename={'old': 'new'}" in advice([Problem("missing", "model", "new", "x", nearest="old")])
+    assert "cast=True" in advice([Problem("dtype", "model", "x", "bfloat16", "float32")])
+    assert "cast=True" not in advice([Problem("dtype", "model", "x", "int32", "float32")])
+    assert "param_groups" in advice([Problem("groups", "optimizer", "x", "a", "b")])
+    assert "strict=False" in advice([Problem("shape", "model", "x", "(1,)", "(2,)")])
+    assert Request().strict

@@ -269,3 +269,18 @@ def test_sigkill_in_mid_save_loses_nothing_that_was_committed(tmp_path: Path, ru
     """
     low, high, step = map(int, run_python(check, tmp_path / "run").stdout.split())
     assert low == high == step >= newest >= 0
+
+
+def test_sigterm_reaches_every_run_and_the_handler_of_before_comes_back(tmp_path: Path, run_python: RunPython) -> None:
+    code = """
+        import os, signal, sys, torch, torchorbax
+        before = signal.getsignal(signal.SIGTERM)
+        one, two = (torchorbax.resume(torch.nn.Linear(2, 2), None, sys.argv[1] + name, save=None) for name in "ab")
+        os.kill(os.getpid(), signal.SIGTERM)
+        print(one.preempted, two.preempted)
+        one.close()
+        print(signal.getsignal(signal.SIGTERM) == before)
+        two.close()
+        print(signal.getsignal(signal.SIGTERM) == before)
+    """
+    assert run_python(code, tmp_path / "run").stdout.split() == ["True", "True", "False", "True"]

@@ -412,3 +412,149 @@ def test_a_batch_that_cannot_be_split_evenly_is_named(mesh: Mesh) -> None:
     tokens = torch.zeros(6, dtype=torch.int32)
     with pytest.raises(ConfigError, match=r"batch\.0 of shape \(6,\) cannot be laid out by .*evenly divide"):
         step((tokens, tokens))
+
+
+class Target(nn.Linear):
+    @torch.no_grad()
+    def target(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self(x)
+
+
+def with_no_grad(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    out = model(batch)
+    with torch.no_grad():
+        target = 2 * model(batch)
+    return ((out - target) ** 2).mean()
+
+
+NO_GRADIENT: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "no_grad": with_no_grad,
+    "decorated": lambda model, batch: ((model(batch) - model.target(batch)) ** 2).mean(),
+    "detach": lambda model, batch: ((model(batch) - (2 * model(batch)).detach()) ** 2).mean(),
+}
+
+
+@pytest.mark.parametrize("how", NO_GRADIENT)
+def test_what_has_no_gradient_in_torch_has_none_here(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Target(2, 2), torch.ones(3, 2)
+    before = model.weight.detach().numpy().copy()
+    NO_GRADIENT[how](model, x).backward()
+    expected = model.weight.grad
+    assert expected is not None
+    torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), NO_GRADIENT[how])(x)
+    np.testing.assert_allclose(before - np.asarray(to_jax(model.weight)), expected, rtol=1e-5)
+
+
+def test_spectral_norm_trains_as_in_torch() -> None:
+    """Its power iteration runs under no_grad, in place."""
+    torch.manual_seed(0)
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    reference, x = copy.deepcopy(model), torch.ones(3, 4)
+    step = torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: m(b).square().mean())
+    other = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = reference(x).square().mean()
+        other.zero_grad()
+        loss.backward()
+        other.step()
+        assert float(step(x)) == pytest.approx(loss.item(), rel=1e-4)
+    for name, value in reference.state_dict().items():
+        np.testing.assert_allclose(to_jax(model)[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_custom_gradient_is_refused_instead_of_ignored() -> None:
+    class StraightThrough(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.round()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad
+
+    model = nn.Linear(2, 2)
+    step = torchorbax.train_step(
+        model, torch.optim.SGD(model.parameters()), lambda m, b: StraightThrough.apply(m(b)).mean()
+    )
+    with pytest.raises(NotImplementedError, match=r"StraightThrough: a torch\.autograd\.Function has no gradient"):
+        step(torch.ones(1, 2))
+    on_cpu = torch.full((2,), 0.7, requires_grad=True)
+    StraightThrough.apply(on_cpu).sum().backward()
+    assert on_cpu.grad is not None
+
+
+class Counting(nn.Module):
+    """Replaces its buffer, as `self.ema = 0.9 * self.ema + ...` does."""
+
+    def __init__(self, grow: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.grow = grow
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count = torch.stack([self.count, self.count]) if self.grow else self.count + 1
+        return self.fc(x)
+
+
+def test_a_buffer_that_forward_replaces() -> None:
+    model, x = Counting(), torch.ones(1, 3)
+    step = torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: m(b).square().mean())
+    step(x)
+    buffer = model.count
+    for _ in range(2):
+        step(x)
+    assert model.count is buffer
+    assert float(to_jax(model.count)) == 3
+    model.eval()
+    step(x)
+    assert float(to_jax(model.count)) == 4
+
+    growing = Counting(grow=True)
+    step = torchorbax.train_step(growing, torch.optim.SGD(growing.parameters()), lambda m, b: m(b).mean())
+    with pytest.raises(ConfigError, match=r"forward replaces buffer 'count' of shape \(\) by one of shape \(2,\)"):
+        step(x)
+    assert float(to_jax(growing.count)) == 0
+
+
+def test_an_optax_optimizer_of_another_model() -> None:
+    one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    with pytest.raises(ConfigError, match="the OptaxOptimizer was built for another model"):
+        torchorbax.train_step(one, torchorbax.OptaxOptimizer(other, optax.sgd(0.1)), loss_fn)
+
+
+def test_optax_state_of_other_parameters() -> None:
+    model = seeded()
+    step = torchorbax.train_step(model, torchorbax.OptaxOptimizer(model, optax.adam(0.1)), loss_fn)
+    step(batch_of(0))
+    model.hidden.bias.requires_grad_(False)
+    with pytest.raises(ConfigError, match="does not fit the parameters that require a gradient"):
+        step(batch_of(1))
+
+
+def test_whole_numbers_in_a_batch_are_never_narrowed() -> None:
+    model = nn.Linear(1, 1)
+    step = torchorbax.train_step(
+        model, torch.optim.SGD(model.parameters()), lambda m, b: m.weight.sum() * 0 + (b["n"] > 0).float().sum()
+    )
+    assert float(step({"n": torch.tensor([2**31 - 1])})) == 1
+    with pytest.raises(torchorbax.UnsupportedLeafError, match=r"batch\.n: int64 values beyond 32 bits"):
+        step({"n": torch.tensor([2**40])})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": 3}, "model must be a torch.nn.Module, not a int"),
+        ({"optimizer": 3}, "optimizer must be a torch.optim optimizer or an OptaxOptimizer, not 3"),
+        ({"loss_fn": None}, "loss_fn must be a function"),
+        ({"batch_sharding": "x"}, "batch_sharding must be a Sharding, a PartitionSpec or None, not 'x'"),
+    ],
+    ids=str,
+)
+def test_arguments_of_other_types(arguments: dict[str, Any], message: str) -> None:
+    model = nn.Linear(1, 1)
+    usual = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "loss_fn": loss_fn}
+    with pytest.raises(ConfigError, match=message):
+        torchorbax.train_step(**{**usual, **arguments})

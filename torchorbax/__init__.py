@@ -20,6 +20,7 @@ from torchorbax.loading import load
 from torchorbax.optimizers import OptaxOptimizer
 from torchorbax.placement import place_
 from torchorbax.resuming import resume
+from torchorbax.starting import params
 from torchorbax.training import train_step
 
 __version__ = _version("torchorbax")
@@ -37,6 +38,7 @@ __all__ = [
     "UnsupportedLeafError",
     "assign_",
     "load",
+    "params",
     "place_",
     "policies",
     "resume",

@@ -11,10 +11,13 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
+import re
+import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -34,6 +37,7 @@ from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 
 __all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies", "traffic"]
 
+BASE = "base"
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
 _NAMES = orbax_steps.standard_name_format()
@@ -41,6 +45,8 @@ _DAMAGED = ".torchorbax-damaged"
 _DELETED = ".torchorbax-deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
+
+_ONE_WRITE = threading.Lock()  # Orbax numbers its operations per process, and mixes those of concurrent saves up
 
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +87,7 @@ class Storage:
         ConfigError: the path is a file, or holds something that is no run, or its file system needs an extra.
     """
 
-    def __init__(self, path: str, traffic: Traffic = Traffic()) -> None:  # noqa: B008  # immutable
+    def __init__(self, path: str | os.PathLike[str], traffic: Traffic = Traffic()) -> None:  # noqa: B008  # immutable
         self.path = _absolute(path)
         self._traffic = traffic
         self._root = epath.Path(self.path)
@@ -116,6 +122,8 @@ class Storage:
         """Delete what interrupted saves and deletions left behind. Call it before the first save."""
         if not self._root.exists():
             return
+        if (self._root / BASE).exists():
+            self._base_area().remove_leftovers()
         for entry in self._root.iterdir():
             if _TEMPORARY in entry.name or entry.name.startswith(_DELETED):
                 _logger.info("removing %s, left behind by an interrupted run", entry)
@@ -149,24 +157,69 @@ class Storage:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
         return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
 
-    def write(self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]]) -> None:
-        """Write one step and commit it; blocks until it is listed.
+    def write(self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]]) -> Manifest:
+        """Write one step and commit it; blocks until it is listed and, on a local disk, survives a loss of power.
+
+        Frozen leaves of a new base are committed first.
 
         Args:
-            manifest: of the step; fingerprints are filled in while the arrays are written.
-            arrays: by item and leaf; each is taken out as soon as it is written.
+            manifest: of the step, without fingerprints but those of frozen leaves.
+            arrays: by item and leaf; each is taken out, and let go as soon as it is written.
+
+        Returns:
+            The manifest with all fingerprints.
 
         Raises:
-            SaveError: anything that went wrong, as `__cause__`. The step is not listed.
+            SaveError: anything that went wrong, as `__cause__`. The step is not listed, and what was written of it is
+                removed if it can be.
         """
         if self._folder(manifest.step).exists():
             raise SaveError(
                 manifest.step, self.path, "somebody else has saved it meanwhile; is another run writing to this path?"
             )
+        parts = _by_base(manifest.items, arrays)
+        for one in arrays.values():
+            one.clear()
+        for base, part in parts.items():
+            if base is None:
+                return self._write(manifest, part)
+            try:
+                self._base_area()._write(manifest.of_base(base), part)
+            except SaveError as error:
+                raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error
+        return manifest
+
+    def _write(self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]]) -> Manifest:
         try:
-            _orbax_save.save(self._folder(manifest.step), manifest, arrays, self._traffic)
+            with _ONE_WRITE:
+                fingerprints = _orbax_save.save(self._folder(manifest.step), manifest, arrays, self._traffic)
+            self._make_durable(self._folder(manifest.step))
         except Exception as error:
+            self._remove_failed(manifest.step)
             raise SaveError(manifest.step, self.path, f"{type(error).__name__}: {error}") from error
+        return manifest.stamped(fingerprints)
+
+    def _make_durable(self, folder: Any) -> None:
+        """Flush a step and its name to the disk, since older ones may be deleted next.
+
+        TensorStore flushes its own files; Orbax does not flush its metadata, nor anybody the folders. Object storage
+        needs none of it.
+        """
+        if "://" in self.path:
+            return
+        for place, _, files in os.walk(folder):
+            for path in (*(os.path.join(place, file) for file in files), place):
+                _flush(path)
+        _flush(self.path)
+
+    def _remove_failed(self, step: int) -> None:
+        """Give back the space of a save that has failed, which may have failed for want of space."""
+        try:
+            for entry in self._root.iterdir():
+                if entry.name == _NAMES.build_name(step) or entry.name.startswith(f"{step}{_TEMPORARY}"):
+                    entry.rmtree()
+        except OSError as error:
+            _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, error)
 
     def manifest(self, step: int) -> Manifest:
         """What the step says about itself.
@@ -212,6 +265,22 @@ class Storage:
         Raises:
             CorruptCheckpointError: something is missing, unreadable, or not what the manifest says.
         """
+        arrays: dict[str, dict[str, Array]] = {item: {} for item in targets}
+        for base, part in _by_base(items, targets).items():
+            if base is None:
+                found = self._read(step, items, part)
+            else:
+                try:
+                    found = self._base_area()._read(base, items, part)
+                except CorruptCheckpointError as error:
+                    raise CorruptCheckpointError(self.path, {step: f"base {base}: {error.reasons[base]}"}) from error
+            for item, one in found.items():
+                arrays[item].update(one)
+        return arrays
+
+    def _read(
+        self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
+    ) -> dict[str, dict[str, Array]]:
         arrays: dict[str, dict[str, Array]] = {}
         reasons = []
         for item, leaves in targets.items():
@@ -248,6 +317,22 @@ class Storage:
             folder.rename(hidden)
             hidden.rmtree()
 
+    def _base_area(self) -> Storage:
+        """Where frozen parameters lie, as steps with numbers of their own."""
+        return Storage(f"{self.path}/{BASE}", self._traffic)
+
+    def bases(self) -> set[int]:
+        """The numbers of the bases there are."""
+        return set(self._base_area().steps())
+
+    def next_base(self) -> int:
+        """The number of a base that is not there yet."""
+        return max(self.bases(), default=-1) + 1
+
+    def delete_base(self, base: int) -> None:
+        """Delete a base that no step needs."""
+        self._base_area().delete(base)
+
     def _folder(self, step: int) -> Any:
         return self._root / _NAMES.build_name(step)
 
@@ -259,6 +344,29 @@ class Storage:
             raise
         except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
             raise CorruptCheckpointError(self.path, {step: _told(error)}) from error
+
+
+T = TypeVar("T")
+
+
+def _by_base(
+    items: Mapping[str, ItemMeta], leaves: Mapping[str, Mapping[str, T]]
+) -> dict[int | None, dict[str, dict[str, T]]]:
+    """`leaves` by where they lie: in the base of a number, or in the step itself, which is always there, and last."""
+    parts: dict[int | None, dict[str, dict[str, T]]] = {}
+    for item, one in leaves.items():
+        for name, leaf in one.items():
+            parts.setdefault(items[item].leaves[name].base, {}).setdefault(item, {})[name] = leaf
+    step = parts.pop(None, {})
+    return {**parts, None: step}
+
+
+def _flush(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _told(error: Exception) -> str:
@@ -275,10 +383,17 @@ def _empty(meta: LeafMeta, target: Sharding | None) -> Array:
     return array if target is None or not fits_on_device(array.dtype) else jax.device_put(array, target)
 
 
-def _absolute(path: str) -> str:
+def _absolute(path: str | os.PathLike[str]) -> str:
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise ConfigError(f"a path must be a string or a Path, not {path!r}")
     path = str(path)
     if "://" not in path:
-        return str(Path(path).expanduser().absolute())
+        if re.match(r"[a-z0-9]+:/", path):
+            raise ConfigError(f"{path}: a URI has two slashes: {path.replace(':/', '://', 1)}")
+        try:
+            return str(Path(path).expanduser().absolute())
+        except RuntimeError as error:
+            raise ConfigError(f"{path}: {error}") from error
     if path.startswith("gs://"):
         for module in ("gcsfs", "google.cloud.storage"):
             if not _installed(module):
@@ -305,6 +420,8 @@ def _as_config_error(path: str) -> Iterator[None]:
 def _belongs_to_run(entry: Any) -> bool:
     if _TEMPORARY in entry.name:
         return True
+    if entry.name == BASE and entry.is_dir():
+        return any(_belongs_to_run(one) for one in entry.iterdir())
     return entry.name.isdigit() and entry.is_dir() and (_is_checkpoint(entry) or not any(entry.iterdir()))
 
 

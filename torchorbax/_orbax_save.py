@@ -20,7 +20,9 @@ from torchorbax.manifest import Manifest
 MANIFEST = "manifest"
 
 
-def save(folder: Any, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]], traffic: Traffic) -> None:
+def save(
+    folder: Any, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]], traffic: Traffic
+) -> dict[str, dict[str, str]]:
     """Write a step and commit it.
 
     Args:
@@ -28,6 +30,9 @@ def save(folder: Any, manifest: Manifest, arrays: Mapping[str, MutableMapping[st
         manifest: what the step says about itself; fingerprints are filled in.
         arrays: by item and leaf; each is taken out as soon as it is written. Empty ones are left out.
         traffic: how.
+
+    Returns:
+        The fingerprints by item and leaf.
     """
     fingerprints: dict[str, dict[str, str]] = {item: {} for item in arrays}
     trees: dict[str, dict[str, _Leaf]] = {}
@@ -46,6 +51,7 @@ def save(folder: Any, manifest: Manifest, arrays: Mapping[str, MutableMapping[st
     args = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
     with ocp.Checkpointer(composite) as checkpointer:
         checkpointer.save(folder, args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave({})}))
+    return fingerprints
 
 
 @dataclass(frozen=True)

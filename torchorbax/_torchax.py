@@ -204,7 +204,37 @@ class _Mended(TorchFunctionMode):
             return func(args[0], args[1] * kwargs["alpha"])
         elif isinstance(kwargs.get("value"), torch.Tensor) and func is torch.Tensor.addcdiv_:
             return args[0].add_(kwargs["value"] * args[1] / args[2])  # the same of value, in RMSprop
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not torch.is_grad_enabled():  # which JAX does not know of: it differentiates whatever is computed
+            jax.tree.map(lambda leaf: _stop_gradient(leaf, args), result)
+        return result
+
+
+def _stop_gradient(result: Any, inputs: tuple[Any, ...]) -> None:
+    """Make a constant of a new tensor; one that an in-place operation has changed stays what it was."""
+    if isinstance(result, Tensor) and not any(result is one for one in inputs):
+        result._elem = jax.lax.stop_gradient(result._elem)
+
+
+@contextlib.contextmanager
+def no_custom_gradients() -> Iterator[None]:
+    """Inside, a `torch.autograd.Function` of torchax tensors raises: JAX would not call its `backward`.
+
+    Raises:
+        NotImplementedError: from `apply` of the function.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(is_torchax(one) for one in (*args, *kwargs.values())):
+            raise NotImplementedError(f"{cls.__name__}: a torch.autograd.Function has no gradient under torchax")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    setattr(torch.autograd.Function, "apply", classmethod(apply))  # noqa: B010  # to mypy, a method is for ever
+    try:
+        yield
+    finally:
+        setattr(torch.autograd.Function, "apply", original)  # noqa: B010
 
 
 _KEEP_STATISTICS = {func: inspect.signature(func) for func in (functional.batch_norm, functional.instance_norm)}

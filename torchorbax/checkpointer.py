@@ -5,14 +5,14 @@ from __future__ import annotations
 import concurrent.futures.thread  # noqa: F401  # see _finish_saves
 import datetime
 import logging
+import math
 import operator
 import os
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -20,26 +20,24 @@ from typing import Any, Literal
 import jax
 from tqdm.auto import tqdm
 
-from torchorbax import _orbax, integrity, snapshot
+from torchorbax import _orbax, frozen, snapshot
 from torchorbax._orbax import Storage, traffic
-from torchorbax.errors import (
-    ConfigError,
-    CorruptCheckpointError,
-    MismatchError,
-    Problem,
-    SaveError,
-    TorchorbaxError,
-)
-from torchorbax.items import RNG, items_of
-from torchorbax.manifest import ItemMeta
+from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, SaveError
+from torchorbax.frozen import FrozenArrays
+from torchorbax.items import items_of
 from torchorbax.metrics import checked, ready
+from torchorbax.plan import Rename, Request, request
 from torchorbax.policies import ContinuousPolicy, NeverPolicy, preservation_policy, save_policy
 from torchorbax.preemption import PreemptionNotice
+from torchorbax.restoring import Restored, restore_step
 from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
-from torchorbax.state import ItemPlan
 
 _logger = logging.getLogger(__name__)
+
+
+class _ProgressBar(tqdm):  # type: ignore[misc]  # tqdm is untyped
+    monitor_interval = 0  # no thread that outlives the run
 
 
 class Checkpointer:
@@ -60,6 +58,8 @@ class Checkpointer:
         verify: compare what is restored with the fingerprints made when it was saved, before anything live changes.
         compression: `"zstd"`, or None: trained weights hardly get smaller, and it takes several times as long.
         max_host_bytes: host memory for arrays on their way to storage or back, 64 MiB at least.
+        save_on_exception: when an exception leaves the `with` block, save the last step that was complete. For that a
+            snapshot is taken at every call of `save`, which costs what a save costs the loop, and its memory.
 
     Raises:
         ConfigError: an argument that cannot work, a path that is a file, cannot be written to or holds something else,
@@ -68,7 +68,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        path: str,
+        path: str | os.PathLike[str],
         state: Mapping[str, Any],
         *,
         save: Any = "continuous",
@@ -79,12 +79,16 @@ class Checkpointer:
         verify: bool = True,
         compression: Literal["zstd"] | None = None,
         max_host_bytes: int = 1 << 30,
+        save_on_exception: bool = False,
     ) -> None:
         if jax.process_count() > 1:
             raise ConfigError("several jax processes are not supported yet")
         self._save_policy = save_policy(save)
         keep_policy = preservation_policy(keep)
         self._verify = verify
+        self._save_on_exception = save_on_exception
+        self._complete: _Taken | None = None  # the last step, if it was not due
+        self._handed: Mapping[str, Any] = {}  # what the body of `steps` gave `save`, until the body ends
         self._staging = snapshot.check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
@@ -93,13 +97,17 @@ class Checkpointer:
         self._storage.check()
         self._storage.create()
         self._saver = Saver(self._storage, keep_policy)
+        self._frozen = FrozenArrays()
         self._preemption = PreemptionNotice()
         self._preemption_saved = False
         self._closed = False
+        self._pid = os.getpid()
+        self._in_steps = False
         self._metrics: dict[str, Any] = {}
         self.step: int | None = None
         self.next_step = 0
         self.history: list[SaveRecord] = []
+        self.left_out: tuple[Problem, ...] = ()
         _open_checkpointers.add(self)
 
     # ------------------------------------------------------------------------------------------------------- facts
@@ -124,15 +132,19 @@ class Checkpointer:
         return self._saver.good_steps()
 
     def best_step(self, metric: str, mode: str = "min") -> int | None:
-        """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`); None if no step has it.
+        """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`), NaN aside.
+
+        None if no step has it.
 
         Raises:
             ConfigError: another mode.
         """
         if mode not in ("min", "max"):
             raise ConfigError(f"mode must be 'min' or 'max', not {mode!r}")
-        infos = {step: info for step, info in self._saver.infos.items() if step != self._saver.step_in_flight}
-        values = {step: info.metrics[metric] for step, info in infos.items() if info.metrics and metric in info.metrics}
+        on_storage = set(self.all_steps())
+        infos = [info for step, info in list(self._saver.infos.items()) if step in on_storage]
+        values = {info.step: value for info in infos if (value := (info.metrics or {}).get(metric)) is not None}
+        values = {step: value for step, value in values.items() if not math.isnan(value)}
         if not values:
             return None
         return (min if mode == "min" else max)(values, key=lambda step: values[step])
@@ -174,10 +186,19 @@ class Checkpointer:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
         if self._saver.step_in_flight is None:
             self._saver.collect()
+        metrics = self._metrics = {**self._metrics, **(metrics or {})}
+        self._handed = state or {}
         now = datetime.datetime.now(datetime.UTC)
         due = force or (self.preempted and not self._preemption_saved) or self._due(step, now)
+        self._complete = None
         if due:
-            self._start(step, now, state or {}, metrics or {}, started_s)
+            self._check_step(step, self._handed)
+            self._saver.collect()  # two saves never overlap
+            self._start(self._take(step, now, self._handed, metrics, started_s))
+        elif self._save_on_exception:
+            self._complete = self._take(step, now, self._handed, metrics, started_s)
+        if not self._in_steps:
+            self._handed, self._metrics = {}, {}
         self.next_step = max(self.next_step, step + 1)
         self._saver.raise_unreported()
         return due
@@ -188,9 +209,7 @@ class Checkpointer:
         previous = list(self._saver.infos.values())
         return bool(self._save_policy.should_save(_Candidate(step, now), previous, context=context))
 
-    def _start(
-        self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
-    ) -> None:
+    def _check_step(self, step: int, state: Mapping[str, Any]) -> None:
         newest = max(self._saver.infos, default=None)
         if newest is not None and step <= newest:
             raise ConfigError(
@@ -201,14 +220,23 @@ class Checkpointer:
             )
         if unknown := [name for name in state if name not in self._items]:
             raise ConfigError(f"save got state for {', '.join(unknown)}, but there is only {', '.join(self._items)}")
+
+    def _take(
+        self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
+    ) -> _Taken:
         numbers = checked(metrics)
-        self._saver.collect()  # two saves never overlap
-        snap = snapshot.take({name: item.capture(state.get(name)) for name, item in self._items.items()}, self._staging)
-        record = SaveRecord(step, now)
+        if committed := self._saver.take_committed():
+            self._frozen.saved(*committed)
+        captured = {name: item.capture(state.get(name)) for name, item in self._items.items()}
+        taken = snapshot.take(captured, self._staging, self._frozen.look(captured))
+        return _Taken(step, now, taken, numbers, started_s)
+
+    def _start(self, taken: _Taken) -> None:
+        record = SaveRecord(taken.step, taken.time)
         self.history.append(record)
         self._preemption_saved = self.preempted
-        self._saver.start(record, snap, numbers, started_s)
-        record.stall_s = time.perf_counter() - started_s
+        self._saver.start(record, taken.snapshot, taken.metrics, taken.started_s)
+        record.stall_s = time.perf_counter() - taken.started_s
 
     def wait(self) -> None:
         """Wait until the save in flight, if any, is committed.
@@ -221,13 +249,28 @@ class Checkpointer:
 
     # ----------------------------------------------------------------------------------------------------- restore
 
-    def restore(self, step: int | None = None) -> int | None:
+    def restore(
+        self,
+        step: int | None = None,
+        *,
+        only: str | Iterable[str] | None = None,
+        strict: bool = True,
+        rename: Rename | None = None,
+        cast: bool = False,
+    ) -> int | None:
         """Restore the live objects, in place; all or nothing.
 
         A run only goes forward: after restoring an older step, saves must still be of steps above the newest one.
 
         Args:
             step: which step; None for the newest good one. Then a damaged step is skipped with a warning that says why.
+            only: what to restore: items (`"model"`) or patterns of live names with the item's in front
+                (`["model.encoder.*"]`); the rest stays as it is.
+            strict: raise if anything differs. False restores what fits, logs what does not and lists it in `left_out`.
+            rename: `{old: new}`, from names in the checkpoint to live names (each stands for what lies below it, too),
+                or a function from one to the other. Optimizer state follows its parameter.
+            cast: convert where dtypes differ, within floating-point, complex and integer ones. The optimizer's state
+                follows its parameter.
 
         Returns:
             The step restored; None if `step` is None and there is none.
@@ -235,63 +278,52 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: there is no such step.
             CorruptCheckpointError: the step asked for, or each of them, is damaged.
-            MismatchError: the checkpoint does not fit the live objects; never skipped.
+            MismatchError: the checkpoint does not fit the live objects; never skipped. `.problems` has all of them.
+            ConfigError: `only` or `rename` names what nobody has.
         """
         self._saver.collect()
+        return self._restore_from(self._storage, step, request(only, strict, rename, cast))
+
+    def start_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
+        """Restore a step of another run; None for its newest good one. `resume(init_from=...)` calls this."""
+        return self._restore_from(storage, step, wanted)
+
+    def _restore_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
+        """Restore a step of this run or another; None for the newest good one."""
         if step is not None:
-            self._restore_step(step_number(step))
-            return self.step
+            step = step_number(step)
+            self._restore_step(storage, step, wanted)
+            return step
         reasons: dict[int, str] = {}
-        for candidate in reversed(self._storage.steps()):
+        for candidate in reversed(storage.steps()):
             try:
-                self._restore_step(candidate)
+                self._restore_step(storage, candidate, wanted)
             except CorruptCheckpointError as error:
                 reasons.update(error.reasons)
                 continue
             for skipped, reason in reasons.items():
-                self._saver.mark_damaged(skipped)
-                warnings.warn(f"{self.path}: skipped damaged step {skipped}: {reason}", stacklevel=2)
+                if storage is self._storage:
+                    self._saver.mark_damaged(skipped)
+                warnings.warn(f"{storage.path}: skipped damaged step {skipped}: {reason}", stacklevel=3)
             return candidate
         if reasons:
-            raise CorruptCheckpointError(self.path, reasons)
+            raise CorruptCheckpointError(storage.path, reasons)
         return None
 
-    def _restore_step(self, step: int) -> None:
-        manifest = self._storage.manifest(step)
-        saved = {name: item for name, item in manifest.items.items() if name != RNG or RNG in self._items}
-        items = {name: item for name, item in self._items.items() if name != RNG or RNG in saved}
-        problems = [Problem("missing", name, "the whole item", items[name].kind) for name in items if name not in saved]
-        plans = {}
-        for name, meta in saved.items():
-            if name not in items or items[name].kind != meta.kind:
-                problems.append(Problem("unexpected", name, "the whole item", "", f"a {meta.kind} item"))
-            else:
-                plans[name] = self._planned(step, name, meta)
-                problems += plans[name].problems
-        if problems:
-            raise MismatchError(
-                f"{self.path}: step {step}",
-                problems,
-                "Build the model, the optimizer and `state` as they were when it was saved, or use another path.",
-            )
-        arrays = self._storage.read(step, saved, {name: plan.targets for name, plan in plans.items()})
-        if self._verify:
-            integrity.check(self.path, step, saved, arrays)
-        with ExitStack() as undo:
-            for name, item in items.items():
-                item.apply(saved[name], arrays[name], undo)
-            undo.pop_all()
-        self.step = step
-        self.next_step = step + 1
+    def _restore_step(self, storage: Storage, step: int, wanted: Request) -> None:
+        restored = restore_step(storage, step, self._items, self._rules, wanted, verify=self._verify)
+        self.left_out = restored.left_out
+        if storage is self._storage:
+            self._note_frozen(restored)
+        if wanted.only is None:
+            self.step = step
+            self.next_step = step + 1
 
-    def _planned(self, step: int, name: str, meta: ItemMeta) -> ItemPlan:
-        try:
-            return self._items[name].plan(meta, self._rules)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, TorchorbaxError):
-                raise
-            reason = f"item {name} does not have what belongs to a {meta.kind}: {type(error).__name__}: {error}"
-            raise CorruptCheckpointError(self.path, {step: reason[:300]}) from error
+    def _note_frozen(self, restored: Restored) -> None:
+        """Frozen arrays that have just been restored need not be written again."""
+        self._saver.take_committed()  # it says nothing about the arrays that are live now
+        in_base = {key: leaf for key, leaf in frozen.in_base(restored.manifest).items() if key in restored.exact}
+        self._frozen.restored({item: self._items[item].capture() for item in {item for item, _ in in_base}}, in_base)
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -307,21 +339,26 @@ class Checkpointer:
             stop: the number of steps of the whole run.
             progress: show a progress bar; None shows one on a terminal only.
         """
-        with tqdm(
+        with _ProgressBar(
             total=stop, initial=min(self.next_step, stop), disable=None if progress is None else not progress
         ) as bar:
             for step in range(self.next_step, stop):
-                self._metrics = {}
-                yield step
+                self._metrics, self._handed, self._in_steps = {}, {}, True
+                try:
+                    yield step
+                finally:
+                    self._in_steps = False
+                shown, handed = self._metrics, self._handed
                 if self.next_step <= step:  # the body has not called save itself
                     last = step == stop - 1 and isinstance(self._save_policy, ContinuousPolicy)
-                    self.save(step, metrics=self._metrics, force=last)
+                    self.save(step, metrics=shown, force=last)
                 bar.update()
-                bar.set_postfix(ready(self._metrics), refresh=False)
+                bar.set_postfix(ready(shown), refresh=False)
                 if self.preempted:
                     if step not in self._saver.infos:  # the signal came after save had looked
-                        self.save(step, metrics=self._metrics, force=True)
+                        self.save(step, handed, metrics=shown, force=True)
                     self.wait()
+                    _logger.warning("stopped by SIGTERM. %s", self._last_line())
                     return
         newest = max(self._saver.infos, default=-1)
         if newest < self.next_step - 1 and not isinstance(self._save_policy, NeverPolicy):
@@ -363,12 +400,26 @@ class Checkpointer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        unsaved, self._complete = self._complete, None
         try:
+            if exc is not None and unsaved is not None and not self._closed:
+                self._saver.collect()
+                self._start(unsaved)
             self.close()
         except SaveError as error:
             if exc is None:
                 raise
             exc.add_note(f"Besides: {error}")
+        if isinstance(exc, SystemExit):  # which nobody prints
+            _logger.warning("%s", self._last_line())
+        elif exc is not None:
+            exc.add_note(self._last_line())
+
+    def _last_line(self) -> str:
+        newest = max(self._saver.infos, default=None)
+        if newest is None:
+            return f"{self.path}: no step has been committed yet"
+        return f"{self.path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"
 
 
 def step_number(step: Any) -> int:
@@ -387,6 +438,17 @@ def step_number(step: Any) -> int:
 
 
 @dataclass(frozen=True)
+class _Taken:
+    """A snapshot of a step, and what else a save of it takes."""
+
+    step: int
+    time: datetime.datetime
+    snapshot: snapshot.Snapshot
+    metrics: dict[str, Any]
+    started_s: float
+
+
+@dataclass(frozen=True)
 class _Candidate:
     """The step that a save policy decides about."""
 
@@ -395,19 +457,19 @@ class _Candidate:
     metrics: dict[str, float] | None = None
 
 
-_PID = os.getpid()
 _open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
 def _finish_saves() -> None:
     """Close what a program left open when it ends, so that the save in flight is committed."""
-    if os.getpid() != _PID:
-        return  # a forked worker: the run belongs to its parent
     for run in list(_open_checkpointers):
+        if run._pid != os.getpid():
+            continue  # a forked worker: the run belongs to its parent
         try:
             run.close()
         except SaveError as error:
             _logger.error("at exit: %s", error)
+        _logger.warning("the program has ended without close(). %s", run._last_line())
 
 
 # Orbax hands work to executors, which refuse it as soon as `threading` winds down; `atexit` functions run later than

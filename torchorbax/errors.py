@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 _LINES_PER_KIND = 5
 
-ProblemKind = Literal["missing", "unexpected", "shape", "dtype", "ties", "placement"]
+ProblemKind = Literal["missing", "unexpected", "shape", "dtype", "ties", "groups", "placement"]
 
 
 class TorchorbaxError(Exception):
@@ -85,11 +85,13 @@ class Problem:
 
     Attributes:
         kind: `missing` (live, not in the checkpoint), `unexpected` (in the checkpoint, not live), `shape`, `dtype`,
-            `ties` (names share one tensor on one side only) or `placement` (the value cannot go where it should).
+            `ties` (names share one tensor on one side only), `groups` (an optimizer's param_groups) or `placement` (the
+            value cannot go where it should).
         item: the item, such as `model`; empty where there are no items (`assign_`).
         name: the leaf's name within the item; empty for a tree that is one leaf.
         expected: what the live object has.
         found: what the checkpoint has.
+        nearest: for a missing leaf, the most similar name in the checkpoint that no live leaf has, if there is one.
     """
 
     kind: ProblemKind
@@ -97,11 +99,13 @@ class Problem:
     name: str
     expected: str = ""
     found: str = ""
+    nearest: str = ""
 
     def __str__(self) -> str:
         label = ": ".join(part for part in (self.item, self.name) if part) or "the value"
         if self.kind == "missing":
-            return f"{label}: expected {self.expected}, but it is missing"
+            hint = f" (was it {self.nearest}?)" if self.nearest else ""
+            return f"{label}: expected {self.expected}, but it is missing{hint}"
         if self.kind == "unexpected":
             return f"{label}: found {self.found}, but there is no such live value"
         return f"{label}: {self.kind}: expected {self.expected}, found {self.found}"
@@ -115,16 +119,23 @@ class MismatchError(TorchorbaxError):
     """
 
     def __init__(self, source: str, problems: Sequence[Problem], advice: str = "") -> None:
-        counts = Counter(problem.kind for problem in problems)
-        lines = [f"{source} does not fit the live objects: " + ", ".join(f"{n} {kind}" for kind, n in counts.items())]
-        for kind, count in counts.items():
-            of_kind = [problem for problem in problems if problem.kind == kind]
-            lines += [f"  {problem}" for problem in of_kind[:_LINES_PER_KIND]]
-            if count > _LINES_PER_KIND:
-                lines.append(f"  ... and {count - _LINES_PER_KIND} more of kind {kind} (see .problems)")
-        lines.append(f"Nothing was changed. {advice}".rstrip())
-        super().__init__("\n".join(lines))
+        counts, lines = summary(problems)
+        super().__init__(
+            f"{source} does not fit the live objects: {counts}\n{lines}\n" + f"Nothing was changed. {advice}".rstrip()
+        )
         self.problems = tuple(problems)
+
+
+def summary(problems: Sequence[Problem], more: str = ".problems") -> tuple[str, str]:
+    """How many problems there are of each kind, and the first lines of each kind."""
+    counts = Counter(problem.kind for problem in problems)
+    lines: list[str] = []
+    for kind, count in counts.items():
+        of_kind = [problem for problem in problems if problem.kind == kind]
+        lines += [f"  {problem}" for problem in of_kind[:_LINES_PER_KIND]]
+        if count > _LINES_PER_KIND:
+            lines.append(f"  ... and {count - _LINES_PER_KIND} more of kind {kind} (see {more})")
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items()), "\n".join(lines)
 
 
 class UnsupportedLeafError(TorchorbaxError, TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 
 from torchorbax._orbax import Storage
@@ -33,7 +34,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def verify(path: str, step: int | None = None) -> list[int]:
+def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
     """Read every byte of steps again and compare it with the fingerprints made when it was saved.
 
     Nothing is written, no live object is needed, and host memory is bounded by the largest array or 256 MiB.

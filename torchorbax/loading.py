@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from torchorbax import integrity
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
@@ -12,7 +14,7 @@ from torchorbax.state import default_device
 
 
 def load(
-    path: str,
+    path: str | os.PathLike[str],
     step: int | None = None,
     item: str = "model",
     shardings: Shardings | None = None,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torchorbax.dtypes import BY_NAME
 from torchorbax.values import Json, decode
 
 FORMAT = 1
-ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """What an item may be called: its name is that of a folder."""
 
 Residence = Literal["jax", "host"]
@@ -36,6 +35,7 @@ class LeafMeta:
         residence: whether it lived on jax devices or in host memory.
         sharding: how it was sharded when saved, for people to read (`torchorbax.sharding.describe`).
         fingerprint: of its data (`torchorbax.fingerprint`); empty until that is known.
+        base: where in the run's base area it lies, being frozen (`torchorbax.frozen`); None for the step itself.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +43,7 @@ class LeafMeta:
     residence: Residence
     sharding: Mapping[str, Any] | None = None
     fingerprint: str = ""
+    base: int | None = None
 
     def __str__(self) -> str:
         return f"{self.dtype}{self.shape}"
@@ -76,7 +77,11 @@ class ItemMeta:
 
     def to_json(self) -> dict[str, Json]:
         """Its part of the manifest."""
-        return {**vars(self), "leaves": {name: dict(vars(leaf)) for name, leaf in self.leaves.items()}}
+        leaves = {
+            name: {key: value for key, value in vars(leaf).items() if key != "base" or value is not None}
+            for name, leaf in self.leaves.items()
+        }
+        return {**vars(self), "leaves": leaves}
 
 
 @dataclass(frozen=True)
@@ -97,19 +102,30 @@ class Manifest:
     items: Mapping[str, ItemMeta]
     versions: Mapping[str, str] = field(default_factory=dict)
 
-    def stamped(self, fingerprints: Mapping[str, Mapping[str, str]]) -> Manifest:
-        """The manifest with the fingerprints of its leaves, by item and leaf."""
+    def of_base(self, base: int) -> Manifest:
+        """What a base of this step says about itself: its leaves, as if it were a step of that number."""
         items = {
-            item: dataclasses.replace(
+            name: ItemMeta(
+                item.kind,
+                {key: replace(leaf, base=None) for key, leaf in item.leaves.items() if leaf.base == base},
+            )
+            for name, item in self.items.items()
+        }
+        return Manifest(base, self.time, {}, {name: item for name, item in items.items() if item.leaves}, self.versions)
+
+    def stamped(self, fingerprints: Mapping[str, Mapping[str, str]]) -> Manifest:
+        """The manifest with these fingerprints, by item and leaf; other leaves have theirs already."""
+        items = {
+            item: replace(
                 meta,
                 leaves={
-                    name: dataclasses.replace(leaf, fingerprint=fingerprints[item][name])
+                    name: replace(leaf, fingerprint=fingerprints.get(item, {}).get(name, leaf.fingerprint))
                     for name, leaf in meta.leaves.items()
                 },
             )
             for item, meta in self.items.items()
         }
-        return dataclasses.replace(self, items=items)
+        return replace(self, items=items)
 
     def to_json(self) -> dict[str, Json]:
         """The JSON object that `from_json` reads."""
@@ -160,6 +176,7 @@ def _item_meta(name: str, content: Json) -> ItemMeta:
 
 def _leaf_meta(name: str, content: Json) -> LeafMeta:
     shape, dtype, residence = tuple(content["shape"]), content["dtype"], content["residence"]
+    base = content.get("base")
     if (
         len(shape) > _MOST_DIMENSIONS
         or not all(type(size) is int and size >= 0 for size in shape)
@@ -167,6 +184,7 @@ def _leaf_meta(name: str, content: Json) -> LeafMeta:
         or math.prod(size or 1 for size in shape) * BY_NAME[dtype].itemsize > _MOST_BYTES
         or residence not in get_args(Residence)
         or not _FINGERPRINT.fullmatch(content["fingerprint"])
+        or not (base is None or (type(base) is int and base >= 0))
     ):
         raise ValueError(f"{name[:200]!r} is described as {str(content)[:200]}, which no array can be")
-    return LeafMeta(shape, dtype, residence, content["sharding"], content["fingerprint"])
+    return LeafMeta(shape, dtype, residence, content["sharding"], content["fingerprint"], base)

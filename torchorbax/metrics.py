@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import torch
 
 from torchorbax import _torchax
 from torchorbax.errors import ConfigError
@@ -23,13 +24,20 @@ def checked(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, value: Any) -> Any:
-    if _torchax.is_torchax(value):
-        value = _torchax.array_of(value)
-    elif isinstance(value, torch.Tensor):
-        value = value.detach().clone().numpy()
-    if isinstance(value, bool | int | float | np.number) or (hasattr(value, "shape") and value.shape == ()):
-        return value
-    raise ConfigError(f"metric {name} must be a number or a 0-d array or tensor, not {value!r}")
+    """A 0-d `jax.Array`, to be read later, or a float."""
+    if not isinstance(name, str):
+        raise ConfigError(f"the name of a metric must be a string, not {name!r}")
+    held = _torchax.array_of(value) if _torchax.is_torchax(value) else value
+    if isinstance(held, jax.Array):
+        real = (
+            held.dtype == np.bool_ or jnp.issubdtype(held.dtype, np.integer) or jnp.issubdtype(held.dtype, np.floating)
+        )
+        if real and held.shape == ():
+            return held
+    elif not isinstance(held, str) and getattr(held, "shape", ()) == ():
+        with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            return float(held)
+    raise ConfigError(f"metric {name} must be a real number or a 0-d array or tensor of one, not {value!r}")
 
 
 def ready(metrics: Mapping[str, Any]) -> dict[str, str]:

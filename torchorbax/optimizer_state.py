@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 import jax
@@ -11,14 +11,15 @@ import torch
 from jax.sharding import Sharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import Array, array_in, settle
-from torchorbax.errors import ConfigError, Problem
+from torchorbax.adapter import Array, array_in, live_dtype, settle
+from torchorbax.dtypes import BY_NAME
+from torchorbax.errors import ConfigError, Problem, UnsupportedLeafError
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.optimizers import OptaxOptimizer
-from torchorbax.placement import target_shardings
-from torchorbax.plan import compare_leaves
+from torchorbax.placement import placed_dtype, target_shardings
+from torchorbax.plan import Request, compare_leaves
 from torchorbax.sharding import ShardingRules, replicated_like, state_sharding
-from torchorbax.state import Captured, ItemPlan, default_device
+from torchorbax.state import Captured, ItemPlan, default_device, selected
 from torchorbax.values import Path, decode, encode
 
 
@@ -67,37 +68,69 @@ class TorchOptimizerItem:
                 f"{self._name}: a torch.optim optimizer is saved from the live object; nothing can be handed over"
             )
         names = self._names()
+        params = self._params(names)
         tree = {
             "state": {names[id(param)]: dict(state) for param, state in self._optimizer.state.items() if state},
             "param_groups": [
                 {**group, "params": [names[id(param)] for param in group["params"]]}
                 for group in self._optimizer.param_groups
             ],
+            # What the state belongs to: its own shapes tell only part of that (Adafactor's rows and columns).
+            "params": {name: [list(param.shape), str(live_dtype(param))] for name, param in params.items()},
         }
         leaves: dict[str, Any] = {}
         return Captured(self.kind, leaves, values=encode(tree, leaves, _short_name))
 
-    def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
+    def _params(self, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+        return {names[id(param)]: param for group in self._optimizer.param_groups for param in group["params"]}
+
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         names = self._names()
+        params = self._params(names)
         tree = decode(saved.values, {name: _LeafName(name) for name in saved.leaves})
-        plan = ItemPlan(problems=self._compare_groups(tree["param_groups"], names))
-        params = {names[id(p)]: p for group in self._optimizer.param_groups for p in group["params"]}
-        if plan.problems:
-            return plan
+        stored = selected(self._name, {name: name for name in tree["params"]}, request)
+        metas = {name: LeafMeta(tuple(shape), dtype, "jax") for name, (shape, dtype) in tree["params"].items()}
         placed = target_shardings(params, rules, host=True)
-        for owner, state in tree["state"].items():
-            for value in state.values():
-                if isinstance(value, _LeafName):
-                    plan.targets[value] = _beside(saved.leaves[value], placed[owner], tuple(params[owner].shape))
-        for name in saved.leaves.keys() - plan.targets.keys():  # hyperparameters that are tensors
-            plan.targets[name] = None if saved.leaves[name].residence == "host" else _anywhere(placed)
+        live = {
+            name: _placed_meta(name, param, placed[name])
+            for name, param in params.items()
+            if request.selects(self._name, name)
+        }
+        plan = ItemPlan(problems=self._compare_groups(tree["param_groups"], names, live, stored))
+        both = {name: metas[stored[name]] for name in live if name in stored}
+        plan.problems += compare_leaves(self._name, {name: live[name] for name in both}, both, cast=request.cast)
+        if plan.problems and request.strict:
+            return plan
+        bad = {problem.name for problem in plan.problems}
+        plan.values = {name: stored[name] for name in both if name not in bad}
+        for name, owner in plan.values.items():
+            for key, entry in tree["state"].get(owner, {}).items():
+                for leaf in _leaves_in(entry):
+                    meta = saved.leaves[leaf]
+                    plan.targets[leaf] = _beside(meta, placed[name], both[name].shape)
+                    counts = key == "step"  # float32 whatever the parameter is, as torch's load_state_dict has it
+                    if both[name].dtype != live[name].dtype and meta.dtype == both[name].dtype and not counts:
+                        plan.dtypes[leaf] = BY_NAME[live[name].dtype]
+        for _, group in self._groups_to_restore(tree, plan):
+            for leaf in _leaves_in(group):  # hyperparameters that are tensors
+                plan.targets[leaf] = None if saved.leaves[leaf].residence == "host" else _anywhere(placed)
         return plan
 
-    def _compare_groups(self, saved: list[dict[str, Any]], names: Mapping[int, str]) -> list[Problem]:
+    def _groups_to_restore(
+        self, tree: Mapping[str, Any], plan: ItemPlan
+    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """The live groups whose hyperparameters are restored, with the stored ones: where a parameter of theirs is."""
+        restored = set(plan.values.values())
+        pairs = zip(self._optimizer.param_groups, tree["param_groups"], strict=False)  # strict=False has fewer
+        return [(live, saved) for live, saved in pairs if not saved["params"] or restored & set(saved["params"])]
+
+    def _compare_groups(
+        self, saved: list[dict[str, Any]], names: Mapping[int, str], wanted: Collection[str], stored: Mapping[str, str]
+    ) -> list[Problem]:
         live = [[names[id(param)] for param in group["params"]] for group in self._optimizer.param_groups]
-        stored = [group["params"] for group in saved]
-        group_of_live = {name: index for index, group in enumerate(live) for name in group}
-        group_of_saved = {name: index for index, group in enumerate(stored) for name in group}
+        group_of_live = {name: index for index, group in enumerate(live) for name in group if name in wanted}
+        group_of = {name: index for index, group in enumerate(saved) for name in group["params"]}
+        group_of_saved = {name: group_of[owner] for name, owner in stored.items()}
         problems = [
             Problem("missing", self._name, name, f"in param_groups[{group}]")
             for name, group in group_of_live.items()
@@ -109,30 +142,47 @@ class TorchOptimizerItem:
             if name not in group_of_live
         ]
         problems += [
-            Problem(
-                "placement", self._name, name, f"in param_groups[{group}]", f"in param_groups[{group_of_saved[name]}]"
-            )
+            Problem("groups", self._name, name, f"in param_groups[{group}]", f"in param_groups[{group_of_saved[name]}]")
             for name, group in group_of_live.items()
             if group_of_saved.get(name, group) != group
         ]
+        if len(live) != len(saved) and len(wanted) == len(names):
+            problems.append(Problem("groups", self._name, "param_groups", f"{len(live)} of them", str(len(saved))))
         return problems
 
-    def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
-        names = self._names()
-        params = {names[id(p)]: p for group in self._optimizer.param_groups for p in group["params"]}
-        tree = decode(saved.values, arrays)
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        params = self._params(self._names())
+        tree = decode(saved.values, {**dict.fromkeys(saved.leaves), **arrays})
         state = self._optimizer.state
         undo.callback(_reset, state, {param: dict(one) for param, one in state.items()})
-        for name, param in params.items():
-            stored = tree["state"].get(name)
+        for name, owner in plan.values.items():
+            param, stored = params[name], tree["state"].get(owner)
             if stored is None:
                 state.pop(param, None)
                 continue
             kept = state[param]
             state[param] = {key: _into(kept.get(key), value, undo) for key, value in stored.items()}
-        for group, stored in zip(self._optimizer.param_groups, tree["param_groups"], strict=True):
+        for group, stored in self._groups_to_restore(tree, plan):
             undo.callback(_reset, group, dict(group))
-            group.update({key: _into(group.get(key), value, undo) for key, value in stored.items() if key != "params"})
+            new = {key: _into(group.get(key), value, undo) for key, value in stored.items() if key not in _WHOSE}
+            group.update(new)
+
+
+_WHOSE = ("params", "param_names")
+"""Entries of a group that say whose it is, and are the live optimizer's own."""
+
+
+def _placed_meta(name: str, param: torch.Tensor, sharding: Sharding | None) -> LeafMeta:
+    """What a parameter is once it is placed; if that is impossible, the module says so."""
+    dtype = live_dtype(param)
+    if sharding is not None:
+        with suppress(UnsupportedLeafError):
+            dtype = placed_dtype(name, param)
+    return LeafMeta(tuple(param.shape), str(dtype), "host" if sharding is None else "jax")
+
+
+def _leaves_in(entries: Any) -> list[str]:
+    return [leaf for leaf in jax.tree.leaves(entries) if isinstance(leaf, _LeafName)]
 
 
 class _LeafName(str):
@@ -181,31 +231,57 @@ class OptaxItem:
     def capture(self, handed: Any = None) -> Captured:
         state = self._optimizer.state if handed is None else handed
         if state is None:
-            return Captured(self.kind, {}, values="not initialised")
-        names = [name for name, _ in self._optimizer.leaf_names(state)]
-        return Captured(self.kind, dict(zip(names, jax.tree.leaves(state), strict=True)))
+            return Captured(self.kind, {}, values=None)
+        names = self._optimizer.leaf_names(state)
+        leaves = dict(zip([name for name, _ in names], jax.tree.leaves(state), strict=True))
+        # Whose leaf it is: that a parameter was renamed cannot be read off `fc.weight.0.mu`.
+        return Captured(self.kind, leaves, values={name: owner for name, owner in names if owner is not None})
 
-    def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        if saved.values == "not initialised":
-            return ItemPlan()
-        abstract = self._optimizer.abstract_state()
-        names = [name for name, _ in self._optimizer.leaf_names(abstract)]
+    def _live(self) -> tuple[list[tuple[str, str | None]], list[Any], Any]:
+        leaves, structure = jax.tree.flatten(self._optimizer.abstract_state())
+        return self._optimizer.leaf_names(jax.tree.unflatten(structure, leaves)), leaves, structure
+
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        names, leaves, _ = self._live()
+        if saved.values is None:  # saved before the first step
+            return ItemPlan(values={"": ""} if request.selects(self._name) else {})
         live = {
             name: LeafMeta(tuple(leaf.shape), str(leaf.dtype), "jax")
-            for name, leaf in zip(names, jax.tree.leaves(abstract), strict=True)
+            for (name, owner), leaf in zip(names, leaves, strict=True)
+            if request.selects(self._name, name)
         }
-        plan = ItemPlan(problems=compare_leaves(self._name, live, saved.leaves))
-        if not plan.problems:
+        stored: dict[str, str] = {}
+        for leaf in saved.leaves:
+            owner = saved.values.get(leaf)
+            name = leaf if owner is None else request.live_name(self._name, owner) + leaf.removeprefix(owner)
+            if request.selects(self._name, name):
+                stored[name] = leaf
+        found = {name: saved.leaves[leaf] for name, leaf in stored.items()}
+        plan = ItemPlan(problems=compare_leaves(self._name, live, found, cast=request.cast))
+        if plan.problems and request.strict:
+            return plan
+        plan.match(live, stored, saved)
+        if plan.sources:
             placed = target_shardings(self._optimizer.params(), rules)
             shardings = self._optimizer.state_shardings({name: s or default_device() for name, s in placed.items()})
-            plan.targets = dict(zip(names, jax.tree.leaves(shardings), strict=True))
+            by_name = dict(zip([name for name, _ in names], jax.tree.leaves(shardings), strict=True))
+            plan.targets = {leaf: by_name[name] for name, leaf in plan.sources.items()}
         return plan
 
-    def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        if not plan.restores_something:
+            return
         undo.callback(setattr, self._optimizer, "state", self._optimizer.state)
-        if saved.values == "not initialised":
+        if saved.values is None:
             self._optimizer.state = None
             return
-        abstract = self._optimizer.abstract_state()
-        leaves = [arrays[name] for name, _ in self._optimizer.leaf_names(abstract)]
-        self._optimizer.state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        names, _, structure = self._live()
+        if len(plan.sources) == len(names):
+            leaves = [arrays[plan.sources[name]] for name, _ in names]
+        else:  # the rest keeps the values that it has, or starts with
+            present = jax.tree.leaves(self._optimizer.init())
+            leaves = [
+                arrays[plan.sources[name]] if name in plan.sources else leaf
+                for (name, _), leaf in zip(names, present, strict=True)
+            ]
+        self._optimizer.state = jax.tree.unflatten(structure, leaves)

@@ -10,7 +10,7 @@ import torch
 from jax.sharding import Sharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import leaf_name, live_dtype
+from torchorbax.adapter import leaf_name, live_dtype, to_jax
 from torchorbax.errors import ConfigError
 from torchorbax.sharding import replicated_like, state_sharding
 
@@ -52,9 +52,9 @@ class OptaxOptimizer:
         return {name: param for name, param in self.model.named_parameters() if param.requires_grad}
 
     def init(self) -> State:
-        """The state, made now if there is none yet. The parameters must be on jax devices."""
+        """The state, made now if there is none yet, beside the parameters (those on the CPU count as on jax)."""
         if self.state is None:
-            arrays = {name: _torchax.array_of(param) for name, param in self.params().items()}
+            arrays = to_jax(self.params())
             shardings = self.state_shardings({name: array.sharding for name, array in arrays.items()})
             committed = all(getattr(array, "committed", True) for array in arrays.values())
             self.state = jax.jit(self.tx.init, out_shardings=shardings if committed else None)(arrays)
@@ -72,7 +72,8 @@ class OptaxOptimizer:
         params = self.params()
         names: list[tuple[str, str | None]] = []
         for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
-            owner = next((entry for entry in path if getattr(entry, "key", None) in params), None)
+            # The innermost: an outer one may be a label of multi_transform that has a parameter's name.
+            owner = next((entry for entry in reversed(path) if getattr(entry, "key", None) in params), None)
             rest = leaf_name(tuple(entry for entry in path if entry is not owner))
             param = None if owner is None else str(owner.key)
             names.append((f"{param}.{rest}" if param else rest, param))

@@ -56,6 +56,8 @@ def place_(
     rules = None if shardings is None else ShardingRules(shardings)
     tensors = {name: tensor for name, tensor in all_tensors(module) if name not in skip}
     raise_if_deleted({**tensors, **_optimizer_leaves(module, optimizer)})
+    if rules is not None:
+        rules.warn_of_unused([name for name, _ in all_tensors(module)])
     targets = target_shardings(tensors, rules)
     arrays = {name: _moved(name, tensor, targets[name]) for name, tensor in tensors.items()}
     with ExitStack() as undo:
@@ -63,6 +65,13 @@ def place_(
             undo.callback(setattr, tensor, "grad", tensor.grad if tensor.is_leaf else None)
             settle(tensor, arrays[name], undo)
             tensor.grad = None
+        _place_optimizer(optimizer, undo)
+        undo.pop_all()
+
+
+def place_optimizer_(optimizer: Optimizer) -> None:
+    """Move an optimizer's state to where its parameters are, which are on jax devices."""
+    with ExitStack() as undo:
         _place_optimizer(optimizer, undo)
         undo.pop_all()
 
@@ -90,7 +99,6 @@ def target_shardings(
         ConfigError: the rules do not fit.
     """
     if rules is not None:
-        rules.warn_of_unused(tensors)
         return dict(rules.for_leaves({name: tuple(tensor.shape) for name, tensor in tensors.items()}))
     return {name: _current_sharding(tensor, host) for name, tensor in tensors.items()}
 

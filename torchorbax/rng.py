@@ -16,6 +16,7 @@ from torchorbax import _torchax
 from torchorbax.adapter import Array
 from torchorbax.errors import ConfigError
 from torchorbax.manifest import ItemMeta
+from torchorbax.plan import Request
 from torchorbax.sharding import ShardingRules
 from torchorbax.state import Captured, ItemPlan
 from torchorbax.values import decode, encode
@@ -35,12 +36,15 @@ class RngItem:
         leaves: dict[str, Any] = {}
         return Captured(self.kind, leaves, values=encode(_read(), leaves))
 
-    def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        return ItemPlan(dict.fromkeys(saved.leaves))  # small: loaded on the host and put where needed
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        if not request.selects(self._name):
+            return ItemPlan()
+        return ItemPlan(targets=dict.fromkeys(saved.leaves))  # small: loaded on the host and put where needed
 
-    def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
-        undo.callback(_write, _read())
-        _write(decode(saved.values, arrays))
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        if plan.restores_something:
+            undo.callback(_write, _read())
+            _write(decode(saved.values, arrays))
 
 
 def _read() -> dict[str, Any]:

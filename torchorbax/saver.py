@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import torch
 
-from torchorbax import _orbax, _torchax
+from torchorbax import _orbax, _torchax, frozen
 from torchorbax._orbax import Storage
-from torchorbax.errors import CorruptCheckpointError, SaveError
+from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveError
+from torchorbax.frozen import Identities
 from torchorbax.manifest import Manifest
 from torchorbax.policies import PreservationContext, PreservationPolicy
 from torchorbax.snapshot import Snapshot
@@ -35,7 +36,7 @@ class SaveRecord:
         time: when `save` was called, in UTC.
         stall_s: seconds that `save` kept the loop, waiting for an earlier save included.
         commit_s: seconds from the call until the step was committed; None while in flight or if it failed.
-        nbytes: bytes of arrays saved, each counted once; known once it is being written.
+        nbytes: bytes of arrays written, each counted once; frozen parameters that a base has are not.
         metrics: the numbers given with it; complete once it is committed.
         error: why it failed, if it did.
     """
@@ -57,22 +58,23 @@ class StepInfo:
         self._storage = storage
 
     @functools.cached_property
-    def _manifest(self) -> Manifest | None:
+    def manifest(self) -> Manifest | None:
+        """What it says about itself; None if that cannot be read."""
         try:
             return self._storage.manifest(self.step)
-        except CorruptCheckpointError as error:
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:  # damaged, or deleted by somebody
             _logger.warning("%s", error)
             return None
 
     @functools.cached_property
     def time(self) -> datetime.datetime:
         """When it was saved; the start of 1970 if its manifest cannot be read."""
-        return datetime.datetime.fromtimestamp(0, datetime.UTC) if self._manifest is None else self._manifest.time
+        return datetime.datetime.fromtimestamp(0, datetime.UTC) if self.manifest is None else self.manifest.time
 
     @functools.cached_property
     def metrics(self) -> dict[str, float] | None:
         """The numbers saved with it; None if there are none."""
-        return None if self._manifest is None else dict(self._manifest.metrics) or None
+        return None if self.manifest is None else dict(self.manifest.metrics) or None
 
 
 class Saver:
@@ -95,6 +97,7 @@ class Saver:
         self._unreported: SaveError | None = None
         self._damaged: set[int] = set()
         self._leftovers_removed = False
+        self._committed: tuple[Manifest, Identities] | None = None
 
     def mark_damaged(self, step: int) -> None:
         """A step that cannot be restored: it no longer counts, and gives way to a save of the same number."""
@@ -122,7 +125,7 @@ class Saver:
             started_s: `time.perf_counter()` at the call of `save`.
         """
         info = self.infos[record.step] = StepInfo(record.step, self._storage)
-        info.time = record.time  # known, so the manifest need not be read
+        info.time, info.metrics = record.time, None  # there is no manifest to read them from yet
         self._record = record
         work = functools.partial(self._work, record, [snapshot], metrics, started_s)
         self._thread = threading.Thread(target=work, name=f"torchorbax-save-{record.step}")
@@ -167,13 +170,29 @@ class Saver:
             self._leftovers_removed = True
         record.metrics.update({name: float(np.asarray(value)) for name, value in metrics.items()})
         snapshot = holder.pop()  # the only reference, so that its copies are freed on return
-        record.nbytes = snapshot.nbytes
-        manifest = Manifest(record.step, record.time, dict(record.metrics), snapshot.items, _versions())
+        items, arrays = frozen.numbered(
+            snapshot.items, snapshot.arrays, self._newest_before(record.step), self._storage.next_base()
+        )
+        identities = snapshot.identities
+        del snapshot  # so that each array can be let go as soon as it is written
+        record.nbytes = sum(array.nbytes for one in arrays.values() for array in one.values())
+        manifest = Manifest(record.step, record.time, dict(record.metrics), items, _versions())
         if record.step in self._damaged:
             self._storage.set_aside(record.step)
             self._damaged.remove(record.step)
-        self._storage.write(manifest, snapshot.arrays)
+        manifest = self._storage.write(manifest, arrays)
         self.infos[record.step].metrics = dict(record.metrics) or None
+        self.infos[record.step].manifest = manifest
+        self._committed = manifest, identities
+
+    def _newest_before(self, step: int) -> Manifest | None:
+        before = [one for one in self.good_steps() if one in self.infos and one != step]
+        return self.infos[before[-1]].manifest if before else None
+
+    def take_committed(self) -> tuple[Manifest, Identities] | None:
+        """The step that has been committed since the last call, and which its frozen arrays are."""
+        committed, self._committed = self._committed, None
+        return committed
 
     def _retain(self, newest: int) -> None:
         """Delete what the policy lets go, now that the newest step is committed."""
@@ -190,6 +209,21 @@ class Saver:
                 )
             else:
                 self.infos.pop(info.step, None)
+        self._delete_unused_bases()
+
+    def _delete_unused_bases(self) -> None:
+        """Delete the bases that no step needs; none as long as a step cannot say what it needs."""
+        unused = self._storage.bases()
+        for step in reversed(self._storage.steps()):  # the newest needs them all, as a rule
+            if not unused:
+                return
+            manifest = (self.infos.get(step) or StepInfo(step, self._storage)).manifest
+            if manifest is None:
+                _logger.info("%s: step %d is damaged, so no base is deleted", self._storage.path, step)
+                return
+            unused -= {leaf.base for leaf in frozen.in_base(manifest).values()}
+        for base in sorted(unused):
+            self._storage.delete_base(base)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -62,7 +62,7 @@ class ShardingRules:
             raise ConfigError("the sharding rules do not fit:\n  " + "\n  ".join(problems))
         return {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
 
-    def warn_of_unused(self, names: Mapping[str, Any]) -> None:
+    def warn_of_unused(self, names: Collection[str]) -> None:
         """Log every pattern that none of `names` matches, most likely a slip of the pen."""
         if isinstance(self._rules, Mapping):
             for pattern in self._rules:

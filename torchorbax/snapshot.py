@@ -23,13 +23,12 @@ from jax.sharding import NamedSharding, Sharding
 
 from torchorbax.adapter import Array, host_copy, live_array, live_dtype, raise_if_deleted
 from torchorbax.errors import ConfigError
+from torchorbax.frozen import NEW_BASE, Identities, Key, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
 from torchorbax.state import Captured
 
 Staging = Literal["auto", "reference", "device", "host"]
-Key = tuple[str, str]
-"""Item and leaf."""
 
 _WORTH_A_VIEW_BYTES = 64 << 10
 """Bytes of a shard from which on a view of it (some microseconds) is cheaper than a copy."""
@@ -40,12 +39,20 @@ _logger = logging.getLogger(__name__)
 
 
 class Snapshot:
-    """The arrays of all items, and what the manifest says of them.
+    """The arrays to write, what the manifest says of all leaves, and which the frozen ones are.
 
     Its properties do their work when they are first asked for, which is on the thread that saves.
+
+    Attributes:
+        identities: the frozen arrays.
     """
 
-    def __init__(self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, _Staged]) -> None:
+    def __init__(
+        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, _Staged], look: Look
+    ) -> None:
+        self.identities: Identities = look.identities
+        self._frozen = look.known
+        self._to_write = list(staged)
         self._captured = {item: (one.kind, list(one.leaves), one.ties, one.values) for item, one in captured.items()}
         self._held = held
         self._staged = staged
@@ -53,13 +60,13 @@ class Snapshot:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all arrays, each counted once however many devices hold it."""
-        return sum(leaf.nbytes for item in self.items.values() for leaf in item.leaves.values())
+        return sum(self.items[item].leaves[name].nbytes for item, name in self._to_write)
 
     @cached_property
     def arrays(self) -> dict[str, MutableMapping[str, Array]]:
         """By item and leaf. Whoever takes one out of its item has the only reference to it."""
         return {
-            item: {name: _array(self._staged.pop((item, name))) for name in names}
+            item: {name: _array(self._staged.pop((item, name))) for name in names if (item, name) in self._staged}
             for item, (_, names, _, _) in self._captured.items()
         }
 
@@ -68,14 +75,18 @@ class Snapshot:
         """By item, without fingerprints."""
         held, self._held = self._held, {}  # live arrays, which must not be kept alive
         return {
-            item: ItemMeta(kind, {name: _meta(held[item, name]) for name in names}, ties, values)
+            item: ItemMeta(kind, {name: self._meta(item, name, held) for name in names}, ties, values)
             for item, (kind, names, ties, values) in self._captured.items()
         }
 
+    def _meta(self, item: str, name: str, held: Mapping[Key, Any]) -> LeafMeta:
+        known = self._frozen.get((item, name))
+        return known or _meta(held[item, name], NEW_BASE if (item, name) in self._frozen else None)
 
-def _meta(held: jax.Array | np.ndarray | torch.Tensor) -> LeafMeta:
+
+def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> LeafMeta:
     if isinstance(held, jax.Array):  # which says these things when it has been donated, too
-        return LeafMeta(tuple(held.shape), str(held.dtype), "jax", describe(held.sharding))
+        return LeafMeta(tuple(held.shape), str(held.dtype), "jax", describe(held.sharding), base=base)
     return LeafMeta(tuple(held.shape), str(live_dtype(held) if isinstance(held, torch.Tensor) else held.dtype), "host")
 
 
@@ -90,7 +101,7 @@ def check_staging(staging: str) -> Staging:
     return staging  # type: ignore[return-value]  # checked above
 
 
-def take(captured: Mapping[str, Captured], staging: Staging) -> Snapshot:
+def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None = None) -> Snapshot:
     """The state of this moment.
 
     Args:
@@ -99,13 +110,17 @@ def take(captured: Mapping[str, Captured], staging: Staging) -> Snapshot:
             the save fail, never wrong); `device` copies them on their devices, dispatched and not waited for, as far as
             there is memory; `host` copies them to host memory before it returns; `auto` takes views of what is computed
             and lies on CPU devices, and is `device` for the rest.
+        look: the frozen leaves, of which those that the run's base area has are left out.
 
     Raises:
         UnsupportedLeafError, DeletedArrayError: a leaf cannot be saved; nothing has been copied.
     """
+    look = look or Look({}, {})
     leaves = {(item, name): leaf for item, one in captured.items() for name, leaf in one.leaves.items()}
     try:
-        held = {key: live_array(f"{key[0]}.{key[1]}", leaf) for key, leaf in leaves.items()}
+        held = {
+            key: live_array(f"{key[0]}.{key[1]}", leaf) for key, leaf in leaves.items() if look.known.get(key) is None
+        }
         on_device = {key: array for key, array in held.items() if isinstance(array, jax.Array)}
         gone = any(array.is_deleted() for array in on_device.values())
     except RuntimeError:  # a view of an array that has been deleted
@@ -117,7 +132,7 @@ def take(captured: Mapping[str, Captured], staging: Staging) -> Snapshot:
     for key, array in held.items():
         if not isinstance(array, jax.Array):
             staged[key] = host_copy(array)
-    return Snapshot(captured, held, staged)
+    return Snapshot(captured, held, staged, look)
 
 
 def _named(leaves: Mapping[Key, Any]) -> dict[str, Any]:

@@ -1,48 +1,80 @@
 """Live objects as items of a checkpoint: what they hold, what a checkpoint must have for them, and writing it back.
 
-Every kind of object has one class here or in `optimizer_state` and `rng`, with three methods (`Item`). None of them
-copies arrays, does I/O or knows Orbax.
+Every kind of object has one class with three methods (`Item`): modules here, others in `optimizer_state`, `objects` and
+`rng`. None of them does I/O or knows Orbax.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import Array, array_in, leaf_name, live_dtype, module_tensors, place_like, settle
+from torchorbax.adapter import Array, live_dtype, module_tensors, settle
+from torchorbax.dtypes import BY_NAME
 from torchorbax.errors import ConfigError, MismatchError, Problem, UnsupportedLeafError
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.placement import placed_dtype, target_shardings
-from torchorbax.plan import compare_leaves, compare_ties
+from torchorbax.plan import Request, compare_leaves, compare_ties
 from torchorbax.sharding import ShardingRules
-from torchorbax.values import Json, add_leaf, decode, encode
+from torchorbax.values import Json, decode, encode
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Captured:
-    """The live leaves of an item at this moment, by reference; the rest as in `ItemMeta`."""
+    """The live leaves of an item at this moment, by reference; the rest as in `ItemMeta`.
+
+    Attributes:
+        frozen: leaves that nothing is expected to change.
+    """
 
     kind: str
     leaves: Mapping[str, Any]
     ties: Mapping[str, str] = field(default_factory=dict)
     values: Json = None
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass
 class ItemPlan:
-    """How to restore an item: where each stored leaf goes (None for host memory), or why that is impossible."""
+    """How to restore an item, and what stands in the way.
 
-    targets: dict[str, Sharding | None] = field(default_factory=dict)
+    Attributes:
+        problems: what does not fit; none of it is restored.
+        sources: which stored leaf goes into which live one, `{live name: stored name}`.
+        values: the same of values that are no arrays.
+        targets: where each stored leaf that is needed goes; None for host memory.
+        dtypes: stored leaves that are converted first.
+    """
+
     problems: list[Problem] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    targets: dict[str, Sharding | None] = field(default_factory=dict)
+    dtypes: dict[str, np.dtype] = field(default_factory=dict)
+
+    def match(self, live: Mapping[str, LeafMeta], stored: Mapping[str, str], saved: ItemMeta) -> None:
+        """Take every stored leaf that has a live counterpart and no problem as its source, and note conversions."""
+        bad = {problem.name for problem in self.problems}
+        for name in live:
+            if name in stored and name not in bad:
+                self.sources[name] = stored[name]
+                if live[name].dtype != saved.leaves[stored[name]].dtype:
+                    self.dtypes[stored[name]] = BY_NAME[live[name].dtype]
+
+    @property
+    def restores_something(self) -> bool:
+        """Is anything left that fits?"""
+        return bool(self.sources or self.values or self.targets)
 
 
 class Item(Protocol):
@@ -57,11 +89,11 @@ class Item(Protocol):
             UnsupportedLeafError, MismatchError: it cannot be saved like this.
         """
 
-    def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        """Compare the stored item with the live object. Touches nothing."""
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        """Compare what is asked for of the stored item with the live object. Touches nothing."""
 
-    def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
-        """Write the stored values, loaded as planned, into the live object; registers how to undo it."""
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        """Write what is planned, loaded and converted, into the live object; registers how to undo it."""
 
 
 def default_device() -> Sharding:
@@ -89,22 +121,37 @@ class ModuleItem:
         tensors: dict[str, torch.Tensor] = {}
         first_of: dict[str, str] = {}
         first_by_id: dict[int, str] = {}
+        own = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
         for name, tensor in module_tensors(self._module):
+            if name.endswith(_EXTRA):
+                continue  # made anew by every state_dict(), so nothing written into it would stay
+            if torch.nn.parameter.is_lazy(tensor):
+                raise ConfigError(f"{self._name}: {name} has no shape yet; run one batch through the lazy module first")
+            if id(tensor) not in own:
+                raise ConfigError(
+                    f"{self._name}: {name} of its state_dict is neither a parameter nor a buffer, so it could not be "
+                    "restored; name its owner in `state` instead"
+                )
             first_of[name] = first_by_id.setdefault(id(tensor), name)
             tensors.setdefault(first_of[name], tensor)
         return tensors, first_of
+
+    def _extra(self) -> dict[str, Any]:
+        """What `get_extra_state` of its modules gives, by name."""
+        state = self._module.state_dict(keep_vars=True)
+        return {
+            name: value for name, value in state.items() if name.endswith(_EXTRA) or not isinstance(value, torch.Tensor)
+        }
 
     def capture(self, handed: Mapping[str, Any] | None = None) -> Captured:
         tensors, first_of = self._tensors()
         leaves: dict[str, Any] = dict(tensors)
         if handed is not None:
             leaves.update(self._checked(handed, tensors, first_of))
-        extra: dict[str, Any] = {}
-        for name, value in self._module.state_dict(keep_vars=True).items():
-            if not isinstance(value, torch.Tensor):
-                extra[name] = encode(value, leaves, path=(name,))
+        extra = {name: encode(value, leaves, path=(name,)) for name, value in self._extra().items()}
         ties = {name: first for name, first in first_of.items() if name != first}
-        return Captured(self.kind, leaves, ties, extra)
+        frozen = (name for name, tensor in tensors.items() if is_parameter(tensor) and not tensor.requires_grad)
+        return Captured(self.kind, leaves, ties, extra, frozenset(frozen))
 
     def _checked(
         self, handed: Any, tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]
@@ -117,22 +164,37 @@ class ModuleItem:
             raise MismatchError("the state handed to save", problems)
         return {first_of[name]: leaf for name, leaf in handed.items()}
 
-    def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         plan = ItemPlan()
         tensors, first_of = self._tensors()
-        saved_first = {**{name: name for name in saved.leaves}, **saved.ties}
-        extra = {leaf for value in (saved.values or {}).values() for leaf in _leaf_names(value)}
-        for name in extra:
-            plan.targets[name] = None if saved.leaves[name].residence == "host" else default_device()
-            saved_first.pop(name)
+        values = saved.values or {}
+        of_values = {name: _leaf_names(value) for name, value in values.items()}
+        named = {leaf: leaf for leaf in saved.leaves.keys() - set().union(*of_values.values())}
+        stored = selected(self._name, {**dict(sorted(named.items())), **saved.ties}, request)
+        first_of = {
+            name: first
+            for name, first in first_of.items()
+            if request.selects(self._name, name) and (name in stored or name not in request.optional)
+        }
         live = {name: self._expected(name, tensors[first], rules, plan) for name, first in first_of.items()}
-        stored = {name: saved.leaves[first] for name, first in saved_first.items()}
-        plan.problems += compare_leaves(self._name, live, stored)
-        plan.problems += compare_ties(self._name, first_of, saved_first)
-        if not plan.problems:
-            for name, sharding in target_shardings(tensors, rules, host=True).items():
-                plan.targets[saved_first[name]] = sharding
+        found = {name: saved.leaves[leaf] for name, leaf in stored.items()}
+        plan.problems += compare_leaves(self._name, live, found, cast=request.cast)
+        plan.problems += compare_ties(self._name, first_of, stored)
+        self._plan_values(plan, selected(self._name, {name: name for name in values}, request), request)
+        if plan.problems and request.strict:
+            return plan
+        plan.match(live, stored, saved)
+        plan.sources = {first_of[name]: leaf for name, leaf in plan.sources.items()}
+        shardings = target_shardings(tensors, rules, host=True)
+        plan.targets = {leaf: shardings[first] for first, leaf in plan.sources.items()}
+        for leaf in set().union(*(of_values[name] for name in plan.values.values())):
+            plan.targets[leaf] = None if saved.leaves[leaf].residence == "host" else default_device()
         return plan
+
+    def _plan_values(self, plan: ItemPlan, stored: Mapping[str, str], request: Request) -> None:
+        live = [name for name in self._extra() if request.selects(self._name, name)]
+        plan.problems += compare_values(self._name, live, stored)
+        plan.values = {name: stored[name] for name in live if name in stored}
 
     def _expected(self, name: str, tensor: torch.Tensor, rules: ShardingRules | None, plan: ItemPlan) -> LeafMeta:
         """What a checkpoint must have for a live tensor, which by the rules, or coming from meta, ends up on jax."""
@@ -145,17 +207,22 @@ class ModuleItem:
             plan.problems.append(Problem("placement", self._name, name, "a dtype that fits on the devices", str(error)))
             return meta
 
-    def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         tensors, _ = self._tensors()
-        for name, tensor in tensors.items():
-            array = arrays[saved.ties.get(name, name)]
-            if isinstance(array, np.ndarray) and array.dtype != live_dtype(tensor):
-                array = array.astype(live_dtype(tensor))  # int32 to int64, see plan.widens
-            settle(tensor, array, undo)
-        for name, value in (saved.values or {}).items():
+        for name, leaf in plan.sources.items():
+            settle(tensors[name], arrays[leaf], undo)
+        for name, stored in plan.values.items():
             owner = self._module.get_submodule(name.rpartition(".")[0])
             undo.callback(owner.set_extra_state, owner.get_extra_state())
-            owner.set_extra_state(decode(value, arrays))
+            owner.set_extra_state(decode(saved.values[stored], arrays))
+
+
+_EXTRA = "_extra_state"
+
+
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Also one that is a torchax tensor."""
+    return isinstance(tensor, torch.nn.Parameter)
 
 
 def _dtype_name(leaf: Any) -> str:
@@ -175,127 +242,24 @@ def _leaf_names(json: Json) -> set[str]:
     return set(names)
 
 
-class ObjectItem:
-    """Anything with `state_dict` and `load_state_dict`, such as a learning-rate scheduler."""
+def selected(item: str, names: Mapping[str, T], request: Request) -> dict[str, T]:
+    """What is stored under `names`, by live names, as far as it is asked for.
 
-    kind: ClassVar[str] = "object"
-
-    def __init__(self, name: str, obj: Any) -> None:
-        self._name = name
-        self._obj = obj
-
-    def capture(self, handed: Any = None) -> Captured:
-        leaves: dict[str, Any] = {}
-        values = encode(self._obj.state_dict() if handed is None else handed, leaves, path=())
-        return Captured(self.kind, leaves, values=values)
-
-    def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        live = self.capture().leaves
-        return ItemPlan({name: target_beside(live.get(name), meta) for name, meta in saved.leaves.items()})
-
-    def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
-        before: dict[str, Any] = {}
-        values = encode(self._obj.state_dict(), before)
-        undo.callback(lambda: self._obj.load_state_dict(decode(values, before)))
-        self._obj.load_state_dict(decode(saved.values, arrays))
-
-
-def target_beside(live: Any, saved: LeafMeta) -> Sharding | None:
-    """Where a stored leaf goes: where its live counterpart is, if there is one on jax; else as it was when saved."""
-    if _torchax.is_torchax(live):
-        live = _torchax.array_of(live)
-    if isinstance(live, jax.Array):
-        return live.sharding
-    return default_device() if saved.residence == "jax" else None
-
-
-class PytreeItem:
-    """A tree of containers with tensors, arrays and plain values, living in `slot[name]`.
-
-    Tensors, numpy arrays and mutable containers are written in place; what is immutable is replaced, up to the slot
-    itself.
+    Raises:
+        ConfigError: `rename` gives two of them one name.
     """
-
-    kind: ClassVar[str] = "pytree"
-
-    def __init__(self, name: str, slot: MutableMapping[str, Any]) -> None:
-        self._name = name
-        self._slot = slot
-
-    @staticmethod
-    def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-        flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-        named: dict[str, Any] = {}
-        for path, leaf in flat:
-            add_leaf(leaf_name(path), leaf, named)
-        return named, structure
-
-    def capture(self, handed: Any = None) -> Captured:
-        named, _ = self._flatten(self._slot[self._name] if handed is None else handed)
-        leaves: dict[str, Any] = {}
-        values = {
-            name: encode(_without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()
-        }
-        return Captured(self.kind, leaves, values=values)
-
-    def plan(self, saved: ItemMeta, rules: ShardingRules | None) -> ItemPlan:
-        captured = self.capture()
-        live = {name: array_meta(leaf) for name, leaf in captured.leaves.items()}
-        plan = ItemPlan(problems=compare_leaves(self._name, live, saved.leaves))
-        plain = set(captured.values) - set(live)
-        stored = set(saved.values) - set(saved.leaves)
-        plan.problems += [Problem("missing", self._name, name, "a value") for name in sorted(plain - set(saved.values))]
-        plan.problems += [
-            Problem("unexpected", self._name, name, "", "a value") for name in sorted(stored - set(captured.values))
-        ]
-        if not plan.problems:
-            plan.targets = {name: target_beside(captured.leaves[name], meta) for name, meta in saved.leaves.items()}
-        return plan
-
-    def apply(self, saved: ItemMeta, arrays: Mapping[str, Array], undo: ExitStack) -> None:
-        live = self._slot[self._name]
-        named, structure = self._flatten(live)
-        new = [self._restored(leaf, decode(saved.values[name], arrays), undo) for name, leaf in named.items()]
-        undo.callback(self._slot.__setitem__, self._name, live)
-        self._slot[self._name] = _merged(live, jax.tree.unflatten(structure, new), undo)
-
-    @staticmethod
-    def _restored(live: Any, value: Any, undo: ExitStack) -> Any:
-        if isinstance(live, torch.Tensor):
-            settle(live, array_in(value), undo)
-            return live
-        if isinstance(live, jax.Array) and jnp.issubdtype(live.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(value, impl=jax.random.key_impl(live))
-        return place_like(value, live) if isinstance(live, jax.Array) else value
+    found: dict[str, T] = {}
+    for name, value in names.items():
+        live = request.live_name(item, name)
+        if live in found:
+            raise ConfigError(f"rename gives two leaves of {item} the name {live!r}, one of them {name!r}")
+        if request.selects(item, live):
+            found[live] = value
+    return found
 
 
-def _without_key_type(leaf: Any) -> Any:
-    """A typed PRNG key as its raw `uint32` data; anything else as it is."""
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return leaf
-
-
-def array_meta(leaf: Any) -> LeafMeta:
-    """What a live tensor or array would be saved as."""
-    if isinstance(leaf, torch.Tensor):
-        return live_meta(leaf)
-    return LeafMeta(tuple(leaf.shape), str(np.dtype(leaf.dtype)), "jax" if isinstance(leaf, jax.Array) else "host")
-
-
-def _merged(live: Any, new: Any, undo: ExitStack) -> Any:
-    """`new`, but with the mutable containers of `live` kept and filled."""
-    if isinstance(live, dict | list):
-        undo.callback(_refill, live, live.copy())
-        keys = list(live) if isinstance(live, dict) else range(len(live))
-        for key in keys:
-            live[key] = _merged(live[key], new[key], undo)
-        return live
-    return new
-
-
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, dict):
-        container.update(content)
-    else:
-        container[:] = content
+def compare_values(item: str, live: Collection[str], stored: Collection[str]) -> list[Problem]:
+    """Values that are no arrays, on one side only."""
+    return [Problem("missing", item, name, "a value") for name in live if name not in stored] + [
+        Problem("unexpected", item, name, "", "a value") for name in stored if name not in live
+    ]

@@ -14,12 +14,12 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import host_copy, leaf_name, live_array, raise_if_deleted
+from torchorbax.adapter import device_dtype, host_copy, leaf_name, live_array, raise_if_deleted
 from torchorbax.errors import ConfigError, UnsupportedLeafError
 from torchorbax.optimizers import Optimizer
 from torchorbax.placement import meta_tensors, place_
 from torchorbax.sharding import replicated_like
-from torchorbax.tracing import Arrays, arrays_of, holding, laid_out, settled
+from torchorbax.tracing import Arrays, arrays_of, holding, keeping_buffers, laid_out, settled
 from torchorbax.updates import update_of
 
 LossFn = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -57,13 +57,14 @@ def train_step(
 
     Returns:
         `step(batch)`: the batch is any pytree of torch tensors, numpy arrays or Python numbers; `loss_fn` gets torchax
-        tensors. The loss is a 0-d torchax tensor that `float`, `.item()` and formatting can read anywhere; reading it
-        waits for the device.
+        tensors (float64 is rounded to float32 while `jax_enable_x64` is off, as everywhere in JAX). The loss is a 0-d
+        torchax tensor that `float`, `.item()` and formatting can read anywhere; reading it waits for the device.
 
     Raises:
-        ConfigError: (when called) the model is on meta, nothing is to be trained, the loss is not a scalar tensor, or
-            the optimizer keeps state that cannot be traced.
+        ConfigError: an argument of another type, or an optimizer of another model; (when called) the model is on meta,
+            nothing is to be trained, the loss is not a scalar tensor, or the optimizer's step cannot be traced.
         DeletedArrayError: (when called) tensors whose buffers were donated elsewhere.
+        NotImplementedError: (when called) the loss uses a `torch.autograd.Function`, whose `backward` JAX would ignore.
     """
     return TrainStep(model, optimizer, loss_fn, batch_sharding=batch_sharding, donate=donate)
 
@@ -91,6 +92,14 @@ class TrainStep:
         batch_sharding: Sharding | PartitionSpec | None,
         donate: bool,
     ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise ConfigError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(f"optimizer must be a torch.optim optimizer or an OptaxOptimizer, not {optimizer!r}")
+        if not callable(loss_fn):
+            raise ConfigError(f"loss_fn must be a function (model, batch) -> scalar tensor, not {loss_fn!r}")
+        if not isinstance(batch_sharding, Sharding | PartitionSpec | None):
+            raise ConfigError(f"batch_sharding must be a Sharding, a PartitionSpec or None, not {batch_sharding!r}")
         self._model = model
         self._optimizer = optimizer
         self._loss_fn = loss_fn
@@ -186,8 +195,13 @@ class TrainStep:
 
         def loss_of(params: Arrays, old_buffers: Arrays, constants: Arrays, key: jax.Array, batch: Any) -> Any:
             held = {**params, **old_buffers, **constants}
-            with holding({**trained, **buffers, **frozen}, held), _torchax.modes(key) as key_now:
-                loss = _scalar(self._loss_fn(self._model, jax.tree.map(_torchax.wrap, batch)))
+            with (
+                holding({**trained, **buffers, **frozen}, held),
+                _torchax.no_custom_gradients(),
+                _torchax.modes(key) as key_now,
+            ):
+                with keeping_buffers(self._model):
+                    loss = _scalar(self._loss_fn(self._model, jax.tree.map(_torchax.wrap, batch)))
                 return loss, (arrays_of(buffers), key_now())
 
         def step(
@@ -255,6 +269,8 @@ def _batch_leaf(name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
         )
     held = live_array(f"batch.{name}" if name else "batch", leaf)
     array = held if isinstance(held, jax.Array) else host_copy(held)
+    if array.dtype == np.int64 and isinstance(array, np.ndarray):
+        array = array.astype(device_dtype(f"batch.{name}" if name else "batch", array.dtype, array), copy=False)
     try:
         placed: jax.Array = jax.device_put(array, sharding if array.ndim else None)
     except ValueError as error:

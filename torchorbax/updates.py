@@ -44,17 +44,27 @@ class Update(Protocol):
 
 def update_of(model: torch.nn.Module, optimizer: Optimizer) -> Update:
     """The update of an optimizer of either kind."""
-    return OptaxUpdate(optimizer) if isinstance(optimizer, OptaxOptimizer) else TorchUpdate(model, optimizer)
+    return OptaxUpdate(model, optimizer) if isinstance(optimizer, OptaxOptimizer) else TorchUpdate(model, optimizer)
 
 
 class OptaxUpdate:
     """An optax transformation and `optax.apply_updates`."""
 
-    def __init__(self, optimizer: OptaxOptimizer) -> None:
+    def __init__(self, model: torch.nn.Module, optimizer: OptaxOptimizer) -> None:
+        if optimizer.model is not model:
+            raise ConfigError("the OptaxOptimizer was built for another model (or for a part of this one)")
         self._optimizer = optimizer
 
     def trained(self) -> dict[str, torch.Tensor]:
-        return self._optimizer.params()
+        params, state = self._optimizer.params(), self._optimizer.state
+        if params and state is not None:
+            expected: Any = jax.tree.structure(self._optimizer.abstract_state())
+            if jax.tree.structure(state) != expected:
+                raise ConfigError(
+                    "the state of the OptaxOptimizer does not fit the parameters that require a gradient; have they "
+                    "changed since it was made? Use optax.multi_transform or optax.masked to freeze some"
+                )
+        return params
 
     def constants(self) -> Any:
         return None
@@ -87,9 +97,10 @@ class TorchUpdate:
         self._names: dict[int, str] = {}
 
     def trained(self) -> dict[str, torch.Tensor]:
-        names = self._names or {id(param): name for name, param in self._model.named_parameters()}
-        self._names = names
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        if any(id(param) not in self._names for param in params):
+            self._names = {id(param): name for name, param in self._model.named_parameters()}
+        names = self._names
         if strangers := sum(id(param) not in names for param in params):
             raise ConfigError(
                 f"{strangers} of the optimizer's {len(params)} parameters are not the model's; build it from "
@@ -99,7 +110,11 @@ class TorchUpdate:
 
     def constants(self) -> Any:
         return tuple(
-            tuple((key, _constant(key, value)) for key, value in group.items() if key not in ("params", "lr"))
+            tuple(
+                (key, _constant(key, value))
+                for key, value in group.items()
+                if key not in ("params", "lr", "initial_lr")
+            )
             for group in self._optimizer.param_groups
         )
 

@@ -1,0 +1,171 @@
+"""One restore: planned as a whole, loaded and converted, and only then written into the live objects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from torchorbax import integrity
+from torchorbax._orbax import Storage
+from torchorbax.adapter import Array
+from torchorbax.dtypes import BY_NAME, fits_on_device
+from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, TorchorbaxError, summary
+from torchorbax.items import RNG
+from torchorbax.manifest import ItemMeta, Manifest
+from torchorbax.plan import Request, advice, with_suggestions
+from torchorbax.sharding import ShardingRules
+from torchorbax.state import Item, ItemPlan
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a restore does, by item; and what it leaves out."""
+
+    items: Mapping[str, ItemPlan]
+    left_out: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore has done.
+
+    Attributes:
+        manifest: of the step.
+        left_out: what does not fit and was not restored; nothing if the request was strict.
+        exact: items and leaves that live under the names and in the dtypes that they have on storage.
+    """
+
+    manifest: Manifest
+    left_out: tuple[Problem, ...]
+    exact: frozenset[tuple[str, str]]
+
+
+def restore_step(
+    storage: Storage,
+    step: int,
+    items: Mapping[str, Item],
+    rules: ShardingRules | None,
+    request: Request,
+    *,
+    verify: bool,
+) -> Restored:
+    """Restore what is asked for of a step into the live objects; all or nothing.
+
+    Args:
+        storage: the run.
+        step: which step.
+        items: the live objects.
+        rules: where they go.
+        request: what is asked for.
+        verify: compare what was read with its fingerprints.
+
+    Raises:
+        CheckpointNotFoundError: there is no such step.
+        CorruptCheckpointError: it cannot be read, or is not what was saved.
+        MismatchError: it does not fit the live objects.
+        ConfigError: the request names what nobody has.
+    """
+    manifest = storage.manifest(step)
+    plan = planned(storage.path, manifest, items, rules, request)
+    targets = {name: _loadable(manifest.items[name], one) for name, one in plan.items.items()}
+    arrays = storage.read(step, {name: manifest.items[name] for name in plan.items}, targets)
+    if verify:
+        integrity.check(storage.path, step, manifest.items, arrays)
+    converted = {name: _converted(name, one, arrays[name]) for name, one in plan.items.items()}
+    with ExitStack() as undo:
+        for name, one in plan.items.items():
+            items[name].apply(manifest.items[name], one, converted[name], undo)
+        undo.pop_all()
+    if plan.left_out:
+        counts, lines = summary(plan.left_out, "`left_out`")
+        _logger.warning("%s: step %d: restored without what does not fit: %s\n%s", storage.path, step, counts, lines)
+    exact = {
+        (name, leaf)
+        for name, one in plan.items.items()
+        for live, leaf in one.sources.items()
+        if live == leaf and leaf not in one.dtypes
+    }
+    return Restored(manifest, plan.left_out, frozenset(exact))
+
+
+def planned(
+    path: str, manifest: Manifest, items: Mapping[str, Item], rules: ShardingRules | None, request: Request
+) -> Plan:
+    """Compare a step with the live objects; touches nothing and reads nothing.
+
+    Raises:
+        MismatchError: the request is strict and anything differs, or nothing at all fits.
+        ConfigError: the request names what nobody has.
+        CorruptCheckpointError: an item does not have what belongs to its kind.
+    """
+    source = f"{path}: step {manifest.step}"
+    saved = {name: item for name, item in manifest.items.items() if request.concerns(name) and name != RNG}
+    live = {name: item for name, item in items.items() if request.concerns(name) and name != RNG}
+    if RNG in items and request.concerns(RNG):
+        if RNG in manifest.items:  # generators that were not saved go on as they are
+            saved[RNG], live[RNG] = manifest.items[RNG], items[RNG]
+        else:
+            _logger.warning("%s has no random number generators; those of this process go on", source)
+    problems = [
+        Problem("missing", name, "the whole item", item.kind) for name, item in live.items() if name not in saved
+    ]
+    plans: dict[str, ItemPlan] = {}
+    for name, meta in saved.items():
+        if name not in live:
+            problems.append(Problem("unexpected", name, "the whole item", "", f"a {meta.kind} item"))
+        elif live[name].kind != meta.kind:
+            problems.append(Problem("placement", name, "the whole item", f"{live[name].kind}", f"a {meta.kind} item"))
+        else:
+            with _as_corrupt(path, manifest.step, name, meta):
+                plans[name] = live[name].plan(meta, rules, request)
+            problems += plans[name].problems
+    problems = with_suggestions(problems)
+    nothing_fits = not any(plan.restores_something for name, plan in plans.items() if name != RNG)
+    if problems and (request.strict or nothing_fits):
+        raise MismatchError(source, problems, advice(problems))
+    request.check_used()
+    return Plan(plans, tuple(problems))
+
+
+@contextmanager
+def _as_corrupt(path: str, step: int, name: str, meta: ItemMeta) -> Iterator[None]:
+    """A manifest may be well-formed and still be that of no optimizer, say."""
+    try:
+        yield
+    except TorchorbaxError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        reason = f"item {name} does not have what belongs to a {meta.kind}: {type(error).__name__}: {error}"
+        raise CorruptCheckpointError(path, {step: reason[:300]}) from error
+
+
+def _loadable(saved: ItemMeta, plan: ItemPlan) -> dict[str, Any]:
+    """The targets, but host memory for what JAX would narrow before it could be converted."""
+    return {
+        name: None if name in plan.dtypes and not fits_on_device(BY_NAME[saved.leaves[name].dtype]) else target
+        for name, target in plan.targets.items()
+    }
+
+
+def _converted(item: str, plan: ItemPlan, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays in the dtypes planned.
+
+    Raises:
+        MismatchError: an integer does not fit into the new dtype.
+    """
+    converted = dict(arrays)
+    for name, dtype in plan.dtypes.items():
+        array, target = arrays[name], plan.targets[name]
+        new = array.astype(dtype)
+        if dtype.kind in "iu" and not bool((new.astype(array.dtype) == array).all()):
+            problem = Problem("dtype", item, name, f"values that fit into {dtype}", f"larger ones of {array.dtype}")
+            raise MismatchError("the checkpoint", [problem], "Give the live tensor the dtype that it had.")
+        converted[name] = new if target is None or isinstance(new, jax.Array) else jax.device_put(new, target)
+    return converted
