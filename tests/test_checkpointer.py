@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
 import os
 import shutil
@@ -517,6 +518,40 @@ def test_donation_right_after_save_leaves_the_checkpoint_right(
             w = overwrite(w)
         assert float(w.max()) == -1
     assert bits(torchorbax.load(str(tmp_path / "run"), item="w")["w"]) == expected
+
+
+def test_nothing_grows_over_many_saves(mesh: Mesh, tmp_path: Path) -> None:
+    sharding = NamedSharding(mesh, P("fsdp"))
+    change = jax.jit(lambda tree: jax.tree.map(lambda array: array + 1, tree), donate_argnums=0)
+    tree = {str(index): jax.device_put(jnp.ones((64, 1 << (6 + index % 6))), sharding) for index in range(100)}
+    counts = []
+    with Checkpointer(str(tmp_path / "run"), {"tree": tree}, save=None, keep=2, rng=False) as run:
+        for step in range(8):
+            tree = jax.block_until_ready(change(tree))
+            for offset in range(50):
+                assert not run.save(100 * step + offset, {"tree": tree})  # nothing to do
+            assert run.save(100 * step + 99, {"tree": tree}, force=True)
+            run.wait()
+            gc.collect()
+            files = len([path for path in tmp_path.rglob("*") if path.is_file()])
+            counts.append((threading.active_count(), len(jax.live_arrays()), len(os.listdir("/proc/self/fd")), files))
+    assert max(counts[3:]) <= max(counts[:3]), counts
+
+
+def test_compression_and_memory_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compression must be 'zstd' or None, not 'gzip'"):
+        Checkpointer(str(tmp_path), {}, compression="gzip")  # type: ignore[arg-type]
+    for wrong in (0, 1.5, True, None):
+        with pytest.raises(ConfigError, match="max_host_bytes must be an int of at least"):
+            Checkpointer(str(tmp_path), {}, max_host_bytes=wrong)  # type: ignore[arg-type]
+    state = {"w": {"w": np.zeros(1 << 20, np.float32)}}
+    with Checkpointer(str(tmp_path), state, compression="zstd", max_host_bytes=64 << 20) as run:
+        run.save(0)
+        run.wait()
+        state["w"]["w"][:] = 1
+        run.restore()
+    assert not state["w"]["w"].any()
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 100_000
 
 
 def test_cpu_tensors_changed_right_after_save(tmp_path: Path) -> None:
