@@ -26,9 +26,11 @@ def interleaved(contenders: Mapping[str, Callable[[], Mapping[str, float]]], rep
         warmup: rounds before them that do not.
     """
     samples: Samples = {}
+    names = list(contenders)
     for round_ in range(warmup + repeats):
-        for name, run in contenders.items():
-            for measure, value in run().items():
+        start = round_ % len(names)  # nobody always follows the same one, whose dirty pages are still being written
+        for name in names[start:] + names[:start]:
+            for measure, value in contenders[name]().items():
                 if round_ >= warmup:
                     samples.setdefault(f"{name}/{measure}", []).append(value)
     return samples

@@ -181,6 +181,14 @@ def test_what_differs_from_the_manifest_is_refused(tmp_path: Path) -> None:
             storage.read(0, items, {"state": {"other": None}})
 
 
+def test_a_missing_chunk_is_not_taken_for_zeros(mesh: Mesh, tmp_path: Path) -> None:
+    storage = write(tmp_path, {"large": jax.device_put(random((256, 128)), NamedSharding(mesh, P("fsdp")))})
+    database = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{tmp_path}/0/state/"}).result()
+    database.delete_range(ts.KvStore.KeyRange("large/3.0", "large/3.1")).result()
+    with pytest.raises(CorruptCheckpointError, match=r"item state: .*large/3\.0"):
+        read(storage, {"large": None})
+
+
 def test_memory_is_let_go_leaf_by_leaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last leaf is being read from its device, all but those of the last two batches are gone."""
     monkeypatch.setattr(_orbax_arrays, "_BATCH_BYTES", 256 << 10)

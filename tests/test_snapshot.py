@@ -234,8 +234,10 @@ def test_nothing_is_waited_for(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> N
     array = jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), NamedSharding(mesh, P("fsdp")))
     monkeypatch.setattr(type(array), "is_ready", lambda self: False)
     with nothing_read_from_devices(monkeypatch):
-        taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto")
-    assert bits(taken.arrays["state"]["array"]) == bits(array)
+        taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto").arrays["state"]["array"]
+    assert bits(taken) == bits(array)
+    pointers = [{shard.data.unsafe_buffer_pointer() for shard in one.addressable_shards} for one in (taken, array)]
+    assert not pointers[0] & pointers[1], "a copy"
 
 
 def test_what_devices_have_no_room_for_goes_to_the_host(

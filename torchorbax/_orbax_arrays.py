@@ -36,6 +36,8 @@ _STACKED = 64
 _CHUNK_BYTES = 64 << 20
 """The largest chunk: what is read at least for any part of it, and held in host memory at most for each."""
 LEAST_HOST_BYTES = _CHUNK_BYTES
+_LOCAL_BATCHES = 2
+"""Transactions that are committed at once on a local disk, which more of them only slow down."""
 _BATCH_BYTES = 128 << 20
 """What goes into one data file: large enough for object storage, small enough to let memory go early."""
 
@@ -81,7 +83,8 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
         folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
     )
     context = tensorstore_utils.get_ts_context(use_ocdbt=True)
-    out = _Batches(ts.KvStore.open(spec, context=context).result(), spec, context, traffic)
+    at_once = traffic.max_host_bytes if "://" in folder else _LOCAL_BATCHES * _BATCH_BYTES
+    out = _Batches(ts.KvStore.open(spec, context=context).result(), spec, context, traffic, at_once)
     started: dict[str, Callable[[], str]] = {}
     try:
         for name, on_host in _gathered({name: arrays[name] for name in names if is_gathered(arrays[name])}):
@@ -147,12 +150,15 @@ class _Batch:
 class _Batches:
     """Transactions that are filled, committed and waited for, with a bound on the bytes of all that are open."""
 
-    def __init__(self, database: ts.KvStore, spec: Any, context: ts.Context, traffic: Traffic) -> None:
+    def __init__(
+        self, database: ts.KvStore, spec: Any, context: ts.Context, traffic: Traffic, at_once_bytes: int
+    ) -> None:
         self._database = database
         self._spec = spec
         self._context = context
         self._traffic = traffic
         self._batch_bytes = min(_BATCH_BYTES, traffic.max_host_bytes // 2)
+        self._most_bytes = min(traffic.max_host_bytes, at_once_bytes)
         self._committing: deque[_Batch] = deque()
         self._batch = self._new()
 
@@ -201,7 +207,7 @@ class _Batches:
     def _room_for(self, nbytes: int) -> None:
         if self._batch.nbytes and self._batch.nbytes + nbytes > self._batch_bytes:
             self._commit()
-        while self._committing and nbytes + self._open_bytes() > self._traffic.max_host_bytes:
+        while self._committing and nbytes + self._open_bytes() > self._most_bytes:
             self._wait_for_oldest()
         self._batch.nbytes += nbytes
 
@@ -358,7 +364,7 @@ def _read_large(
         store = _opened(name, meta, opened.pop(name))
         parts = _parts(meta, target, traffic)
         nbytes = sum(part.nbytes for part in parts)
-        while reading and on_the_way + nbytes > traffic.max_host_bytes // 2:
+        while reading and on_the_way + nbytes > min(_BATCH_BYTES, traffic.max_host_bytes // 2):
             on_the_way -= place_oldest()
         reading.append((name, parts, [store[part.index].read(order="C") for part in parts], nbytes))
         on_the_way += nbytes
