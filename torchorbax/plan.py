@@ -217,7 +217,6 @@ def _nearest(name: str, candidates: Collection[str]) -> str | None:
     for other in candidates:  # `module.fc.weight` and the like, whatever the length of the prefix
         if other.endswith(f".{name}") or name.endswith(f".{other}"):
             return other
-    # In whole words first: `layers.1.weight` is no misspelt `layers.2.weight`, though they differ by one letter.
     found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
     return found[0] if found else None
 
