@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import logging
 import os
 import shutil
@@ -63,7 +64,7 @@ class FakeStorage:
     def manifest(self, step: int) -> Manifest:
         return self.committed[step]
 
-    def write(self, manifest: Manifest, arrays: Mapping[str, Any]) -> None:
+    def write(self, manifest: Manifest, arrays: Mapping[str, Any]) -> Manifest:
         self.writing.set()
         if not self.gate.wait(30):
             raise TimeoutError("the test never opened the gate")
@@ -71,6 +72,7 @@ class FakeStorage:
             raise self.failures[manifest.step]
         self.committed[manifest.step] = manifest
         self.log.append(f"commit {manifest.step}")
+        return manifest
 
     def delete(self, step: int) -> None:
         del self.committed[step]
@@ -80,7 +82,7 @@ class FakeStorage:
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStorage]:
     fake = FakeStorage("run")
-    monkeypatch.setattr(checkpointer, "Storage", lambda path: fake)
+    monkeypatch.setattr(checkpointer, "Storage", lambda path, traffic: fake)
     yield fake
     fake.gate.set()
 
@@ -500,18 +502,56 @@ def test_functional_loop(tmp_path: Path) -> None:
     np.testing.assert_array_equal(fresh.weight.detach().numpy(), params["weight"])
 
 
-def test_donation_right_after_save_leaves_the_checkpoint_right(tmp_path: Path) -> None:
-    state = {"w": {"w": jnp.arange(1 << 18, dtype=jnp.float32)}}
-    expected = bits(state["w"]["w"])
+@pytest.mark.parametrize("staging", ["auto", "device", "host"])
+@pytest.mark.parametrize("spec", [P(), P("fsdp")], ids=str)
+@pytest.mark.parametrize("size", [1 << 21, 1 << 10])
+def test_donation_right_after_save_leaves_the_checkpoint_right(
+    staging: Any, spec: P, size: int, mesh: Mesh, tmp_path: Path
+) -> None:
+    w = jax.device_put(jnp.arange(size, dtype=jnp.float32), NamedSharding(mesh, spec))
+    expected = bits(w)
     overwrite = jax.jit(lambda w: w * 0 - 1, donate_argnums=0)
-    run = Checkpointer(str(tmp_path / "run"), state, rng=False)
-    held = state["w"]["w"]
-    run.save(0)
-    overwrite(held)
-    assert held.is_deleted()
-    run.wait()
+    with Checkpointer(str(tmp_path / "run"), {"w": {"w": w}}, rng=False, staging=staging) as run:
+        w = jax.block_until_ready(w + 0)  # a program's result, in memory that donation can take
+        run.save(0, {"w": {"w": w}})
+        for _ in range(3):  # in the memory of the saved one, where that is not refused
+            w = overwrite(w)
+        assert float(w.max()) == -1
     assert bits(torchorbax.load(str(tmp_path / "run"), item="w")["w"]) == expected
-    run.close()
+
+
+def test_nothing_grows_over_many_saves(mesh: Mesh, tmp_path: Path) -> None:
+    sharding = NamedSharding(mesh, P("fsdp"))
+    change = jax.jit(lambda tree: jax.tree.map(lambda array: array + 1, tree), donate_argnums=0)
+    tree = {str(index): jax.device_put(jnp.ones((64, 1 << (6 + index % 6))), sharding) for index in range(100)}
+    counts = []
+    with Checkpointer(str(tmp_path / "run"), {"tree": tree}, save=None, keep=2, rng=False) as run:
+        for step in range(8):
+            tree = jax.block_until_ready(change(tree))
+            for offset in range(50):
+                assert not run.save(100 * step + offset, {"tree": tree})  # nothing to do
+            assert run.save(100 * step + 99, {"tree": tree}, force=True)
+            run.wait()
+            gc.collect()
+            files = len([path for path in tmp_path.rglob("*") if path.is_file()])
+            counts.append((threading.active_count(), len(jax.live_arrays()), len(os.listdir("/proc/self/fd")), files))
+    assert max(counts[3:]) <= max(counts[:3]), counts
+
+
+def test_compression_and_memory_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compression must be 'zstd' or None, not 'gzip'"):
+        Checkpointer(str(tmp_path), {}, compression="gzip")  # type: ignore[arg-type]
+    for wrong in (0, 1.5, True, None):
+        with pytest.raises(ConfigError, match="max_host_bytes must be an int of at least"):
+            Checkpointer(str(tmp_path), {}, max_host_bytes=wrong)  # type: ignore[arg-type]
+    state = {"w": {"w": np.zeros(1 << 20, np.float32)}}
+    with Checkpointer(str(tmp_path), state, compression="zstd", max_host_bytes=64 << 20) as run:
+        run.save(0)
+        run.wait()
+        state["w"]["w"][:] = 1
+        run.restore()
+    assert not state["w"]["w"].any()
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 100_000
 
 
 def test_cpu_tensors_changed_right_after_save(tmp_path: Path) -> None:
@@ -530,9 +570,9 @@ def test_reference_staging_fails_aloud_when_arrays_are_donated(storage: FakeStor
     real = checkpointer._orbax.Storage(str(tmp_path / "run"))
     write = storage.write
 
-    def write_for_real(manifest: Manifest, arrays: Mapping[str, Any]) -> None:
+    def write_for_real(manifest: Manifest, arrays: Mapping[str, Any]) -> Manifest:
         write(manifest, arrays)
-        real.write(manifest, arrays)
+        return real.write(manifest, arrays)
 
     storage.write = write_for_real  # type: ignore[method-assign]
     run = Checkpointer("run", state, rng=False, staging="reference")
@@ -726,10 +766,9 @@ def test_plain_orbax_reads_every_item(saved: str) -> None:
         pass
     with ocp.CheckpointManager(saved) as manager:
         assert list(manager.all_steps()) == [0, 1]
-        with pytest.warns(UserWarning, match="Sharding info not provided"):
-            restored = manager.restore(
-                1, args=ocp.args.Composite(model=ocp.args.PyTreeRestore(), optimizer=ocp.args.PyTreeRestore())
-            )
+        restored = manager.restore(
+            1, args=ocp.args.Composite(model=ocp.args.PyTreeRestore(), optimizer=ocp.args.PyTreeRestore())
+        )
     assert set(restored["model"]) == {name for name, _ in model.named_parameters()} | {
         name for name, _ in model.named_buffers()
     }
@@ -882,7 +921,7 @@ def test_sigterm_saves_what_the_body_handed_over(storage: FakeStorage, monkeypat
     """The signal comes after `save` has said that nothing is due; the live values are stale in a functional loop."""
     seen: list[float] = []
     write = storage.write
-    monkeypatch.setattr(storage, "write", lambda m, a: (seen.append(float(a["w"]["w"][0])), write(m, a)))
+    monkeypatch.setattr(storage, "write", lambda m, a: (seen.append(float(a["w"]["w"][0])), write(m, a))[1])
     with fake_run(storage, save=100) as run:
         for step in run.steps(9):
             run.save(step, {"w": weights(step + 1.0)}, metrics={"loss": step})

@@ -22,6 +22,12 @@ from tests.conftest import tensors
 MASK = 2**64 - 1
 
 
+@pytest.fixture(autouse=True)
+def _on_devices_however_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small arrays are as good as large ones for most of these tests, but would be summed on the host."""
+    monkeypatch.setattr(fingerprint, "_SMALL_BYTES", 0)
+
+
 def fingerprint_of(array: Any) -> str:
     return fingerprints({"array": array})["array"]
 
@@ -145,6 +151,20 @@ def test_damage_of_several_words(value: float) -> None:
     moved[0, 1] -= np.uint32(1)
     found = {name: fingerprint_of(damaged) for name, damaged in damages.items()}
     assert len(set(found.values())) == len(damages), found
+
+
+@pytest.mark.parametrize("spec", LAYOUTS[:5], ids=str)
+def test_small_arrays_are_summed_on_the_host(
+    spec: P, mesh_2d: Mesh, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+) -> None:
+    array = np.random.default_rng(0).standard_normal((16, 8), np.float32)
+    placed = jax.device_put(array, NamedSharding(mesh_2d, spec))
+    del compilations[:]
+    monkeypatch.setattr(fingerprint, "_SMALL_BYTES", array.nbytes)
+    assert fingerprint_of(placed) == by_definition(array)
+    assert not compilations
+    monkeypatch.setattr(fingerprint, "_SMALL_BYTES", array.nbytes - 1)
+    assert fingerprint_of(placed) == by_definition(array)
 
 
 def test_one_program_for_all_layouts_of_a_shard(mesh: Mesh, mesh_2d: Mesh, compilations: list[str]) -> None:

@@ -308,4 +308,4 @@ def test_frozen_parameters_cost_the_loop_nothing(tmp_path: Path) -> None:
         run.wait()
         assert len(jax.live_arrays()) == before
         torchorbax.assign_(model.base[0].weight, jnp.zeros((WIDTH, WIDTH)))
-        assert len(jax.live_arrays()) == before, "the old array is gone"
+        assert len(jax.live_arrays()) <= before, "the old array is gone"

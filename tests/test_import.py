@@ -284,10 +284,14 @@ def test_everything_public_is_documented(name: str) -> None:
     assert (getattr(torchorbax, name).__doc__ or "").strip()
 
 
-@pytest.mark.parametrize(("library", "owner"), [("torchax", "_torchax.py"), ("orbax", "_orbax.py")])
-def test_one_module_alone_imports(library: str, owner: str) -> None:
-    importers = {path.name for path in PACKAGE.rglob("*.py") if library in _imported(path)}
-    assert importers == {owner}
+ORBAX = {"_orbax.py", "_orbax_arrays.py", "_orbax_save.py"}
+
+
+@pytest.mark.parametrize(
+    ("library", "owners"), [("torchax", {"_torchax.py"}), ("orbax", ORBAX), ("tensorstore", {"_orbax_arrays.py"})]
+)
+def test_few_modules_import_foreign_insides(library: str, owners: set[str]) -> None:
+    assert {path.name for path in PACKAGE.rglob("*.py") if library in _imported(path)} == owners
 
 
 def _imported(path: Path) -> set[str]:

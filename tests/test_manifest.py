@@ -91,7 +91,7 @@ def test_the_text_is_made_to_be_read_by_others() -> None:
                 "kind": "module",
                 "leaves": {
                     "weight": {
-                        "shape": (2, 3),
+                        "shape": [2, 3],
                         "dtype": "bfloat16",
                         "residence": "jax",
                         "sharding": {"mesh": {"fsdp": 2}, "spec": ["fsdp", None]},

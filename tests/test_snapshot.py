@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -203,3 +205,67 @@ def test_staging_is_one_of_four() -> None:
     for wrong in ("Device", "", None, "gpu"):
         with pytest.raises(ConfigError, match="staging must be one of 'auto', 'reference', 'device', 'host', not "):
             snapshot.check_staging(wrong)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------ views and full devices
+
+
+def test_large_arrays_on_cpu_devices_are_viewed_not_copied(mesh: Mesh, compilations: list[str]) -> None:
+    """Where a view would wait for what is being computed, and where it costs more than a copy, there is a copy."""
+    sharding = NamedSharding(mesh, P("fsdp"))
+    large = jax.block_until_ready(jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), sharding) + 0)
+    small = jax.block_until_ready(jax.device_put(jnp.arange(64, dtype=jnp.int32), sharding) + 0)
+    del compilations[:]
+    expected = bits(large)
+    taken = snapshot.take({"state": Captured("pytree", {"large": large})}, "auto")
+    assert compilations == []
+    memory = {shard.data.unsafe_buffer_pointer() for shard in large.addressable_shards}
+    donate([large])
+    found = taken.arrays["state"]["large"]
+    assert {shard.data.unsafe_buffer_pointer() for shard in found.addressable_shards} == memory
+    assert bits(found) == expected
+    assert found.sharding == sharding
+    del compilations[:]
+    snapshot.take({"state": Captured("pytree", {"small": small})}, "auto")
+    assert compilations == ["_copy"]
+
+
+def test_nothing_is_waited_for(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), NamedSharding(mesh, P("fsdp")))
+    monkeypatch.setattr(type(array), "is_ready", lambda self: False)
+    with nothing_read_from_devices(monkeypatch):
+        taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto")
+    assert bits(taken.arrays["state"]["array"]) == bits(array)
+
+
+def test_what_devices_have_no_room_for_goes_to_the_host(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step needs what was in use at most before the first snapshot; what is left above takes copies in order."""
+    sharding = NamedSharding(mesh, P("fsdp"))
+    stats = {"bytes_limit": 100_000, "bytes_in_use": 10_000, "peak_bytes_in_use": 85_000}
+    full = mesh.devices.flat[5]
+    real = type(full).memory_stats
+    monkeypatch.setattr(type(full), "memory_stats", lambda self: stats if self is full else real(self))
+    snapshot._loop_peak.cache_clear()
+    snapshot._warn_of_full_devices.cache_clear()
+    leaves = {str(index): jax.device_put(jnp.full(8 * 1000, index, jnp.int32), sharding) for index in range(4)}
+    for _ in range(2):
+        taken = snapshot.take({"state": Captured("pytree", leaves)}, "device").arrays["state"]
+        assert [type(taken[name]) is np.ndarray for name in leaves] == [False, False, True, True]
+        assert {name: bits(array) for name, array in taken.items()} == {name: bits(leaves[name]) for name in leaves}
+        stats["peak_bytes_in_use"] = 99_000  # with our own copies
+    assert [record.message for record in caplog.records if "no room" in record.message] == [caplog.records[0].message]
+    snapshot._loop_peak.cache_clear()
+    snapshot._warn_of_full_devices.cache_clear()
+
+
+def test_a_snapshot_keeps_no_live_array_alive(mesh: Mesh) -> None:
+    array = jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), NamedSharding(mesh, P("fsdp")))
+    alive = weakref.ref(array)
+    taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "device")
+    assert taken.items["state"].leaves["array"].shape == array.shape
+    del array
+    gc.collect()
+    assert alive() is None
+    assert taken.nbytes == 4 << 18

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,15 +27,17 @@ from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers as orbax_policies
 from orbax.checkpoint.path import step as orbax_steps
 
+from torchorbax import _orbax_arrays, _orbax_save
+from torchorbax._orbax_arrays import LEAST_HOST_BYTES, Traffic
+from torchorbax._orbax_save import MANIFEST
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME, fits_on_device
 from torchorbax.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, SaveError
 from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 
-__all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies"]
+__all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies", "traffic"]
 
 BASE = "base"
-MANIFEST = "manifest"
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
 _NAMES = orbax_steps.standard_name_format()
@@ -60,18 +63,33 @@ def _one_process() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions()
 
 
+def traffic(compression: str | None, max_host_bytes: int) -> Traffic:
+    """How arrays travel, in a user's words.
+
+    Raises:
+        ConfigError: a compression that is not known, or too little memory.
+    """
+    if compression not in (None, "zstd"):
+        raise ConfigError(f"compression must be 'zstd' or None, not {compression!r}")
+    if isinstance(max_host_bytes, bool) or not isinstance(max_host_bytes, int) or max_host_bytes < LEAST_HOST_BYTES:
+        raise ConfigError(f"max_host_bytes must be an int of at least {LEAST_HOST_BYTES}, not {max_host_bytes!r}")
+    return Traffic(compression is not None, max_host_bytes)
+
+
 class Storage:
     """The folder of one run, on local disk or under a URI that Orbax knows (`gs://`).
 
     Args:
         path: relative paths are taken from the current folder, now.
+        traffic: how arrays are written and read.
 
     Raises:
         ConfigError: the path is a file, or holds something that is no run, or its file system needs an extra.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], traffic: Traffic = Traffic()) -> None:  # noqa: B008  # immutable
         self.path = _absolute(path)
+        self._traffic = traffic
         self._root = epath.Path(self.path)
 
     def check(self) -> None:
@@ -139,14 +157,17 @@ class Storage:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
         return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
 
-    def write(
-        self,
-        manifest: Manifest,
-        arrays: Mapping[str, Mapping[str, Array]],
-    ) -> None:
+    def write(self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]]) -> Manifest:
         """Write one step and commit it; blocks until it is listed and, on a local disk, survives a loss of power.
 
         Frozen leaves of a new base are committed first.
+
+        Args:
+            manifest: of the step, without fingerprints but those of frozen leaves.
+            arrays: by item and leaf; each is taken out, and let go as soon as it is written.
+
+        Returns:
+            The manifest with all fingerprints.
 
         Raises:
             SaveError: anything that went wrong, as `__cause__`. The step is not listed, and what was written of it is
@@ -156,28 +177,27 @@ class Storage:
             raise SaveError(
                 manifest.step, self.path, "somebody else has saved it meanwhile; is another run writing to this path?"
             )
-        for base, part in _by_base(manifest.items, arrays).items():
+        parts = _by_base(manifest.items, arrays)
+        for one in arrays.values():
+            one.clear()
+        for base, part in parts.items():
             if base is None:
-                self._write(manifest, part)
-                continue
+                return self._write(manifest, part)
             try:
                 self._base_area()._write(manifest.of_base(base), part)
             except SaveError as error:
                 raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error
+        return manifest
 
-    def _write(self, manifest: Manifest, arrays: Mapping[str, Mapping[str, Array]]) -> None:
-        items = {item: {name: array for name, array in one.items() if array.size} for item, one in arrays.items()}
-        args = {item: ocp.args.PyTreeSave(tree) for item, tree in items.items() if tree}
+    def _write(self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]]) -> Manifest:
         try:
-            with _ONE_WRITE, _new_checkpointer(args.keys()) as checkpointer:
-                checkpointer.save(
-                    self._folder(manifest.step),
-                    args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave(manifest.to_json())}),
-                )
+            with _ONE_WRITE:
+                fingerprints = _orbax_save.save(self._folder(manifest.step), manifest, arrays, self._traffic)
             self._make_durable(self._folder(manifest.step))
         except Exception as error:
             self._remove_failed(manifest.step)
             raise SaveError(manifest.step, self.path, f"{type(error).__name__}: {error}") from error
+        return manifest.stamped(fingerprints)
 
     def _make_durable(self, folder: Any) -> None:
         """Flush a step and its name to the disk, since older ones may be deleted next.
@@ -213,11 +233,7 @@ class Storage:
             raise CheckpointNotFoundError(self.path, step, self.steps())
         with self._as_corrupt(step):
             self._check_whole(folder)
-            with _new_checkpointer(()) as checkpointer:
-                json = checkpointer.restore(folder, args=ocp.args.Composite(**{MANIFEST: ocp.args.JsonRestore()}))[
-                    MANIFEST
-                ]
-            manifest = Manifest.from_json(json)
+            manifest = Manifest.from_json(json.loads((folder / MANIFEST / "metadata").read_text()))
             if manifest.step != step:
                 raise ValueError(f"its manifest is that of step {manifest.step}")
             return manifest
@@ -265,43 +281,21 @@ class Storage:
     def _read(
         self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
     ) -> dict[str, dict[str, Array]]:
-        wanted = {
-            item: {name: target for name, target in leaves.items() if not items[item].leaves[name].is_empty}
-            for item, leaves in targets.items()
-        }
-        wanted = {item: leaves for item, leaves in wanted.items() if leaves}
-        args = {item: _restore_args(leaves, items[item].leaves) for item, leaves in wanted.items()}
-        try:
-            loaded = self._load(step, args)
-        except Exception as error:
-            raise CorruptCheckpointError(self.path, {step: self._what_fails(step, args) or _told(error)}) from error
-        with self._as_corrupt(step):
-            arrays: dict[str, dict[str, Array]] = {}
-            for item, leaves in targets.items():
-                arrays[item] = {
-                    name: _empty(items[item].leaves[name], target)
-                    if items[item].leaves[name].is_empty
-                    else _checked(f"{item}.{name}", loaded[item][name], items[item].leaves[name])
-                    for name, target in leaves.items()
-                }
-            return arrays
-
-    def _load(self, step: int, args: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not args:
-            return {}
-        with _new_checkpointer(args.keys()) as checkpointer:
-            loaded: Mapping[str, Any] = checkpointer.restore(self._folder(step), args=ocp.args.Composite(**args))
-            return loaded
-
-    def _what_fails(self, step: int, args: Mapping[str, Any]) -> str:
-        """Which items cannot be loaded; Orbax's own errors mostly do not say."""
-        told = []
-        for item, arg in args.items():
+        arrays: dict[str, dict[str, Array]] = {}
+        reasons = []
+        for item, leaves in targets.items():
+            meta = items[item].leaves
+            wanted = {name: (meta[name], target) for name, target in leaves.items() if not meta[name].is_empty}
             try:
-                self._load(step, {item: arg})
-            except Exception as error:
-                told.append(f"item {item}: {_told(error)}")
-        return "; ".join(told)
+                read = _orbax_arrays.read(f"{self._folder(step)}/{item}", wanted, self._traffic) if wanted else {}
+                arrays[item] = {
+                    name: read[name] if name in read else _empty(meta[name], target) for name, target in leaves.items()
+                }
+            except Exception as error:  # TensorStore and the file system raise whatever they like on damaged files
+                reasons.append(f"item {item}: {_told(error)}")
+        if reasons:
+            raise CorruptCheckpointError(self.path, {step: "; ".join(reasons)})
+        return arrays
 
     def set_aside(self, step: int) -> None:
         """Rename a damaged step, so that another can take its place and nothing is lost that might be repaired."""
@@ -325,7 +319,7 @@ class Storage:
 
     def _base_area(self) -> Storage:
         """Where frozen parameters lie, as steps with numbers of their own."""
-        return Storage(f"{self.path}/{BASE}")
+        return Storage(f"{self.path}/{BASE}", self._traffic)
 
     def bases(self) -> set[int]:
         """The numbers of the bases there are."""
@@ -382,35 +376,6 @@ def _told(error: Exception) -> str:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _new_checkpointer(items: Any) -> ocp.Checkpointer:
-    handlers: dict[str, Any] = {item: ocp.PyTreeCheckpointHandler(use_compression=False) for item in items}
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers, **{MANIFEST: ocp.JsonCheckpointHandler()}))
-
-
-def _restore_args(targets: Mapping[str, Sharding | None], leaves: Mapping[str, LeafMeta]) -> Any:
-    # No dtype is asked for: Orbax would cast to it without a word, and `_checked` could not tell.
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaves[name].shape, BY_NAME[leaves[name].dtype], sharding=target)
-        for name, target in targets.items()
-    }
-    restore_args = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray)
-        if target is None
-        else ocp.ArrayRestoreArgs(sharding=target, global_shape=leaves[name].shape)
-        for name, target in targets.items()
-    }
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=True)
-
-
-def _checked(name: str, array: Any, meta: LeafMeta) -> Array:
-    """`array`, if it is what the manifest says: Orbax pads, casts and leaves out without a word."""
-    if not isinstance(array, jax.Array | np.ndarray):
-        raise ValueError(f"{name} is missing from the array data")
-    if tuple(array.shape) != meta.shape or str(array.dtype) != meta.dtype:
-        raise ValueError(f"{name} is {array.dtype}{tuple(array.shape)}, but the manifest says {meta}")
-    return array
 
 
 def _empty(meta: LeafMeta, target: Sharding | None) -> Array:

@@ -15,13 +15,13 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from tqdm.auto import tqdm
 
 from torchorbax import _orbax, frozen, snapshot
-from torchorbax._orbax import Storage
+from torchorbax._orbax import Storage, traffic
 from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, SaveError
 from torchorbax.frozen import FrozenArrays
 from torchorbax.items import items_of
@@ -56,6 +56,8 @@ class Checkpointer:
         staging: how a snapshot is taken, see `torchorbax.snapshot.take`.
         rng: save and restore the random number generators as well (item `rng`).
         verify: compare what is restored with the fingerprints made when it was saved, before anything live changes.
+        compression: `"zstd"`, or None: trained weights hardly get smaller, and it takes several times as long.
+        max_host_bytes: host memory for arrays on their way to storage or back, 64 MiB at least.
         save_on_exception: when an exception leaves the `with` block, save the last step that was complete. For that a
             snapshot is taken at every call of `save`, which costs what a save costs the loop, and its memory.
 
@@ -75,6 +77,8 @@ class Checkpointer:
         staging: snapshot.Staging = "auto",
         rng: bool = True,
         verify: bool = True,
+        compression: Literal["zstd"] | None = None,
+        max_host_bytes: int = 1 << 30,
         save_on_exception: bool = False,
     ) -> None:
         if jax.process_count() > 1:
@@ -89,7 +93,7 @@ class Checkpointer:
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
         self._items = items_of(self._state, rng=rng)
-        self._storage = Storage(path)
+        self._storage = Storage(path, traffic(compression, max_host_bytes))
         self._storage.check()
         self._storage.create()
         self._saver = Saver(self._storage, keep_policy)
@@ -230,7 +234,7 @@ class Checkpointer:
         return _Taken(step, now, taken, numbers, started_s)
 
     def _start(self, taken: _Taken) -> None:
-        record = SaveRecord(taken.step, taken.time, nbytes=taken.snapshot.nbytes)
+        record = SaveRecord(taken.step, taken.time)
         self.history.append(record)
         self._preemption_saved = self.preempted
         self._saver.start(record, taken.snapshot, taken.metrics, taken.started_s)

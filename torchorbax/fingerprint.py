@@ -44,6 +44,7 @@ _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB13311
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _BLOCK_WORDS = 1 << 20
 _CACHED_WORDS = 1 << 15
+_SMALL_BYTES = 64 << 10
 _AXIS = "shard"
 
 
@@ -51,11 +52,17 @@ def fingerprints(arrays: Mapping[Key, Array]) -> dict[Key, str]:
     """The fingerprints of arrays, 32 hexadecimal digits each.
 
     Args:
-        arrays: jax or numpy arrays of any dtype and shape. jax arrays are summed on their devices, each distinct part
-            once; all of it is dispatched before any result is waited for.
+        arrays: jax or numpy arrays of any dtype and shape. Large jax arrays are summed on their devices, each distinct
+            part once; all of it is dispatched before any result is waited for.
     """
-    started = {key: _started(array) for key, array in arrays.items()}
-    return {key: _text(finish()) for key, finish in started.items()}
+    started = {key: start(array) for key, array in arrays.items()}
+    return {key: finish() for key, finish in started.items()}
+
+
+def start(array: Array) -> Callable[[], str]:
+    """Start to sum an array, and return how to wait for its fingerprint."""
+    sums = _started(array)
+    return lambda: _text(sums())
 
 
 def _text(sums: Sums) -> str:
@@ -63,9 +70,12 @@ def _text(sums: Sums) -> str:
 
 
 def _started(array: Array) -> Callable[[], Sums]:
-    """Start to sum an array, and return how to get the result."""
     if not isinstance(array, jax.Array):
         return _started_on_host(array)
+    if array.nbytes <= _SMALL_BYTES and array.is_fully_addressable:  # to start a program costs more than to sum it here
+        if array.platform() != "cpu":
+            array.copy_to_host_async()
+        return lambda: _started_on_host(np.asarray(array))()
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     strides = np.array([int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)], np.uint64)
     starts = [_first_index(shard.index, array.shape) for shard in shards]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from torchorbax.adapter import Array, live_array
+from torchorbax.fingerprint import fingerprints
 from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 from torchorbax.state import Captured
 
@@ -98,7 +99,7 @@ def numbered(
     """What is to be written, without frozen leaves that a base has already, by their fingerprints.
 
     Args:
-        items: with fingerprints; frozen leaves that look new are of base `NEW_BASE`.
+        items: frozen leaves that look new are of base `NEW_BASE`; only they get their fingerprints here.
         arrays: what would be written.
         newest: the newest step; its bases are all there.
         number: of the next base.
@@ -111,6 +112,7 @@ def numbered(
         for name, leaf in meta.leaves.items():
             if leaf.base == NEW_BASE:
                 known = written.get((item, name))
+                leaf = dataclasses.replace(leaf, fingerprint=fingerprints({name: left[item][name]})[name])
                 leaves[name] = dataclasses.replace(leaf, base=number)
                 if known is not None and dataclasses.replace(leaf, base=known.base, sharding=known.sharding) == known:
                     leaves[name] = known

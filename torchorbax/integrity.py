@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 
@@ -16,21 +15,6 @@ Arrays = Mapping[str, Mapping[str, Array]]
 
 _BATCH_BYTES = 256 << 20
 _SHOWN = 5
-
-
-def stamped(items: Mapping[str, ItemMeta], arrays: Arrays) -> dict[str, ItemMeta]:
-    """`items` with the fingerprints of `arrays`; other leaves have theirs already."""
-    found = fingerprints({(item, name): array for item, one in arrays.items() for name, array in one.items()})
-    return {
-        item: dataclasses.replace(
-            meta,
-            leaves={
-                name: dataclasses.replace(leaf, fingerprint=found.get((item, name), leaf.fingerprint))
-                for name, leaf in meta.leaves.items()
-            },
-        )
-        for item, meta in items.items()
-    }
 
 
 def check(path: str, step: int, items: Mapping[str, ItemMeta], arrays: Arrays) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torchorbax.dtypes import BY_NAME
@@ -75,6 +75,14 @@ class ItemMeta:
     ties: Mapping[str, str] = field(default_factory=dict)
     values: Json = None
 
+    def to_json(self) -> dict[str, Json]:
+        """Its part of the manifest."""
+        leaves = {
+            name: {key: value for key, value in vars(leaf).items() if key != "base" or value is not None}
+            for name, leaf in self.leaves.items()
+        }
+        return {**vars(self), "leaves": leaves}
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -105,13 +113,25 @@ class Manifest:
         }
         return Manifest(base, self.time, {}, {name: item for name, item in items.items() if item.leaves}, self.versions)
 
+    def stamped(self, fingerprints: Mapping[str, Mapping[str, str]]) -> Manifest:
+        """The manifest with these fingerprints, by item and leaf; other leaves have theirs already."""
+        items = {
+            item: replace(
+                meta,
+                leaves={
+                    name: replace(leaf, fingerprint=fingerprints.get(item, {}).get(name, leaf.fingerprint))
+                    for name, leaf in meta.leaves.items()
+                },
+            )
+            for item, meta in self.items.items()
+        }
+        return replace(self, items=items)
+
     def to_json(self) -> dict[str, Json]:
         """The JSON object that `from_json` reads."""
-        content = {"format": FORMAT, **asdict(self), "time": self.time.isoformat()}
-        for item in content["items"].values():
-            for leaf in item["leaves"].values():
-                if leaf["base"] is None:
-                    del leaf["base"]
+        items = {name: item.to_json() for name, item in self.items.items()}
+        shared = {"format": FORMAT, **vars(self), "time": self.time.isoformat(), "items": items}
+        content = json.loads(json.dumps(shared))  # a copy; `asdict` would take 0.1 s for 2,000 leaves
         return {**content, "sha256": _digest(content)}
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +39,8 @@ def resume(
     staging: Staging = "auto",
     rng: bool = True,
     verify: bool = True,
+    compression: Literal["zstd"] | None = None,
+    max_host_bytes: int = 1 << 30,
     save_on_exception: bool = False,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
@@ -64,6 +66,8 @@ def resume(
         staging: see `Checkpointer`.
         rng: see `Checkpointer`.
         verify: see `Checkpointer`.
+        compression: see `Checkpointer`.
+        max_host_bytes: see `Checkpointer`.
         save_on_exception: see `Checkpointer`.
 
     Returns:
@@ -97,6 +101,8 @@ def resume(
         staging=staging,
         rng=rng,
         verify=verify,
+        compression=compression,
+        max_host_bytes=max_host_bytes,
         save_on_exception=save_on_exception,
     )
     try:

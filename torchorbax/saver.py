@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import torch
 
-from torchorbax import _orbax, _torchax, frozen, integrity
+from torchorbax import _orbax, _torchax, frozen
 from torchorbax._orbax import Storage
 from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveError
 from torchorbax.frozen import Identities
@@ -170,19 +170,20 @@ class Saver:
             self._leftovers_removed = True
         record.metrics.update({name: float(np.asarray(value)) for name, value in metrics.items()})
         snapshot = holder.pop()  # the only reference, so that its copies are freed on return
-        items = integrity.stamped(snapshot.items, snapshot.arrays)
         items, arrays = frozen.numbered(
-            items, snapshot.arrays, self._newest_before(record.step), self._storage.next_base()
+            snapshot.items, snapshot.arrays, self._newest_before(record.step), self._storage.next_base()
         )
+        identities = snapshot.identities
+        del snapshot  # so that each array can be let go as soon as it is written
         record.nbytes = sum(array.nbytes for one in arrays.values() for array in one.values())
         manifest = Manifest(record.step, record.time, dict(record.metrics), items, _versions())
         if record.step in self._damaged:
             self._storage.set_aside(record.step)
             self._damaged.remove(record.step)
-        self._storage.write(manifest, arrays)
+        manifest = self._storage.write(manifest, arrays)
         self.infos[record.step].metrics = dict(record.metrics) or None
         self.infos[record.step].manifest = manifest
-        self._committed = manifest, snapshot.identities
+        self._committed = manifest, identities
 
     def _newest_before(self, step: int) -> Manifest | None:
         before = [one for one in self.good_steps() if one in self.infos and one != step]

@@ -1,43 +1,93 @@
 """A consistent copy of the state at one step, taken without stalling the loop.
 
-JAX arrays are immutable, so a reference to one is a snapshot, unless the loop donates it; then a copy on the devices
-is, which is dispatched here and not waited for. CPU torch tensors and numpy arrays can change at any time and are
-copied at once.
+JAX arrays are immutable, so a reference to one is a snapshot, unless the loop donates it. Then it takes a copy on the
+devices, which is dispatched here and not waited for; or, on the CPU, a numpy view of the array's memory: JAX's CPU
+backend gives memory that somebody looks at to no other array. CPU torch tensors and numpy arrays can change at any time
+and are copied at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+import logging
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax.sharding import NamedSharding, Sharding
 
-from torchorbax.adapter import Array, host_copy, live_array, raise_if_deleted
+from torchorbax.adapter import Array, host_copy, live_array, live_dtype, raise_if_deleted
 from torchorbax.errors import ConfigError
-from torchorbax.frozen import NEW_BASE, Identities, Look
+from torchorbax.frozen import NEW_BASE, Identities, Key, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
 from torchorbax.state import Captured
 
 Staging = Literal["auto", "reference", "device", "host"]
 
+_WORTH_A_VIEW_BYTES = 64 << 10
+"""Bytes of a shard from which on a view of it (some microseconds) is cheaper than a copy."""
+_SPARE = 0.05
+"""The part of a device's memory that copies leave alone: the step needs some for itself."""
 
-@dataclass(frozen=True)
+_logger = logging.getLogger(__name__)
+
+
 class Snapshot:
-    """The arrays to write by item and leaf name, what the manifest says of all, and which the frozen ones are."""
+    """The arrays to write, what the manifest says of all leaves, and which the frozen ones are.
 
-    arrays: Mapping[str, Mapping[str, Array]]
-    items: Mapping[str, ItemMeta]
-    identities: Identities = field(default_factory=dict)
+    Its properties do their work when they are first asked for, which is on the thread that saves.
 
-    @property
+    Attributes:
+        identities: the frozen arrays.
+    """
+
+    def __init__(
+        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, _Staged], look: Look
+    ) -> None:
+        self.identities: Identities = look.identities
+        self._frozen = look.known
+        self._to_write = list(staged)
+        self._captured = {item: (one.kind, list(one.leaves), one.ties, one.values) for item, one in captured.items()}
+        self._held = held
+        self._staged = staged
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all arrays, each counted once however many devices hold it."""
-        return sum(array.nbytes for item in self.arrays.values() for array in item.values())
+        return sum(self.items[item].leaves[name].nbytes for item, name in self._to_write)
+
+    @cached_property
+    def arrays(self) -> dict[str, MutableMapping[str, Array]]:
+        """By item and leaf. Whoever takes one out of its item has the only reference to it."""
+        return {
+            item: {name: _array(self._staged.pop((item, name))) for name in names if (item, name) in self._staged}
+            for item, (_, names, _, _) in self._captured.items()
+        }
+
+    @cached_property
+    def items(self) -> dict[str, ItemMeta]:
+        """By item, without fingerprints."""
+        held, self._held = self._held, {}  # live arrays, which must not be kept alive
+        return {
+            item: ItemMeta(kind, {name: self._meta(item, name, held) for name in names}, ties, values)
+            for item, (kind, names, ties, values) in self._captured.items()
+        }
+
+    def _meta(self, item: str, name: str, held: Mapping[Key, Any]) -> LeafMeta:
+        known = self._frozen.get((item, name))
+        return known or _meta(held[item, name], NEW_BASE if (item, name) in self._frozen else None)
+
+
+def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> LeafMeta:
+    if isinstance(held, jax.Array):  # which says these things when it has been donated, too
+        return LeafMeta(tuple(held.shape), str(held.dtype), "jax", describe(held.sharding), base=base)
+    return LeafMeta(tuple(held.shape), str(live_dtype(held) if isinstance(held, torch.Tensor) else held.dtype), "host")
 
 
 def check_staging(staging: str) -> Staging:
@@ -56,66 +106,151 @@ def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None =
 
     Args:
         captured: live leaves by item.
-        look: the frozen leaves, of which those that the run's base area has are left out.
         staging: `reference` keeps references to jax arrays (right only where nothing is donated; a donated one makes
-            the save fail, never wrong); `device` copies them on their devices, dispatched and not waited for; `host`
-            copies them to host memory before it returns; `auto` is `device`.
+            the save fail, never wrong); `device` copies them on their devices, dispatched and not waited for, as far as
+            there is memory; `host` copies them to host memory before it returns; `auto` takes views of what is computed
+            and lies on CPU devices, and is `device` for the rest.
+        look: the frozen leaves, of which those that the run's base area has are left out.
 
     Raises:
         UnsupportedLeafError, DeletedArrayError: a leaf cannot be saved; nothing has been copied.
     """
-    raise_if_deleted({f"{item}.{name}": leaf for item, one in captured.items() for name, leaf in one.leaves.items()})
     look = look or Look({}, {})
-    frozen = look.known
-    held = {
-        (item, name): live_array(f"{item}.{name}", leaf)
-        for item, one in captured.items()
-        for name, leaf in one.leaves.items()
-        if frozen.get((item, name)) is None
-    }
-    on_device = {key: array for key, array in held.items() if isinstance(array, jax.Array)}
-    staged: dict[tuple[str, str], Array] = dict(_stage(on_device, staging))
+    leaves = {(item, name): leaf for item, one in captured.items() for name, leaf in one.leaves.items()}
+    try:
+        held = {
+            key: live_array(f"{key[0]}.{key[1]}", leaf) for key, leaf in leaves.items() if look.known.get(key) is None
+        }
+        on_device = {key: array for key, array in held.items() if isinstance(array, jax.Array)}
+        gone = any(array.is_deleted() for array in on_device.values())
+    except RuntimeError:  # a view of an array that has been deleted
+        raise_if_deleted(_named(leaves))
+        raise
+    if gone:
+        raise_if_deleted(_named(leaves))
+    staged = _stage(on_device, staging)
     for key, array in held.items():
         if not isinstance(array, jax.Array):
             staged[key] = host_copy(array)
-    arrays = {
-        item: {name: staged[item, name] for name in one.leaves if (item, name) in staged}
-        for item, one in captured.items()
-    }
-    items = {
-        item: ItemMeta(
-            kind=one.kind,
-            leaves={
-                name: frozen.get((item, name))
-                or _meta(arrays[item][name], held[item, name], NEW_BASE if (item, name) in frozen else None)
-                for name in one.leaves
-            },
-            ties=one.ties,
-            values=one.values,
-        )
-        for item, one in captured.items()
-    }
-    return Snapshot(arrays, items, look.identities)
+    return Snapshot(captured, held, staged, look)
 
 
-def _meta(array: Array, held: Any, base: int | None) -> LeafMeta:
-    if isinstance(held, jax.Array):
-        return LeafMeta(tuple(array.shape), str(array.dtype), "jax", describe(held.sharding), base=base)
-    return LeafMeta(tuple(array.shape), str(array.dtype), "host")
+def _named(leaves: Mapping[Key, Any]) -> dict[str, Any]:
+    return {f"{item}.{name}": leaf for (item, name), leaf in leaves.items()}
 
 
-def _stage(arrays: Mapping[tuple[str, str], jax.Array], staging: Staging) -> dict[tuple[str, str], Array]:
+def _stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, _Staged]:
     if staging == "reference":
         return dict(arrays)
     if staging == "host":
-        return {key: np.array(array) for key, array in arrays.items()}
-    copies: dict[tuple[str, str], Array] = {}
-    by_devices: dict[tuple[jax.Device, ...], list[tuple[str, str]]] = {}
+        return _host_copies(arrays)
+    views = {key: _View(array) for key, array in arrays.items() if staging == "auto" and _is_worth_a_view(array)}
+    rest = {key: array for key, array in arrays.items() if key not in views}
+    fitting = _fitting(rest)
+    if len(fitting) < len(rest):
+        _warn_of_full_devices()
+    others = {key: array for key, array in rest.items() if key not in fitting}
+    return {**views, **_copies(fitting), **_host_copies(others)}
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+
+class _View:
+    """An array on CPU devices, kept from being overwritten by numpy views of its shards."""
+
+    def __init__(self, array: jax.Array) -> None:
+        self.shape, self.dtype, self.nbytes = tuple(array.shape), array.dtype, array.nbytes
+        self._sharding = array.sharding
+        self._shards = [(shard.device, np.asarray(shard.data)) for shard in array.addressable_shards]
+
+    def array(self) -> jax.Array:
+        """A `jax.Array` of the same memory, which nobody else has and can donate."""
+        shards = [jax.device_put(view, device) for device, view in self._shards]
+        return jax.make_array_from_single_device_arrays(self.shape, self._sharding, shards)
+
+
+_Staged = jax.Array | np.ndarray | _View
+
+
+def _array(staged: _Staged) -> Array:
+    return staged.array() if isinstance(staged, _View) else staged
+
+
+def _is_worth_a_view(array: jax.Array) -> bool:
+    if array.nbytes < _WORTH_A_VIEW_BYTES * array.sharding.num_devices or array.platform() != "cpu":
+        return False
+    return bool(array.is_ready())  # type: ignore[attr-defined]  # a view of what is being computed would wait for it
+
+
+# ------------------------------------------------------------------------------------------------------------- copies
+
+
+def _host_copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
+    for array in arrays.values():
+        array.copy_to_host_async()  # all of them on their way before the first is waited for
+    return {key: np.array(array) for key, array in arrays.items()}
+
+
+def _fitting(arrays: Mapping[Key, jax.Array]) -> dict[Key, jax.Array]:
+    """Those of which the devices have room for a copy, the first ones first."""
+    free = {device: room for device in jax.local_devices() if (room := _room(device)) is not None}
+    if not free:
+        return dict(arrays)
+    fitting: dict[Key, jax.Array] = {}
     for key, array in arrays.items():
-        by_devices.setdefault(_devices_in_order(array.sharding), []).append(key)
-    for keys in by_devices.values():  # one dispatch for all that can share a program
+        nbytes = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        devices = array.sharding.addressable_devices & free.keys()
+        if all(free[device] >= nbytes for device in devices):
+            fitting[key] = array
+            for device in devices:
+                free[device] -= nbytes
+    return fitting
+
+
+def _room(device: jax.Device) -> int | None:
+    """Bytes that a snapshot may take on a device beside what the loop needs; None if the device does not say."""
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    needed = max(_loop_peak(device), stats["bytes_in_use"])
+    room: int = stats["bytes_limit"] - int(_SPARE * stats["bytes_limit"]) - needed
+    return room
+
+
+@functools.cache
+def _loop_peak(device: jax.Device) -> int:
+    """The most memory that a device has had in use before the first snapshot: the state and what a step works with."""
+    stats = device.memory_stats()
+    return int(stats.get("peak_bytes_in_use", stats["bytes_in_use"]))
+
+
+@functools.cache
+def _warn_of_full_devices() -> None:
+    """Once in a process."""
+    _logger.warning(
+        "the devices have no room for a copy of the whole state beside the training step, so part of every snapshot is "
+        "copied to host memory while the loop waits; staging='reference' avoids the copy where nothing is donated"
+    )
+
+
+def _copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
+    """Copies on the devices, dispatched: a program for all arrays that one program can take."""
+    copies: dict[Key, _Staged] = {}
+    for keys in _by_devices(arrays).values():
         copies.update(zip(keys, _copy([arrays[key] for key in keys]), strict=True))
     return copies
+
+
+def _by_devices(arrays: Mapping[Key, jax.Array]) -> dict[Any, list[Key]]:
+    groups: dict[Any, list[Key]] = {}
+    known: dict[int, Any] = {}  # by identity: thousands of arrays have few shardings
+    for key, array in arrays.items():
+        sharding = array.sharding
+        if id(sharding) not in known:
+            known[id(sharding)] = (sharding, _devices_in_order(sharding))
+        groups.setdefault(known[id(sharding)][1], []).append(key)
+    return groups
 
 
 def _devices_in_order(sharding: Sharding) -> tuple[jax.Device, ...]:

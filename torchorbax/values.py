@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from torchorbax.adapter import is_key, tensor_of, without_key_type
+from torchorbax.adapter import ARRAY_TYPES, is_key, tensor_of, without_key_type
 from torchorbax.errors import UnsupportedLeafError
 
 Json = Any
@@ -54,7 +54,7 @@ def encode(value: Any, leaves: dict[str, Any], name_of: Callable[[Path], str] = 
     if is_key(value):
         data = encode(without_key_type(value), leaves, name_of, path)
         return {"$": "key", "impl": str(jax.random.key_impl(value)), "data": data}
-    if isinstance(value, torch.Tensor | jax.Array | np.ndarray | np.generic):
+    if isinstance(value, ARRAY_TYPES):
         return {"$": "leaf", "name": add_leaf(name_of(path), value, leaves), "as": _leaf_type(value)}
     if type(value) is list:
         return [encode(one, leaves, name_of, (*path, str(index))) for index, one in enumerate(value)]

@@ -1,0 +1,174 @@
+"""The measurements. Each runs in a process of its own with simulated CPU devices, and returns samples by name.
+
+`python -m benchmarks.cases NAME '{"option": value}' FOLDER` prints them as JSON.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+import torchorbax
+from torchorbax import fingerprint
+
+from benchmarks import peers, states
+from benchmarks.measure import Samples, interleaved, median, peak_bytes, timed
+from benchmarks.torch_peers import PEERS, TorchPeers
+
+
+def save(folder: Path, leaves: int, leaf_bytes: int, repeats: int, with_torch: bool = False) -> Samples:
+    """Stall of a save, and time until it is committed."""
+    tree, change = states.state(leaves, leaf_bytes), states.step()
+    ours = {staging: peers.Ours(folder / staging, tree, staging) for staging in ("auto", "device", "reference")}
+    orbax = peers.Orbax(folder / "orbax", tree)
+
+    def saved(peer: Any) -> dict[str, float]:
+        nonlocal tree
+        tree = change(tree)
+        found: dict[str, float] = peer.save(tree)
+        return found
+
+    contenders: dict[str, Callable[[], dict[str, float]]] = {
+        name: (lambda peer=peer: saved(peer)) for name, peer in {**ours, "orbax": orbax}.items()
+    }
+    contenders["fingerprint"] = lambda: {"commit_s": timed(lambda: fingerprint.fingerprints(tree))}
+    others = TorchPeers(folder, leaves, leaf_bytes) if with_torch else None
+    if others is not None:
+        contenders |= {name: (lambda name=name: others.do(name)) for name in PEERS}
+    samples = interleaved(contenders, repeats)
+    for peer in (*ours.values(), orbax, others):
+        if peer is not None:
+            peer.close()
+    return samples
+
+
+def restore(folder: Path, leaves: int, leaf_bytes: int, repeats: int) -> Samples:
+    """Time to restore what `save` has left in the same folder, on as many devices as there are now."""
+    tree = states.state(leaves, leaf_bytes)
+    ours = peers.Ours(folder / "auto", tree)
+    orbax = peers.Orbax(folder / "orbax", tree)
+    placed = {"tree": tree}
+
+    def checked() -> dict[str, float]:
+        return {"restore_s": timed(lambda: fingerprint.fingerprints(placed["tree"]))}
+
+    samples = interleaved({"auto": ours.restore, "orbax": orbax.restore, "fingerprint": checked}, repeats)
+    ours.close()
+    orbax.close()
+    return samples
+
+
+def skipped(folder: Path, repeats: int, calls: int = 1000) -> Samples:
+    """Seconds that `save` takes on a step where the policy says no, on average over many calls."""
+    tree = states.state(64, 64 << 10)
+    ours = peers.Ours(folder / "ours", tree, save=peers.never())
+    orbax = peers.Orbax(folder / "orbax", tree, continuous=3600)
+    for peer in (ours, orbax):
+        peer.offer(0, tree)
+        peer.wait()
+    steps = iter(range(1, 1 << 40))
+
+    def offered(peer: Any) -> dict[str, float]:
+        return {"skip_s": timed(lambda: [peer.offer(next(steps), tree) for _ in range(calls)]) / calls}
+
+    samples = interleaved({"ours": lambda: offered(ours), "orbax": lambda: offered(orbax)}, repeats)
+    ours.close()
+    orbax.close()
+    return samples
+
+
+def loop(folder: Path, leaves: int, leaf_bytes: int, repeats: int, step_s: float, seconds: float) -> Samples:
+    """Steps a second of a training loop whose step takes about `step_s` on all cores, and waits for its loss."""
+    tree = states.state(leaves, leaf_bytes)
+    size = 768
+    work = jnp.ones((size, size))
+
+    def build(products: int) -> Any:
+        def run(tree: Any, x: Any) -> Any:
+            for _ in range(products):
+                x = x @ work / size
+            return jax.tree.map(lambda array: array * 1.0001, tree), x.sum()
+
+        return jax.jit(run, donate_argnums=0)
+
+    def step_time(program: Any) -> float:
+        nonlocal tree
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            tree, loss = program(tree, work)
+            float(loss)
+            times.append(time.perf_counter() - started)
+        return median(times[1:])
+
+    one, many = step_time(build(1)), step_time(build(21))
+    program = build(max(1, 1 + round((step_s - one) / max((many - one) / 20, 1e-6))))
+    commit_s = median([peers.Ours(folder / f"commit{index}", tree).save(tree)["commit_s"] for index in range(3)])
+    numbers = iter(range(1, 1 << 40))
+
+    def rate(peer: Any) -> dict[str, float]:
+        nonlocal tree
+        done, saves, started = 0, 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            tree, loss = program(tree, work)
+            float(loss)
+            saves += peer is not None and peer.offer(next(numbers), tree)
+            done += 1
+        rate = done / (time.perf_counter() - started)
+        if peer is not None:
+            peer.wait()
+        return {"steps_per_s": rate, "saves": saves}
+
+    ours = peers.Ours(folder / "ours", tree, save="continuous")
+    rare = peers.Ours(
+        folder / "rare", tree, save=torchorbax.policies.ContinuousPolicy(datetime.timedelta(seconds=10 * commit_s))
+    )
+    orbax = peers.Orbax(folder / "orbax", tree, continuous=0)
+    contenders = {"none": None, "ours": ours, "orbax": orbax, "rare": rare}
+    samples = interleaved({name: (lambda peer=peer: rate(peer)) for name, peer in contenders.items()}, repeats)
+    for peer in (ours, rare, orbax):
+        peer.close()
+    return samples
+
+
+def memory(folder: Path, leaves: int, leaf_bytes: int, peer: str, restoring: bool) -> Samples:
+    """Peak host memory of one save, or of one restore above the state restored; in a fresh process each."""
+    tree = states.state(leaves, leaf_bytes)
+    made = peers.Ours(folder / "auto", tree) if peer == "ours" else peers.Orbax(folder / "orbax", tree)
+    if not restoring:
+        peak, _ = peak_bytes(lambda: made.save(tree))
+    else:
+        target = states.abstract(tree)
+        nbytes = leaves * leaf_bytes
+        peak, _ = peak_bytes(lambda: made.restore())
+        peak -= nbytes
+        del target
+    made.close()
+    return {f"{peer}/peak_bytes": [float(max(peak, 0))]}
+
+
+def adapter(folder: Path, repeats: int, tensors: int = 2000) -> Samples:
+    """Seconds that `to_jax` takes for each tensor of a module."""
+    module = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2)) for _ in range(tensors)])
+    torchorbax.place_(module)
+    held = dict(module.named_parameters())
+    return interleaved(
+        {"to_jax": lambda: {"tensor_s": timed(lambda: torchorbax.to_jax(held)) / tensors}}, repeats, warmup=2
+    )
+
+
+CASES: dict[str, Callable[..., Samples]] = {
+    case.__name__: case for case in (save, restore, skipped, loop, memory, adapter)
+}
+
+
+if __name__ == "__main__":
+    print(json.dumps(CASES[sys.argv[1]](Path(sys.argv[3]), **json.loads(sys.argv[2]))))

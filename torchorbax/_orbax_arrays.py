@@ -1,0 +1,414 @@
+"""The arrays of one item on storage, written and read with TensorStore in Orbax's own layout: zarr in OCDBT.
+
+Orbax's array handlers hold a whole state in host memory, open every leaf by itself (0.5 ms each) and make a commit of
+every chunk. Here leaves go out in batches, each of them one transaction and one data file; small leaves are gathered on
+the host and written as plain keys. Every leaf stays readable by plain Orbax under its own name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_utils  # private, as Orbax's options are
+
+from torchorbax import fingerprint
+from torchorbax.adapter import Array
+from torchorbax.dtypes import BY_NAME
+from torchorbax.manifest import LeafMeta
+
+__all__ = ["LEAST_HOST_BYTES", "Traffic", "is_gathered", "read", "write"]
+
+_GATHERED_BYTES = 64 << 10
+"""Up to here a leaf is one key: cheaper than a chunk for each of its shards."""
+_STACKED = 64
+"""So many small leaves alike are gathered by one program: few enough to be compiled in no time."""
+_CHUNK_BYTES = 64 << 20
+"""The largest chunk: what is read at least for any part of it, and held in host memory at most for each."""
+LEAST_HOST_BYTES = _CHUNK_BYTES
+_BATCH_BYTES = 128 << 20
+"""What goes into one data file: large enough for object storage, small enough to let memory go early."""
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How arrays travel between host memory and storage.
+
+    Attributes:
+        compressed: zstd, level 1. Costs far more time than it saves bytes, for trained weights.
+        max_host_bytes: host memory for copies on their way, per save or restore; one chunk at least (64 MiB).
+    """
+
+    compressed: bool = False
+    max_host_bytes: int = 1 << 30
+
+
+def is_gathered(array: Array) -> bool:
+    """Is the array small enough to be written as one host array, and all of it here?"""
+    return array.nbytes <= _GATHERED_BYTES and (not isinstance(array, jax.Array) or array.is_fully_addressable)
+
+
+# -------------------------------------------------------------------------------------------------------------- write
+
+
+def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> dict[str, str]:
+    """Write this process's part of arrays, each taken out of `arrays` as soon as it is written.
+
+    Args:
+        folder: the item's folder, local or a URI.
+        arrays: by name; none is empty. Its caller should hold no other references, so that memory is freed on the way.
+        traffic: how.
+
+    Returns:
+        The fingerprints by name, taken of the same bytes.
+    """
+    names = list(arrays)
+    process = jax.process_index()
+    options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.WRITE)
+    spec = tensorstore_utils.build_kvstore_tspec(
+        folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
+    )
+    context = tensorstore_utils.get_ts_context(use_ocdbt=True)
+    out = _Batches(ts.KvStore.open(spec, context=context).result(), spec, context, traffic)
+    started: dict[str, Callable[[], str]] = {}
+    try:
+        for name, on_host in _gathered({name: arrays[name] for name in names if is_gathered(arrays[name])}):
+            del arrays[name]
+            started[name] = fingerprint.start(on_host)
+            out.add_small(name, on_host)
+        for name in list(arrays):
+            started[name] = fingerprint.start(arrays[name])
+            out.add_large(name, arrays[name])
+            out.when_written(functools.partial(arrays.pop, name))
+        out.finish()
+    except BaseException:
+        out.abort()
+        raise
+    return {name: started[name]() for name in names}
+
+
+def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
+    """Small arrays on the host. Those of one shape and layout come together, for every transfer has its price."""
+    alike: dict[Any, list[str]] = {}
+    for name, array in arrays.items():
+        if isinstance(array, jax.Array):
+            alike.setdefault((array.shape, array.dtype, array.sharding), []).append(name)
+        else:
+            yield name, array
+    for (_, dtype, sharding), names in alike.items():
+        for start in range(0, len(names), _STACKED):
+            some = names[start : start + _STACKED]
+            if len(some) < _STACKED or dtype.kind == "c":  # of complex numbers XLA cannot take the bits
+                yield from ((name, np.asarray(arrays[name])) for name in some)
+            else:
+                stacked = np.asarray(_stack(sharding)(*(arrays[name] for name in some)))
+                yield from zip(some, stacked.view(dtype), strict=True)
+
+
+@functools.lru_cache(maxsize=64)
+def _stack(sharding: Sharding) -> Callable[..., jax.Array]:
+    """Arrays of a sharding as one along a new axis; every device stacks what it has.
+
+    As integers: XLA makes quiet NaNs of others where it moves small floats about.
+    """
+
+    def stack(*arrays: jax.Array) -> jax.Array:
+        if arrays[0].dtype == np.bool_:
+            return jnp.stack(arrays)
+        word = np.dtype(f"uint{8 * arrays[0].dtype.itemsize}")
+        return jnp.stack([jax.lax.bitcast_convert_type(array, word) for array in arrays])
+
+    if not isinstance(sharding, NamedSharding):
+        return jax.jit(stack)
+    return jax.jit(stack, out_shardings=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec)))
+
+
+@dataclass
+class _Batch:
+    transaction: ts.Transaction
+    copies: list[Any]
+    written: list[Callable[[], object]]
+    nbytes: int = 0
+    commit: Any = None
+
+
+class _Batches:
+    """Transactions that are filled, committed and waited for, with a bound on the bytes of all that are open."""
+
+    def __init__(self, database: ts.KvStore, spec: Any, context: ts.Context, traffic: Traffic) -> None:
+        self._database = database
+        self._spec = spec
+        self._context = context
+        self._traffic = traffic
+        self._batch_bytes = min(_BATCH_BYTES, traffic.max_host_bytes // 2)
+        self._committing: deque[_Batch] = deque()
+        self._batch = self._new()
+
+    def add_small(self, name: str, array: np.ndarray) -> None:
+        """One key with all of an array, uncompressed."""
+        self._room_for(array.nbytes)
+        database = self._database.with_transaction(self._batch.transaction)
+        database[f"{name}/.zarray"] = _zarray(array.dtype, array.shape, array.shape, False)
+        database[f"{name}/{_first_chunk(array.ndim)}"] = array.tobytes()
+
+    def add_large(self, name: str, array: Array) -> None:
+        """A chunk or more for each distinct shard that this process has."""
+        shard_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
+        chunks = _chunk_shape(shard_shape, array.dtype.itemsize)
+        zarray = _zarray(array.dtype, array.shape, chunks, self._traffic.compressed)
+        spec = {"driver": "zarr", "kvstore": {**self._spec, "path": f"{name}/"}, "metadata": json.loads(zarray)}
+        # A chunk of zeros is data as well; Orbax, too, says in its metadata that such chunks are stored.
+        spec["store_data_equal_to_fill_value"] = True
+        store = ts.open(spec, context=self._context, open=True, assume_metadata=True).result()
+        if jax.process_index() == 0:
+            self._room_for(0)
+            self._database.with_transaction(self._batch.transaction)[f"{name}/.zarray"] = zarray
+        for index, host in _chunks(array, chunks):
+            self._room_for(host.nbytes)
+            target = store.with_transaction(self._batch.transaction)[index]
+            self._batch.copies.append(target.write(host, can_reference_source_data_indefinitely=True))
+
+    def when_written(self, then: Callable[[], object]) -> None:
+        """Call `then` when all that has been added so far is on storage."""
+        self._batch.written.append(then)
+
+    def finish(self) -> None:
+        """Commit what is left and wait for all of it."""
+        self._commit()
+        while self._committing:
+            self._wait_for_oldest()
+
+    def abort(self) -> None:
+        """Write no more; what was written is of no use."""
+        for batch in (*self._committing, self._batch):
+            batch.transaction.abort()
+
+    def _new(self) -> _Batch:
+        return _Batch(ts.Transaction(), [], [])
+
+    def _room_for(self, nbytes: int) -> None:
+        if self._batch.nbytes and self._batch.nbytes + nbytes > self._batch_bytes:
+            self._commit()
+        while self._committing and nbytes + self._open_bytes() > self._traffic.max_host_bytes:
+            self._wait_for_oldest()
+        self._batch.nbytes += nbytes
+
+    def _open_bytes(self) -> int:
+        return self._batch.nbytes + sum(batch.nbytes for batch in self._committing)
+
+    def _commit(self) -> None:
+        for written in self._batch.copies:
+            written.copy.result()
+        self._batch.commit = self._batch.transaction.commit_async()
+        self._committing.append(self._batch)
+        self._batch = self._new()
+
+    def _wait_for_oldest(self) -> None:
+        batch = self._committing.popleft()
+        batch.commit.result()
+        for written in batch.copies:
+            written.result()
+        for then in batch.written:
+            then()
+
+
+def _chunks(array: Array, chunks: tuple[int, ...]) -> Iterator[tuple[Index, np.ndarray]]:
+    """The chunks of this process's shards, each on the host when it is asked for."""
+    if not isinstance(array, jax.Array):
+        if jax.process_index() == 0:
+            yield from ((index, array[index]) for index in _grid(array.shape, chunks))
+        return
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    if math.prod(chunks) * array.dtype.itemsize * len(shards) <= _CHUNK_BYTES and array.platform() != "cpu":
+        array.copy_to_host_async()
+    for shard in shards:
+        offsets = [part.indices(size)[0] for part, size in zip(shard.index, array.shape, strict=True)]
+        for index in _grid(shard.data.shape, chunks):
+            moved = tuple(
+                slice(part.start + offset, part.stop + offset) for part, offset in zip(index, offsets, strict=True)
+            )
+            if shard.data.shape == chunks:
+                yield moved, np.asarray(shard.data)
+            else:  # never the whole shard on the host
+                starts = [part.start for part in index]
+                yield moved, np.asarray(jax.lax.dynamic_slice(shard.data, starts, chunks))
+
+
+def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[Index]:
+    counts = [size // chunk for size, chunk in zip(shape, chunks, strict=True)]
+    for cell in np.ndindex(*counts):
+        yield tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(cell, chunks, strict=True))
+
+
+def _chunk_shape(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The shape of a shard, cut along its leading axes into equal parts of at most `_CHUNK_BYTES`."""
+    chunk = list(shard)
+    for axis, size in enumerate(shard):
+        least = math.ceil(math.prod(chunk) * itemsize / _CHUNK_BYTES)
+        if least > 1:
+            chunk[axis] = next((size // parts for parts in range(least, size) if size % parts == 0), 1)
+    return tuple(chunk)
+
+
+def _first_chunk(ndim: int) -> str:
+    return ".".join(["0"] * max(ndim, 1))
+
+
+def _zarray(dtype: np.dtype, shape: tuple[int, ...], chunks: tuple[int, ...], compressed: bool) -> bytes:
+    """The zarr v2 metadata of an array."""
+    content = {**_zarray_of(str(dtype)), "shape": shape, "chunks": chunks}
+    content["compressor"] = {"id": "zstd", "level": 1} if compressed else None
+    return json.dumps(content).encode()
+
+
+@functools.cache
+def _zarray_of(dtype: str) -> dict[str, Any]:
+    """What TensorStore writes for a dtype: zarr has no names for bfloat16 and the like."""
+    database = ts.KvStore.open("memory://").result()
+    spec = {"driver": "zarr", "kvstore": "memory://", "dtype": dtype, "metadata": {"shape": [1], "chunks": [1]}}
+    context = ts.Context()
+    ts.open(spec, create=True, context=context).result()
+    database = ts.KvStore.open("memory://", context=context).result()
+    found: dict[str, Any] = json.loads(database[".zarray"])
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- read
+
+
+def read(folder: str, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]], traffic: Traffic) -> dict[str, Array]:
+    """Read arrays, each into its sharding, or into a numpy array.
+
+    Args:
+        folder: the item's folder, local or a URI.
+        wanted: by name, what is expected and where it goes; none is empty.
+        traffic: how; of compression the data itself tells.
+
+    Raises:
+        ValueError: one is missing, or of another shape or dtype. TensorStore raises what it likes for damaged files.
+    """
+    spec = tensorstore_utils.build_kvstore_tspec(folder)
+    context = tensorstore_utils.get_ts_context(use_ocdbt=True)
+    small = {name: one for name, one in wanted.items() if one[0].nbytes <= _GATHERED_BYTES}
+    found = _read_small(ts.KvStore.open(spec, context=context).result(), small)
+    _read_large(spec, context, {name: one for name, one in wanted.items() if name not in found}, traffic, found)
+    return {name: found[name] for name in wanted}
+
+
+def _read_small(database: ts.KvStore, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]]) -> dict[str, Array]:
+    """Those leaves that are one plain key each; without what lies otherwise, which `_read_large` takes."""
+    asked = {
+        name: (database.read(f"{name}/.zarray"), database.read(f"{name}/{_first_chunk(len(meta.shape))}"))
+        for name, (meta, _) in wanted.items()
+    }
+    on_host: dict[str, np.ndarray] = {}
+    for name, (zarray, chunk) in asked.items():
+        meta = wanted[name][0]
+        expected = json.loads(_zarray(BY_NAME[meta.dtype], meta.shape, meta.shape, False))
+        raw = chunk.result().value
+        if (
+            len(raw) == meta.nbytes
+            and zarray.result().state == "value"
+            and json.loads(zarray.result().value) == expected
+        ):
+            on_host[name] = np.frombuffer(bytearray(raw), BY_NAME[meta.dtype]).reshape(meta.shape)
+    placed = [name for name in on_host if wanted[name][1] is not None]
+    arrays = jax.device_put([on_host[name] for name in placed], [wanted[name][1] for name in placed])
+    return {**on_host, **dict(zip(placed, arrays, strict=True))}
+
+
+def _read_large(
+    spec: Any,
+    context: ts.Context,
+    wanted: Mapping[str, tuple[LeafMeta, Sharding | None]],
+    traffic: Traffic,
+    found: dict[str, Array],
+) -> None:
+    opened = {
+        name: ts.open(
+            {"driver": "zarr", "kvstore": {**spec, "path": f"{name}/"}, "fill_missing_data_reads": False},
+            context=context,
+            open=True,
+            read=True,
+        )
+        for name in wanted
+    }
+    reading: deque[tuple[str, list[_Part], list[Any], int]] = deque()
+    on_the_way = 0
+
+    def place_oldest() -> int:
+        name, parts, reads, nbytes = reading.popleft()
+        meta, target = wanted[name]
+        found[name] = _placed(meta, target, parts, [one.result() for one in reads])
+        return nbytes
+
+    for name, (meta, target) in wanted.items():
+        store = _opened(name, meta, opened.pop(name))
+        parts = _parts(meta, target, traffic)
+        nbytes = sum(part.nbytes for part in parts)
+        while reading and on_the_way + nbytes > traffic.max_host_bytes // 2:
+            on_the_way -= place_oldest()
+        reading.append((name, parts, [store[part.index].read(order="C") for part in parts], nbytes))
+        on_the_way += nbytes
+    while reading:
+        place_oldest()
+
+
+def _opened(name: str, meta: LeafMeta, future: Any) -> ts.TensorStore:
+    try:
+        store = future.result()
+    except ValueError as error:
+        if "NOT_FOUND" in str(error):
+            raise ValueError(f"{name} is missing from the array data") from error
+        raise
+    dtype = str(store.dtype.numpy_dtype)
+    if tuple(store.shape) != meta.shape or dtype != meta.dtype:
+        raise ValueError(f"{name} is {dtype}{tuple(store.shape)}, but the manifest says {meta}")
+    return store  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is read at once: a part of an array, and the devices that it is for."""
+
+    index: Index
+    devices: tuple[jax.Device, ...]
+    nbytes: int
+
+
+def _parts(meta: LeafMeta, target: Sharding | None, traffic: Traffic) -> list[_Part]:
+    """Everything at once if it is all for here and not too large, so that no chunk is read twice; else by shards."""
+    if target is None or (
+        target.is_fully_addressable and meta.nbytes <= min(_BATCH_BYTES, traffic.max_host_bytes // 4)
+    ):
+        return [_Part((slice(None),) * len(meta.shape), (), meta.nbytes)]
+    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in target.addressable_devices_indices_map(meta.shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), meta.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    size = math.prod(target.shard_shape(meta.shape)) * BY_NAME[meta.dtype].itemsize
+    return [_Part(tuple(slice(*one) for one in bounds), tuple(on), size) for bounds, on in devices.items()]
+
+
+def _placed(meta: LeafMeta, target: Sharding | None, parts: list[_Part], values: list[np.ndarray]) -> Array:
+    if target is None:
+        return values[0]
+    if not parts[0].devices:
+        placed: jax.Array = jax.device_put(values[0], target)
+        return placed
+    shards = [
+        jax.device_put(value, device) for part, value in zip(parts, values, strict=True) for device in part.devices
+    ]
+    return jax.make_array_from_single_device_arrays(meta.shape, target, shards)
