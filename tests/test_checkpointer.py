@@ -832,7 +832,7 @@ def test_a_body_that_saves_itself_is_left_to_it(storage: FakeStorage) -> None:
     with fake_run(storage) as run:
         for step in run.steps(3):
             if step != 1:
-                run.save(step, {"w": weights(step)}, force=True)
+                run.save(step, {"w": weights(float(step))}, force=True)
                 run.wait()
     assert [record.step for record in run.history] == [0, 1, 2]
 
@@ -1015,3 +1015,112 @@ def test_what_is_no_path(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match=r"a path must be|a URI has two slashes: gs://|nosuchuser"):
         Checkpointer(path, {"w": weights()})
     assert not list(tmp_path.iterdir())
+
+
+def test_an_optimizer_of_another_class_is_a_mismatch(tmp_path: Path) -> None:
+    """Its state and hyperparameters would mean something else, or nothing."""
+    model = nn.Linear(2, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with torchorbax.resume(model, sgd, tmp_path, save=None) as run:
+        run.save(0, force=True)
+    adam = torch.optim.AdamW(model.parameters())
+    with pytest.raises(torchorbax.MismatchError, match="the optimizer: placement: expected a AdamW, found a SGD"):
+        torchorbax.resume(model, adam, tmp_path)
+    assert adam.param_groups[0]["lr"] == 1e-3
+    with torchorbax.resume(model, adam, tmp_path, strict=False) as run:
+        assert [problem.item for problem in run.left_out] == ["optimizer"]
+        assert adam.param_groups[0]["lr"] == 1e-3
+
+
+def test_typed_keys_in_optax_states_and_in_objects(tmp_path: Path) -> None:
+    class Sampler:
+        def __init__(self, seed: int) -> None:
+            self.key = jax.random.key(seed)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"key": self.key}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.key = state["key"]
+
+    def build(seed: int) -> tuple[nn.Module, torchorbax.OptaxOptimizer, Sampler]:
+        model = seeded()
+        tx = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(seed)), optax.sgd(0.1))
+        return model, torchorbax.OptaxOptimizer(model, tx), Sampler(seed)
+
+    model, optimizer, sampler = build(1)
+    step = torchorbax.train_step(model, optimizer, loss_fn)
+    with torchorbax.resume(model, optimizer, tmp_path, state={"sampler": sampler}) as run:
+        step(batch_of(0))
+        run.save(0, force=True)
+    expected = float(step(batch_of(1))), float(step(batch_of(2)))
+    model, optimizer, sampler = build(2)
+    with torchorbax.resume(model, optimizer, tmp_path, state={"sampler": sampler}):
+        step = torchorbax.train_step(model, optimizer, loss_fn)
+        assert (float(step(batch_of(1))), float(step(batch_of(2)))) == expected
+    assert bits(jax.random.key_data(sampler.key)) == bits(jax.random.key_data(jax.random.key(1)))
+
+
+def test_a_cpu_model_goes_on_on_a_mesh(tmp_path: Path, mesh: Mesh) -> None:
+    """Its BatchNorm counters are int64 on the CPU, and int32 on the devices."""
+    model = nn.BatchNorm1d(8)
+    model.num_batches_tracked.fill_(7)
+    with torchorbax.resume(model, None, tmp_path, save=None) as run:
+        run.save(0, force=True)
+        model.num_batches_tracked.fill_(2**40)
+        run.save(1, force=True)
+        run.wait()
+        model = nn.BatchNorm1d(8)
+        run.close()
+    with Checkpointer(tmp_path, {"model": model}, shardings=(mesh, {})) as run:
+        with pytest.raises(torchorbax.MismatchError, match="expected values that fit into int32, found larger ones"):
+            run.restore(1)
+        run.restore(0)
+    assert to_jax(model.num_batches_tracked).dtype == np.int32
+    assert to_jax(model.num_batches_tracked) == 7
+
+
+def test_a_resume_that_cannot_place_everything_restores_nothing(tmp_path: Path, mesh: Mesh) -> None:
+    model = nn.Linear(8, 8)
+    model.register_buffer("wide", torch.zeros(3, dtype=torch.float64), persistent=False)
+    with torchorbax.resume(model, None, tmp_path, save=None) as run:
+        run.save(0, force=True)
+    before = bits(model.weight.detach().zero_())
+    with pytest.raises(torchorbax.UnsupportedLeafError, match="wide: float64 would lose bits"):
+        torchorbax.resume(model, None, tmp_path, shardings=(mesh, {"weight": P("fsdp")}))
+    assert not _torchax.is_torchax(model.weight)
+    assert bits(model.weight.detach()) == before
+
+
+BAD_ARGUMENTS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "optimizer": (lambda model, path: torchorbax.resume(model, 3, path), "optimizer must be a torch.optim or optax"),
+    "state": (lambda model, path: torchorbax.resume(model, None, path, state=[1]), "state must be a mapping"),
+    "handed": (lambda model, path: Checkpointer(path, {"m": model}).save(0, ["m"]), "save takes state= and metrics="),
+    "metrics": (lambda model, path: Checkpointer(path, {"m": model}).save(0, metrics=[1]), "save takes state= and"),
+    "tied": (
+        lambda model, path: Checkpointer(path, {"m": model}).save(
+            0, {"m": {"embed.weight": jnp.zeros((64, 32)), "head.weight": jnp.ones((64, 32))}}, force=True
+        ),
+        r"m: head\.weight is tied to embed\.weight, but was handed over as another array",
+    ),
+    "names": (lambda model, path: Checkpointer(path, {"_CHECKPOINT_METADATA": model}), "cannot name an item"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARGUMENTS)
+def test_bad_arguments(what: str, tmp_path: Path) -> None:
+    call, message = BAD_ARGUMENTS[what]
+    with pytest.raises(ConfigError, match=message):
+        call(seeded(), tmp_path)
+
+
+def test_a_tree_handed_over_must_fit_the_live_one(tmp_path: Path) -> None:
+    run = Checkpointer(tmp_path, {"moments": {"count": jnp.zeros(()), "epoch": 0}}, rng=False)
+    for wrong in ({"cnt": jnp.ones(()), "epoch": 1}, {"count": jnp.ones(2), "epoch": 1}, {"count": jnp.ones(())}):
+        with pytest.raises(torchorbax.MismatchError, match="the state handed to save does not fit"):
+            run.save(0, {"moments": wrong}, force=True)
+    assert run.save(0, {"moments": {"count": jnp.ones(()), "epoch": 1}}, force=True)
+    run.wait()
+    run.restore(0)
+    assert (float(run.state["moments"]["count"]), run.state["moments"]["epoch"]) == (1, 1)
+    run.close()

@@ -15,7 +15,7 @@ from torchorbax.plan import (
     compare_leaves,
     compare_ties,
     request,
-    widens,
+    same_integers,
     with_suggestions,
 )
 
@@ -58,17 +58,17 @@ def test_exactly_the_injected_differences_are_found(saved: dict[str, LeafMeta], 
     assert all(problem.item == "model" for problem in problems)
 
 
-def test_only_a_counter_that_jax_narrowed_is_widened() -> None:
+def test_only_what_jax_narrows_is_converted_without_asking() -> None:
     dtypes, places = ["int16", "int32", "int64", "uint32", "float32", "float64"], ["jax", "host"]
-    widened = {
+    converted = {
         (saved, saved_place, live, live_place)
         for saved in dtypes
         for live in dtypes
         for saved_place in places
         for live_place in places
-        if widens(LeafMeta((), saved, saved_place), LeafMeta((), live, live_place))
+        if same_integers(LeafMeta((), saved, saved_place), LeafMeta((), live, live_place))
     }
-    assert widened == {("int32", "jax", "int64", "host")}
+    assert converted == {("int32", "jax", "int64", "host"), ("int64", "host", "int32", "jax")}
     counter = {"norm.num_batches_tracked": LeafMeta((), "int64", "host")}
     assert not compare_leaves("model", counter, {"norm.num_batches_tracked": LeafMeta((), "int32", "jax")})
     problems = compare_leaves("model", counter, {"norm.num_batches_tracked": LeafMeta((1,), "int32", "jax")})

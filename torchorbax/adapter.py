@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
@@ -71,6 +72,17 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 def leaf_name(path: tuple[Any, ...]) -> str:
     """The dotted name of a pytree path: `layers.0.weight`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def is_key(leaf: Any) -> bool:
+    """Is this a typed PRNG key, or the abstract form of one?"""
+    typed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return typed and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def without_key_type(leaf: Any) -> Any:
+    """A typed PRNG key as its raw `uint32` data; anything else as it is."""
+    return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_key(leaf) else leaf
 
 
 def raise_if_deleted(leaves: Mapping[str, Any]) -> None:

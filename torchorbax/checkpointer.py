@@ -182,6 +182,8 @@ class Checkpointer:
         """
         started_s = time.perf_counter()
         step = step_number(step)
+        if not isinstance(state, Mapping | None) or not isinstance(metrics, Mapping | None):
+            raise ConfigError("save takes state= and metrics= as mappings by name")
         if self._closed:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
         if self._saver.step_in_flight is None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 _LINES_PER_KIND = 5
+_LONGEST_NAME = 200
 
 ProblemKind = Literal["missing", "unexpected", "shape", "dtype", "ties", "groups", "placement"]
 
@@ -102,13 +103,20 @@ class Problem:
     nearest: str = ""
 
     def __str__(self) -> str:
-        label = ": ".join(part for part in (self.item, self.name) if part) or "the value"
+        label = ": ".join(_printable(part) for part in (self.item, self.name) if part) or "the value"
+        expected, found = _printable(self.expected), _printable(self.found)
         if self.kind == "missing":
-            hint = f" (was it {self.nearest}?)" if self.nearest else ""
-            return f"{label}: expected {self.expected}, but it is missing{hint}"
+            hint = f" (was it {_printable(self.nearest)}?)" if self.nearest else ""
+            return f"{label}: expected {expected}, but it is missing{hint}"
         if self.kind == "unexpected":
-            return f"{label}: found {self.found}, but there is no such live value"
-        return f"{label}: {self.kind}: expected {self.expected}, found {self.found}"
+            return f"{label}: found {found}, but there is no such live value"
+        return f"{label}: {self.kind}: expected {expected}, found {found}"
+
+
+def _printable(text: str) -> str:
+    """`text` as a terminal can show it, whoever wrote it into a file."""
+    shown = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}... ({len(text)} characters)"
 
 
 class MismatchError(TorchorbaxError):

@@ -16,7 +16,7 @@ from torchorbax.rng import RngItem
 from torchorbax.state import Item, ModuleItem
 
 RNG = "rng"
-_RESERVED = ("manifest", "metrics", "default", RNG)
+_RESERVED = ("manifest", "metrics", "default", "_CHECKPOINT_METADATA", "commit_success.txt", RNG)
 
 
 def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:

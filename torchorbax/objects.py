@@ -8,12 +8,22 @@ from contextlib import ExitStack
 from typing import Any, ClassVar, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 from torchorbax import _torchax
-from torchorbax.adapter import Array, array_in, host_copy, leaf_name, live_array, place_like, settle
+from torchorbax.adapter import (
+    Array,
+    array_in,
+    host_copy,
+    is_key,
+    leaf_name,
+    live_array,
+    place_like,
+    settle,
+    without_key_type,
+)
+from torchorbax.dtypes import BY_NAME, fits_on_device
 from torchorbax.errors import MismatchError, Problem
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.plan import Request, compare_leaves
@@ -145,6 +155,8 @@ def target_beside(live: Any, saved: LeafMeta) -> jax.sharding.Sharding | None:
     """Where a stored leaf goes: where its live counterpart is, if there is one on jax; else as it was when saved."""
     if _torchax.is_torchax(live):
         live = _torchax.array_of(live)
+    if not fits_on_device(BY_NAME[saved.dtype]):
+        return None
     if isinstance(live, jax.Array):
         return live.sharding
     return default_device() if saved.residence == "jax" else None
@@ -173,10 +185,23 @@ class PytreeItem:
         return named, structure
 
     def capture(self, handed: Any = None) -> Captured:
-        named, _ = self._flatten(self._slot[self._key] if handed is None else handed)
+        captured = self._captured(self._slot[self._key])
+        if handed is None:
+            return captured
+        given = self._captured(handed)
+        problems = compare_leaves(self._name, _metas(captured), _metas(given))
+        problems += compare_values(
+            self._name, captured.values.keys() - captured.leaves.keys(), given.values.keys() - given.leaves.keys()
+        )
+        if problems:  # or it could not be restored
+            raise MismatchError("the state handed to save", problems)
+        return given
+
+    def _captured(self, tree: Any) -> Captured:
+        named, _ = self._flatten(tree)
         leaves: dict[str, Any] = {}
         values = {
-            name: encode(_without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()
+            name: encode(without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()
         }
         return Captured(self.kind, leaves, values=values)
 
@@ -220,7 +245,7 @@ class PytreeItem:
         if isinstance(live, torch.Tensor):
             settle(live, array_in(value), undo)
             return live
-        if isinstance(live, jax.Array) and jnp.issubdtype(live.dtype, jax.dtypes.prng_key):
+        if is_key(live):
             return jax.random.wrap_key_data(value, impl=jax.random.key_impl(live))
         if isinstance(live, np.ndarray) and live.flags.writeable:
             undo.callback(np.copyto, live, live.copy())
@@ -229,11 +254,8 @@ class PytreeItem:
         return place_like(value, live) if isinstance(live, jax.Array) else value
 
 
-def _without_key_type(leaf: Any) -> Any:
-    """A typed PRNG key as its raw `uint32` data; anything else as it is."""
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return leaf
+def _metas(captured: Captured) -> dict[str, LeafMeta]:
+    return {name: array_meta(leaf) for name, leaf in captured.leaves.items()}
 
 
 def array_meta(leaf: Any) -> LeafMeta:

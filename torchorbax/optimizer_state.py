@@ -7,11 +7,12 @@ from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import torch
 from jax.sharding import Sharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import Array, array_in, live_dtype, settle
+from torchorbax.adapter import Array, array_in, is_key, live_dtype, settle, without_key_type
 from torchorbax.dtypes import BY_NAME
 from torchorbax.errors import ConfigError, Problem, UnsupportedLeafError
 from torchorbax.manifest import ItemMeta, LeafMeta
@@ -70,6 +71,7 @@ class TorchOptimizerItem:
         names = self._names()
         params = self._params(names)
         tree = {
+            "class": type(self._optimizer).__name__,
             "state": {names[id(param)]: dict(state) for param, state in self._optimizer.state.items() if state},
             "param_groups": [
                 {**group, "params": [names[id(param)] for param in group["params"]]}
@@ -87,7 +89,7 @@ class TorchOptimizerItem:
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         names = self._names()
         params = self._params(names)
-        tree = decode(saved.values, {name: _LeafName(name) for name in saved.leaves})
+        tree = _checked_tree(decode(saved.values, {name: _LeafName(name) for name in saved.leaves}))
         stored = selected(self._name, {name: name for name in tree["params"]}, request)
         metas = {name: LeafMeta(tuple(shape), dtype, "jax") for name, (shape, dtype) in tree["params"].items()}
         placed = target_shardings(params, rules, host=True)
@@ -96,6 +98,10 @@ class TorchOptimizerItem:
             for name, param in params.items()
             if request.selects(self._name, name)
         }
+        kind = type(self._optimizer).__name__
+        if tree["class"] != kind:  # whose state and hyperparameters would mean something else, or nothing
+            problem = Problem("placement", self._name, "the optimizer", f"a {kind}", f"a {tree['class']}")
+            return ItemPlan(problems=[problem])
         plan = ItemPlan(problems=self._compare_groups(tree["param_groups"], names, live, stored))
         both = {name: metas[stored[name]] for name in live if name in stored}
         plan.problems += compare_leaves(self._name, {name: live[name] for name in both}, both, cast=request.cast)
@@ -172,6 +178,33 @@ _WHOSE = ("params", "param_names")
 """Entries of a group that say whose it is, and are the live optimizer's own."""
 
 
+def _checked_tree(tree: Any) -> dict[str, Any]:
+    """`tree`, if it is laid out as `capture` does.
+
+    Raises:
+        ValueError: it is not, so somebody else wrote it.
+    """
+    match tree:
+        case {"class": str(), "state": dict(state), "param_groups": list(groups), "params": dict(params)}:
+            named = all(isinstance(name, str) and isinstance(one, dict) for name, one in state.items())
+            grouped = all(isinstance(group, dict) and _all_names(group.get("params")) for group in groups)
+            known = all(isinstance(name, str) and _is_shape_and_dtype(one) for name, one in params.items())
+            if named and grouped and known:
+                return dict(tree)
+    raise ValueError("not the state of a torch.optim optimizer")
+
+
+def _all_names(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+
+def _is_shape_and_dtype(meta: Any) -> bool:
+    match meta:
+        case [list(shape), str(dtype)]:
+            return dtype in BY_NAME and all(type(size) is int for size in shape)
+    return False
+
+
 def _placed_meta(name: str, param: torch.Tensor, sharding: Sharding | None) -> LeafMeta:
     """What a parameter is once it is placed; if that is impossible, the module says so."""
     dtype = live_dtype(param)
@@ -233,7 +266,8 @@ class OptaxItem:
         if state is None:
             return Captured(self.kind, {}, values=None)
         names = self._optimizer.leaf_names(state)
-        leaves = dict(zip([name for name, _ in names], jax.tree.leaves(state), strict=True))
+        arrays = map(without_key_type, jax.tree.leaves(state))
+        leaves = dict(zip([name for name, _ in names], arrays, strict=True))
         # Whose leaf it is: that a parameter was renamed cannot be read off `fc.weight.0.mu`.
         return Captured(self.kind, leaves, values={name: owner for name, owner in names if owner is not None})
 
@@ -246,7 +280,7 @@ class OptaxItem:
         if saved.values is None:  # saved before the first step
             return ItemPlan(values={"": ""} if request.selects(self._name) else {})
         live = {
-            name: LeafMeta(tuple(leaf.shape), str(leaf.dtype), "jax")
+            name: _abstract_meta(leaf)
             for (name, owner), leaf in zip(names, leaves, strict=True)
             if request.selects(self._name, name)
         }
@@ -275,13 +309,22 @@ class OptaxItem:
         if saved.values is None:
             self._optimizer.state = None
             return
-        names, _, structure = self._live()
-        if len(plan.sources) == len(names):
-            leaves = [arrays[plan.sources[name]] for name, _ in names]
-        else:  # the rest keeps the values that it has, or starts with
-            present = jax.tree.leaves(self._optimizer.init())
-            leaves = [
-                arrays[plan.sources[name]] if name in plan.sources else leaf
-                for (name, _), leaf in zip(names, present, strict=True)
-            ]
+        names, abstract, structure = self._live()
+        # What is not restored keeps the value that it has, or starts with.
+        whole = len(plan.sources) == len(names) and not any(map(is_key, abstract))  # of a key, the kind is needed
+        present = abstract if whole else jax.tree.leaves(self._optimizer.init())
+        leaves = [
+            _like(leaf, arrays[plan.sources[name]]) if name in plan.sources else leaf
+            for (name, _), leaf in zip(names, present, strict=True)
+        ]
         self._optimizer.state = jax.tree.unflatten(structure, leaves)
+
+
+def _abstract_meta(leaf: Any) -> LeafMeta:
+    data = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+    return LeafMeta(tuple(data.shape), str(data.dtype), "jax")
+
+
+def _like(leaf: Any, array: Array) -> Any:
+    """`array`, as a typed PRNG key if `leaf` is one."""
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)) if is_key(leaf) else array

@@ -76,6 +76,19 @@ def place_optimizer_(optimizer: Optimizer) -> None:
         undo.pop_all()
 
 
+def check_placeable(module: torch.nn.Module, shardings: Shardings) -> None:
+    """See that what no checkpoint has, buffers that are not persistent, can be placed by the rules.
+
+    Raises:
+        ConfigError, UnsupportedLeafError: as `place_`.
+    """
+    persistent = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    rest = {name: one for name, one in all_tensors(module) if id(one) not in persistent and not one.is_meta}
+    target_shardings(rest, ShardingRules(shardings))
+    for name, tensor in rest.items():
+        placed_dtype(name, tensor)
+
+
 def all_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer of a module once, by its first name; also buffers that are not persistent."""
     yield from module.named_parameters()

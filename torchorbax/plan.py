@@ -140,19 +140,20 @@ def compare_leaves(
             continue
         if live[name].shape != saved[name].shape:
             problems.append(Problem("shape", item, name, str(live[name].shape), str(saved[name].shape)))
-        converts = widens(saved[name], live[name]) or (cast and castable(saved[name].dtype, live[name].dtype))
+        converts = same_integers(saved[name], live[name]) or (cast and castable(saved[name].dtype, live[name].dtype))
         if live[name].dtype != saved[name].dtype and not converts:
             problems.append(Problem("dtype", item, name, live[name].dtype, saved[name].dtype))
     return problems
 
 
-def widens(saved: LeafMeta, live: LeafMeta) -> bool:
-    """Is this int64 on the host that was int32 on jax devices?
+def same_integers(saved: LeafMeta, live: LeafMeta) -> bool:
+    """Is this int32 on jax devices on one side and int64 on the host on the other?
 
-    The one conversion made without asking. It loses nothing, and undoes what torchax (and `place_`) did to BatchNorm's
-    int64 counter while `jax_enable_x64` was off.
+    The one conversion made without asking: what torchax and `place_` do to BatchNorm's int64 counter while
+    `jax_enable_x64` is off, and back. It loses nothing; a value that does not fit is an error when it comes to it.
     """
-    return (saved.dtype, live.dtype) == ("int32", "int64") and (saved.residence, live.residence) == ("jax", "host")
+    sides = {(saved.dtype, saved.residence), (live.dtype, live.residence)}
+    return sides == {("int32", "jax"), ("int64", "host")}
 
 
 def castable(saved: str, live: str) -> bool:
@@ -217,7 +218,6 @@ def _nearest(name: str, candidates: Collection[str]) -> str | None:
     for other in candidates:  # `module.fc.weight` and the like, whatever the length of the prefix
         if other.endswith(f".{name}") or name.endswith(f".{other}"):
             return other
-    # In whole words first: `layers.1.weight` is no misspelt `layers.2.weight`, though they differ by one letter.
     found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
     return found[0] if found else None
 

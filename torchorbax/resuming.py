@@ -13,7 +13,7 @@ from torchorbax.checkpointer import Checkpointer
 from torchorbax.errors import ConfigError
 from torchorbax.items import objects_in
 from torchorbax.optimizers import Optimizer
-from torchorbax.placement import meta_tensors, place_, place_optimizer_
+from torchorbax.placement import check_placeable, meta_tensors, place_, place_optimizer_
 from torchorbax.plan import Rename, request
 from torchorbax.sharding import Shardings
 from torchorbax.snapshot import Staging
@@ -80,12 +80,17 @@ def resume(
         MismatchError, CorruptCheckpointError: as `Checkpointer.restore`. The live objects are as they were.
     """
     check_init_from(init_from)
+    if not isinstance(state, Mapping | None):
+        raise ConfigError(f"state must be a mapping from names to objects, not a {type(state).__name__}")
     further = dict(state or {})
     if taken := {"model", "optimizer"} & further.keys():
         raise ConfigError(f"state must not name {' or '.join(sorted(taken))}: resume takes them as arguments")
     modules = [one for one in objects_in(model) if isinstance(one, torch.nn.Module)]
     if not modules:
         raise ConfigError(f"model must be a torch.nn.Module, or a list or dict of them, not a {type(model).__name__}")
+    for one in () if optimizer is None else objects_in(optimizer):
+        if not isinstance(one, Optimizer):
+            raise ConfigError(f"optimizer must be a torch.optim or optax optimizer, or some of them, not {one!r}")
     objects = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
     run = Checkpointer(
         path,
@@ -101,6 +106,9 @@ def resume(
         save_on_exception=save_on_exception,
     )
     try:
+        if shardings is not None:
+            for module in modules:
+                check_placeable(module, shardings)
         restored = run.restore(strict=strict, rename=rename, cast=cast)
         if restored is None and init_from is not None:
             restored = run.start_from(*origin(init_from, model, request(None, strict, rename, cast)))

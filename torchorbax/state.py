@@ -158,11 +158,20 @@ class ModuleItem:
     ) -> Mapping[str, Any]:
         if not isinstance(handed, Mapping):
             raise ConfigError(f"{self._name}: expected a mapping by parameter name, not a {type(handed).__name__}")
+        if odd := [name for name, leaf in handed.items() if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype")]:
+            raise UnsupportedLeafError(f"{self._name}.{odd[0]}", f"a {type(handed[odd[0]]).__name__} is no array")
         given = {name: LeafMeta(tuple(leaf.shape), _dtype_name(leaf), "jax") for name, leaf in handed.items()}
         expected = {name: live_meta(tensors[first_of[name]]) for name in given if name in first_of}
         if problems := compare_leaves(self._name, expected, given):
             raise MismatchError("the state handed to save", problems)
-        return {first_of[name]: leaf for name, leaf in handed.items()}
+        leaves: dict[str, Any] = {}
+        for name, leaf in handed.items():
+            if leaves.setdefault(first_of[name], leaf) is not leaf:
+                raise ConfigError(
+                    f"{self._name}: {name} is tied to {first_of[name]}, but was handed over as another array; hand "
+                    "over one of them"
+                )
+        return leaves
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         plan = ItemPlan()

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
-from torchorbax.adapter import ARRAY_TYPES, tensor_of
+from torchorbax.adapter import ARRAY_TYPES, is_key, tensor_of, without_key_type
 from torchorbax.errors import UnsupportedLeafError
 
 Json = Any
@@ -50,6 +51,9 @@ def encode(value: Any, leaves: dict[str, Any], name_of: Callable[[Path], str] = 
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"$": "float", "value": repr(value)}
+    if is_key(value):
+        data = encode(without_key_type(value), leaves, name_of, path)
+        return {"$": "key", "impl": str(jax.random.key_impl(value)), "data": data}
     if isinstance(value, ARRAY_TYPES):
         return {"$": "leaf", "name": add_leaf(name_of(path), value, leaves), "as": _leaf_type(value)}
     if type(value) is list:
@@ -115,6 +119,11 @@ def _decode(json: Json, leaves: Mapping[str, Any]) -> Any:
         return _MAPPINGS[kind](list(zip(keys, [_decode(one, leaves) for one in json["values"]], strict=True)))
     if kind in _SEQUENCES:
         return _SEQUENCES[kind]([_decode(one, leaves) for one in json["values"]])
+    if kind == "key":
+        data = _decode(json["data"], leaves)
+        if not isinstance(data, jax.Array | np.ndarray):  # only its name is known
+            return data
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=json["impl"])
     if kind == "float":
         return float(json["value"])
     if kind == "bytes":
