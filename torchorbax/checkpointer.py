@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures.thread  # noqa: F401  # see _finish_saves
 import datetime
 import logging
 import math
-import operator
 import os
-import threading
 import time
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,14 +16,14 @@ from typing import Any, Literal
 import jax
 from tqdm.auto import tqdm
 
-from torchorbax import _orbax, frozen, snapshot
+from torchorbax import _orbax, at_exit, frozen, snapshot
 from torchorbax._orbax import Storage, traffic
 from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, SaveError
 from torchorbax.frozen import FrozenArrays
 from torchorbax.items import items_of
 from torchorbax.metrics import checked, ready
 from torchorbax.plan import Rename, Request, request
-from torchorbax.policies import ContinuousPolicy, NeverPolicy, preservation_policy, save_policy
+from torchorbax.policies import Candidate, ContinuousPolicy, NeverPolicy, preservation_policy, save_policy, step_number
 from torchorbax.preemption import PreemptionNotice
 from torchorbax.restoring import Restored, restore_step
 from torchorbax.saver import Saver, SaveRecord
@@ -101,14 +97,13 @@ class Checkpointer:
         self._preemption = PreemptionNotice()
         self._preemption_saved = False
         self._closed = False
-        self._pid = os.getpid()
         self._in_steps = False
         self._metrics: dict[str, Any] = {}
         self.step: int | None = None
         self.next_step = 0
         self.history: list[SaveRecord] = []
         self.left_out: tuple[Problem, ...] = ()
-        _open_checkpointers.add(self)
+        at_exit.opened(self)
 
     # ------------------------------------------------------------------------------------------------------- facts
 
@@ -209,7 +204,7 @@ class Checkpointer:
         saving = self._saver.step_in_flight is not None
         context = _orbax.decision_context(saving=saving, preempted=self.preempted)
         previous = list(self._saver.infos.values())
-        return bool(self._save_policy.should_save(_Candidate(step, now), previous, context=context))
+        return bool(self._save_policy.should_save(Candidate(step, now), previous, context=context))
 
     def _check_step(self, step: int, state: Mapping[str, Any]) -> None:
         newest = max(self._saver.infos, default=None)
@@ -360,7 +355,7 @@ class Checkpointer:
                     if step not in self._saver.infos:  # the signal came after save had looked
                         self.save(step, handed, metrics=shown, force=True)
                     self.wait()
-                    _logger.warning("stopped by SIGTERM. %s", self._last_line())
+                    _logger.warning("stopped by SIGTERM. %s", self.last_line())
                     return
         newest = max(self._saver.infos, default=-1)
         if newest < self.next_step - 1 and not isinstance(self._save_policy, NeverPolicy):
@@ -391,7 +386,7 @@ class Checkpointer:
         """
         self._closed = True
         self._preemption.remove()
-        _open_checkpointers.discard(self)
+        at_exit.closed(self)
         if self._saver.step_in_flight is not None:
             _logger.info("%s: waiting for step %d to be committed", self.path, self._saver.step_in_flight)
         self.wait()
@@ -413,30 +408,16 @@ class Checkpointer:
                 raise
             exc.add_note(f"Besides: {error}")
         if isinstance(exc, SystemExit):  # which nobody prints
-            _logger.warning("%s", self._last_line())
+            _logger.warning("%s", self.last_line())
         elif exc is not None:
-            exc.add_note(self._last_line())
+            exc.add_note(self.last_line())
 
-    def _last_line(self) -> str:
+    def last_line(self) -> str:
+        """Where the run stands, for people."""
         newest = max(self._saver.infos, default=None)
         if newest is None:
             return f"{self.path}: no step has been committed yet"
         return f"{self.path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"
-
-
-def step_number(step: Any) -> int:
-    """`step` as an int; anything that can be an index is taken, such as numpy's integers.
-
-    Raises:
-        ConfigError: it is no step.
-    """
-    try:
-        number = operator.index(step)
-    except TypeError:
-        raise ConfigError(f"a step is a whole number, not {step!r}") from None
-    if number < 0:
-        raise ConfigError(f"a step cannot be negative: {number}")
-    return number
 
 
 @dataclass(frozen=True)
@@ -448,32 +429,3 @@ class _Taken:
     snapshot: snapshot.Snapshot
     metrics: dict[str, Any]
     started_s: float
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """The step that a save policy decides about."""
-
-    step: int
-    time: datetime.datetime
-    metrics: dict[str, float] | None = None
-
-
-_open_checkpointers: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
-
-
-def _finish_saves() -> None:
-    """Close what a program left open when it ends, so that the save in flight is committed."""
-    for run in list(_open_checkpointers):
-        if run._pid != os.getpid():
-            continue  # a forked worker: the run belongs to its parent
-        try:
-            run.close()
-        except SaveError as error:
-            _logger.error("at exit: %s", error)
-        _logger.warning("the program has ended without close(). %s", run._last_line())
-
-
-# Orbax hands work to executors, which refuse it as soon as `threading` winds down; `atexit` functions run later than
-# that. Callbacks run in reverse order, so this one comes before that of concurrent.futures, which is imported above.
-threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ preservation policy says, the newest step is kept: it is what a resumed run star
 from __future__ import annotations
 
 import datetime
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -114,6 +115,30 @@ class NeverPolicy:
         self, step: PolicyCheckpointInfo, previous_steps: Sequence[PolicyCheckpointInfo], *, context: DecisionContext
     ) -> bool:
         return False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The step that a save policy decides about."""
+
+    step: int
+    time: datetime.datetime
+    metrics: dict[str, float] | None = None
+
+
+def step_number(step: Any) -> int:
+    """`step` as an int; anything that can be an index is taken, such as numpy's integers.
+
+    Raises:
+        ConfigError: it is no step.
+    """
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise ConfigError(f"a step is a whole number, not {step!r}") from None
+    if number < 0:
+        raise ConfigError(f"a step cannot be negative: {number}")
+    return number
 
 
 def save_policy(save: Any) -> SaveDecisionPolicy:
