@@ -52,6 +52,9 @@ class FakeStorage:
     def remove_leftovers(self) -> None:
         self.log.append("clean")
 
+    def has_set_aside(self) -> bool:
+        return False
+
     def steps(self) -> list[int]:
         return sorted(self.committed)
 

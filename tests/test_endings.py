@@ -302,3 +302,57 @@ def test_a_step_that_was_saved_is_not_saved_again(tmp_path: Path) -> None:
     assert run.all_steps() == [0, 1, 2]
     last = f"{tmp_path}: the last committed step is 2; the same program goes on from step 3"
     assert caught.value.__notes__ == [last]
+
+
+@pytest.mark.parametrize("where", ["save", "close"])
+def test_ctrl_c_while_a_save_is_waited_for(where: str, tmp_path: Path, run_python: RunPython) -> None:
+    """Python takes a thread for ended whose `join` was interrupted."""
+    program = f"""
+        import os, signal, sys, threading, numpy as np, torchorbax
+        from torchorbax._orbax import Storage
+        write, go = Storage.write, threading.Event()
+        def slow(self, manifest, arrays):
+            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            go.wait(3)
+            return write(self, manifest, arrays)
+        Storage.write = slow
+        with torchorbax.Checkpointer(sys.argv[1], {{"x": {{"a": np.ones(8)}}}}, rng=False, save=None) as run:
+            run.save(0, force=True)
+            if {where == "save"}:
+                run.save(1, force=True)
+    """
+    done = run_python(program, tmp_path / "run", check=False)
+    assert done.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in done.stderr
+    assert verify(str(tmp_path / "run")) == [0]
+    assert "the last committed step is 0" in done.stderr
+
+
+def test_what_was_rolled_back_is_not_saved(tmp_path: Path) -> None:
+    live = state()
+    run = Checkpointer(str(tmp_path), live, rng=False, save=100, save_on_exception=True)
+
+    def train() -> None:
+        with run:
+            for step in range(3):
+                run.save(step, force=step == 1)
+            run.restore(1)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        train()
+    assert run.all_steps() == [0, 1]
+
+
+def test_a_save_that_is_refused_leaves_the_last_complete_step(tmp_path: Path) -> None:
+    run = Checkpointer(str(tmp_path), state(), rng=False, save=100, save_on_exception=True)
+
+    def train() -> None:
+        with run:
+            for step in range(3):
+                run.save(step)
+            run.save(3, metrics={"loss": "x"})
+
+    with pytest.raises(torchorbax.ConfigError, match="metric loss must be"):
+        train()
+    assert run.all_steps() == [0, 2]

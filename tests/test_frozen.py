@@ -286,7 +286,11 @@ def test_a_damaged_base_is_found(how: str, tmp_path: Path) -> None:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    reason = "base 0: " if how == "gone" else r"the data of model: base\.\d\.weight is not what was saved"
+    reason = (
+        "base/0, which has its frozen parameters, is missing"
+        if how == "gone"
+        else r"the data of model: base\.\d\.weight is not what was saved"
+    )
     with pytest.raises(CorruptCheckpointError, match=reason):
         verify(str(tmp_path))
     before = [bits(param) for param in model.parameters()]
@@ -309,3 +313,21 @@ def test_frozen_parameters_cost_the_loop_nothing(tmp_path: Path) -> None:
         assert len(jax.live_arrays()) == before
         torchorbax.assign_(model.base[0].weight, jnp.zeros((WIDTH, WIDTH)))
         assert len(jax.live_arrays()) <= before, "the old array is gone"
+
+
+def test_a_base_that_is_gone_is_told_and_written_again(tmp_path: Path) -> None:
+    model = torch.nn.Linear(64, 64)
+    model.weight.requires_grad_(False)
+    torchorbax.place_(model)
+    with torchorbax.resume(model, None, tmp_path, save=None) as run:
+        run.save(0, force=True)
+        run.wait()
+        shutil.rmtree(tmp_path / "base")
+        run.save(1, force=True)
+        with pytest.raises(
+            torchorbax.SaveError, match="base 0, which has its frozen parameters, is gone; the next save"
+        ):
+            run.wait()
+        run.save(2, force=True)
+        run.wait()
+        assert torchorbax.verify(tmp_path) == [0, 2]  # the same values under the same number, so step 0 is whole again

@@ -296,3 +296,33 @@ def test_another_layout_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "step_100").mkdir(parents=True)
     with pytest.raises(torchorbax.ConfigError, match=r"holds no run but other things \(step_100\)"):
         torchorbax.resume(nn.Linear(2, 2), None, str(tmp_path / "run"))
+
+
+def test_a_damaged_step_makes_way_for_the_next_commit_above_it(run_path: Path) -> None:
+    """Or the next process would count it again, and let a good one go for it."""
+    flip_in(run_path / "1", "host")
+    with pytest.warns(UserWarning, match="skipped damaged step 1"):
+        _, run = resumed(run_path, keep=2)
+    run.save(4, force=True)
+    run.close()
+    assert sorted(entry.name for entry in run_path.iterdir()) == ["0", "1.torchorbax-damaged", "4"]
+    _, run = resumed(run_path, keep=2)
+    run.save(5, force=True)
+    run.close()
+    assert run.all_steps() == [4, 5]
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()], ids=repr)
+def test_a_shortage_is_no_damage(error: Exception, run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files may be good all the same, and training from an older step would lose work."""
+
+    def fail(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("torchorbax._orbax_arrays.read", fail)
+    with pytest.raises(type(error)):
+        resumed(run_path)
+    monkeypatch.undo()
+    _, run = resumed(run_path)
+    assert run.step == 1
+    run.close()

@@ -177,3 +177,20 @@ def test_lora_takes_the_base_and_keeps_its_own_adapters(base: str, tmp_path: Pat
     other = adapted(7)
     resume(other, None, str(tmp_path / "other"), init_from=params(run.path)).close()
     assert {name: bits(other.get_parameter(name)) for name in adapters} == adapters, "if the checkpoint has them"
+
+
+def test_arguments_that_would_be_ignored_or_done_again(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"with init_from=params\(...\), rename and cast are arguments of params"):
+        torchorbax.resume(model, None, tmp_path, init_from=torchorbax.params("elsewhere"), cast=True)
+    with pytest.raises(ConfigError, match="rename takes and gives 'a', 'b', so resume would do it again"):
+        torchorbax.resume(model, None, tmp_path, rename={"a": "b", "b": "a"})
+
+
+def test_a_value_that_was_none_at_first(tmp_path: Path) -> None:
+    with torchorbax.resume(torch.nn.Linear(2, 2), None, tmp_path, save=None, state={"best": None}) as run:
+        assert isinstance(run.state, dict)
+        run.state["best"] = 0.5
+        run.save(0, force=True)
+    with torchorbax.resume(torch.nn.Linear(2, 2), None, tmp_path, state={"best": None}) as run:
+        assert run.state["best"] == 0.5

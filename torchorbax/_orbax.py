@@ -6,6 +6,7 @@ A step is an ordinary Orbax checkpoint (`CheckpointManager`'s layout): one item 
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import importlib.util
@@ -270,8 +271,14 @@ class Storage:
             if base is None:
                 found = self._read(step, items, part)
             else:
+                area = self._base_area()
+                if not area._folder(base).exists():
+                    reason = (
+                        f"base/{base}, which has its frozen parameters, is missing; whoever copies a step copies it too"
+                    )
+                    raise CorruptCheckpointError(self.path, {step: reason})
                 try:
-                    found = self._base_area()._read(base, items, part)
+                    found = area._read(base, items, part)
                 except CorruptCheckpointError as error:
                     raise CorruptCheckpointError(self.path, {step: f"base {base}: {error.reasons[base]}"}) from error
             for item, one in found.items():
@@ -292,6 +299,8 @@ class Storage:
                     name: read[name] if name in read else _empty(meta[name], target) for name, target in leaves.items()
                 }
             except Exception as error:  # TensorStore and the file system raise whatever they like on damaged files
+                if _is_shortage(error):
+                    raise
                 reasons.append(f"item {item}: {_told(error)}")
         if reasons:
             raise CorruptCheckpointError(self.path, {step: "; ".join(reasons)})
@@ -305,6 +314,10 @@ class Storage:
             count += 1
         folder.rename(aside)
         _logger.warning("%s: damaged step %d is now %s", self.path, step, aside.name)
+
+    def has_set_aside(self) -> bool:
+        """Is there a damaged step that was renamed?"""
+        return any(_DAMAGED in entry.name for entry in self._root.iterdir())
 
     def delete(self, step: int) -> None:
         """Delete a step so that it is never listed half deleted."""
@@ -343,6 +356,8 @@ class Storage:
         except (CheckpointNotFoundError, CorruptCheckpointError):
             raise
         except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
+            if _is_shortage(error):
+                raise
             raise CorruptCheckpointError(self.path, {step: _told(error)}) from error
 
 
@@ -367,6 +382,15 @@ def _flush(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Is it this process that lacks something, so that the files may be good all the same?"""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))
+        or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+    )
 
 
 def _told(error: Exception) -> str:

@@ -187,12 +187,13 @@ class Checkpointer:
         self._handed = state or {}
         now = datetime.datetime.now(datetime.UTC)
         due = force or (self.preempted and not self._preemption_saved) or self._due(step, now)
-        self._complete = None
         if due:
             self._check_step(step, self._handed)
             self._saver.collect()  # two saves never overlap
             self._start(self._take(step, now, self._handed, metrics, started_s))
-        elif self._save_on_exception:
+            self._complete = None
+        elif self._save_on_exception and step > max(self._saver.infos, default=-1):
+            self._check_step(step, self._handed)
             self._complete = self._take(step, now, self._handed, metrics, started_s)
         if not self._in_steps:
             self._handed, self._metrics = {}, {}
@@ -222,6 +223,8 @@ class Checkpointer:
         self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
     ) -> _Taken:
         numbers = checked(metrics)
+        if self._saver.lost_base:
+            self._frozen, self._saver.lost_base = FrozenArrays(), False
         if committed := self._saver.take_committed():
             self._frozen.saved(*committed)
         captured = {name: item.capture(state.get(name)) for name, item in self._items.items()}
@@ -310,6 +313,7 @@ class Checkpointer:
     def _restore_step(self, storage: Storage, step: int, wanted: Request) -> None:
         restored = restore_step(storage, step, self._items, self._rules, wanted, verify=self._verify)
         self.left_out = restored.left_out
+        self._complete = None  # it is not what is live any more
         if storage is self._storage:
             self._note_frozen(restored)
         if wanted.only is None:
@@ -386,10 +390,14 @@ class Checkpointer:
         """
         self._closed = True
         self._preemption.remove()
-        at_exit.closed(self)
         if self._saver.step_in_flight is not None:
             _logger.info("%s: waiting for step %d to be committed", self.path, self._saver.step_in_flight)
-        self.wait()
+        try:
+            self.wait()
+        except SaveError:
+            at_exit.closed(self)
+            raise
+        at_exit.closed(self)  # not after Ctrl-C: then it is waited for at exit
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -414,7 +422,7 @@ class Checkpointer:
 
     def last_line(self) -> str:
         """Where the run stands, for people."""
-        newest = max(self._saver.infos, default=None)
+        newest = max((step for step in self._saver.infos if step != self._saver.step_in_flight), default=None)
         if newest is None:
             return f"{self.path}: no step has been committed yet"
         return f"{self.path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"

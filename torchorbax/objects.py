@@ -178,7 +178,8 @@ class PytreeItem:
 
     @staticmethod
     def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-        flat, structure = jax.tree_util.tree_flatten_with_path(tree)
+        # None is a value, which may have become another since the last start.
+        flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
         named: dict[str, Any] = {}
         for path, leaf in flat:
             add_leaf(leaf_name(path), leaf, named)

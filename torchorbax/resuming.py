@@ -61,7 +61,8 @@ def resume(
         init_from: the path of another run or of a step of it, whose full state is taken, the number of its step
             included; or `torchorbax.params(path)` for its parameters and buffers only, from step 0.
         strict: see `Checkpointer.restore`.
-        rename: see `Checkpointer.restore`; may stay when later steps have the new names.
+        rename: see `Checkpointer.restore`; may stay when later steps have the new names (a function must then leave
+            those as they are).
         cast: see `Checkpointer.restore`.
         staging: see `Checkpointer`.
         rng: see `Checkpointer`.
@@ -80,6 +81,13 @@ def resume(
         MismatchError, CorruptCheckpointError: as `Checkpointer.restore`. The live objects are as they were.
     """
     check_init_from(init_from)
+    if isinstance(rename, Mapping) and (both := set(rename) & set(rename.values())):
+        raise ConfigError(
+            f"rename takes and gives {', '.join(map(repr, sorted(both)))}, so resume would do it again at every start; "
+            "do it once, with Checkpointer(...).restore(rename=...) and a save"
+        )
+    if isinstance(init_from, Params) and (rename is not None or cast):
+        raise ConfigError("with init_from=params(...), rename and cast are arguments of params")
     if not isinstance(state, Mapping | None):
         raise ConfigError(f"state must be a mapping from names to objects, not a {type(state).__name__}")
     further = dict(state or {})

@@ -86,6 +86,7 @@ class Saver:
 
     Attributes:
         infos: the steps there are, the one in flight included.
+        lost_base: a base that was taken to be there is gone.
     """
 
     def __init__(self, storage: Storage, keep: PreservationPolicy) -> None:
@@ -93,10 +94,12 @@ class Saver:
         self._storage = storage
         self._keep = keep
         self._thread: threading.Thread | None = None
+        self._done = threading.Event()  # Ctrl-C in Thread.join makes Python take the thread for ended
         self._record: SaveRecord | None = None
         self._unreported: SaveError | None = None
         self._damaged: set[int] = set()
         self._leftovers_removed = False
+        self.lost_base = False
         self._committed: tuple[Manifest, Identities] | None = None
 
     def mark_damaged(self, step: int) -> None:
@@ -111,7 +114,7 @@ class Saver:
     @property
     def step_in_flight(self) -> int | None:
         """The step that is being written now."""
-        if self._record is None or self._thread is None or not self._thread.is_alive():
+        if self._record is None or self._done.is_set():
             return None
         return self._record.step
 
@@ -127,6 +130,7 @@ class Saver:
         info = self.infos[record.step] = StepInfo(record.step, self._storage)
         info.time, info.metrics = record.time, None  # there is no manifest to read them from yet
         self._record = record
+        self._done.clear()
         work = functools.partial(self._work, record, [snapshot], metrics, started_s)
         self._thread = threading.Thread(target=work, name=f"torchorbax-save-{record.step}")
         self._thread.start()
@@ -135,6 +139,7 @@ class Saver:
         """Wait for the save in flight, if any, and take note of how it ended."""
         if self._record is None or self._thread is None:
             return
+        self._done.wait()
         self._thread.join()
         error, self._record, self._thread = self._record.error, None, None
         if error is not None:
@@ -163,6 +168,8 @@ class Saver:
             reason = f"{type(error).__name__}: {error}"
             record.error = SaveError(record.step, self._storage.path, reason, committed=committed)
             record.error.__cause__ = error
+        finally:
+            self._done.set()
 
     def _write(self, record: SaveRecord, holder: list[Snapshot], metrics: Mapping[str, Any]) -> None:
         if not self._leftovers_removed:
@@ -177,6 +184,7 @@ class Saver:
         del snapshot  # so that each array can be let go as soon as it is written
         record.nbytes = sum(array.nbytes for one in arrays.values() for array in one.values())
         manifest = Manifest(record.step, record.time, dict(record.metrics), items, _versions())
+        self._check_bases(manifest, arrays)
         if record.step in self._damaged:
             self._storage.set_aside(record.step)
             self._damaged.remove(record.step)
@@ -185,9 +193,26 @@ class Saver:
         self.infos[record.step].manifest = manifest
         self._committed = manifest, identities
 
+    def _check_bases(self, manifest: Manifest, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+        """See that the bases are there which the step refers to and does not write itself.
+
+        Raises:
+            SaveError: one is gone.
+        """
+        bases = self._storage.bases()
+        for (item, name), leaf in frozen.in_base(manifest).items():
+            if name not in arrays[item] and leaf.base not in bases:
+                self.lost_base = True
+                reason = f"base {leaf.base}, which has its frozen parameters, is gone; the next save writes them again"
+                raise SaveError(manifest.step, self._storage.path, reason)
+
     def _newest_before(self, step: int) -> Manifest | None:
+        """The newest other step whose bases are all there."""
         before = [one for one in self.good_steps() if one in self.infos and one != step]
-        return self.infos[before[-1]].manifest if before else None
+        manifest = self.infos[before[-1]].manifest if before else None
+        bases = self._storage.bases()
+        whole = manifest and all(leaf.base in bases for leaf in frozen.in_base(manifest).values())
+        return manifest if whole else None
 
     def take_committed(self) -> tuple[Manifest, Identities] | None:
         """The step that has been committed since the last call, and which its frozen arrays are."""
@@ -195,7 +220,14 @@ class Saver:
         return committed
 
     def _retain(self, newest: int) -> None:
-        """Delete what the policy lets go, now that the newest step is committed."""
+        """Delete what the policy lets go, now that the newest step is committed.
+
+        Damaged steps below it make way, or the next process would take them for good until it tries them.
+        """
+        for step in sorted(self._damaged & set(self._storage.steps())):
+            if step < newest:
+                self._storage.set_aside(step)
+                self._damaged.remove(step)
         infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self.good_steps()]
         preserved = self._keep.should_preserve(infos, context=PreservationContext())
         for info, keep in zip(infos, preserved, strict=True):
@@ -213,6 +245,8 @@ class Saver:
 
     def _delete_unused_bases(self) -> None:
         """Delete the bases that no step needs; none as long as a step cannot say what it needs."""
+        if self._storage.has_set_aside():
+            return  # who repairs a damaged step needs its base
         unused = self._storage.bases()
         for step in reversed(self._storage.steps()):  # the newest needs them all, as a rule
             if not unused:
