@@ -194,3 +194,17 @@ def test_a_value_that_was_none_at_first(tmp_path: Path) -> None:
         run.save(0, force=True)
     with torchorbax.resume(torch.nn.Linear(2, 2), None, tmp_path, state={"best": None}) as run:
         assert run.state["best"] == 0.5
+
+
+def test_a_list_of_plain_values_that_has_grown(tmp_path: Path) -> None:
+    losses: list[float] = []
+    state = {"history": losses, "nested": {"lists": [[1, 2]], "epoch": 0}}
+    with torchorbax.resume(torch.nn.Linear(2, 2), None, tmp_path, save=None, state=state) as run:
+        losses += [3.0, 2.5]
+        run.save(0, force=True)
+    losses = [9.0]
+    state = {"history": losses, "nested": {"lists": [], "epoch": 0}}
+    with torchorbax.resume(torch.nn.Linear(2, 2), None, tmp_path, state=state) as run:
+        assert run.state["history"] is losses
+        assert losses == [3.0, 2.5]
+        assert run.state["nested"] == {"lists": [[1, 2]], "epoch": 0}

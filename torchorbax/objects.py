@@ -178,8 +178,7 @@ class PytreeItem:
 
     @staticmethod
     def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-        # None is a value, which may have become another since the last start.
-        flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: leaf is None)
+        flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_value)
         named: dict[str, Any] = {}
         for path, leaf in flat:
             add_leaf(leaf_name(path), leaf, named)
@@ -248,11 +247,27 @@ class PytreeItem:
             return live
         if is_key(live):
             return jax.random.wrap_key_data(value, impl=jax.random.key_impl(live))
+        if isinstance(live, list) and isinstance(value, list):
+            undo.callback(_refill, live, live.copy())
+            live[:] = value
+            return live
         if isinstance(live, np.ndarray) and live.flags.writeable:
             undo.callback(np.copyto, live, live.copy())
             np.copyto(live, value)
             return live
         return place_like(value, live) if isinstance(live, jax.Array) else value
+
+
+def _is_value(node: Any) -> bool:
+    """Is this a value as a whole? None may have become something else since the last start, and a list of plain values,
+    such as the losses so far, longer."""
+    return node is None or (type(node) is list and all(_is_plain(one) for one in node))
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(_is_plain(one) for one in value)
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
 def _metas(captured: Captured) -> dict[str, LeafMeta]:
