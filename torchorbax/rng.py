@@ -14,7 +14,7 @@ import torch
 
 from torchorbax import _torchax
 from torchorbax.adapter import Array
-from torchorbax.errors import ConfigError
+from torchorbax.errors import ConfigError, MismatchError, Problem
 from torchorbax.manifest import ItemMeta
 from torchorbax.plan import Request
 from torchorbax.sharding import ShardingRules
@@ -44,7 +44,12 @@ class RngItem:
     def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         if plan.restores_something:
             undo.callback(_write, _read())
-            _write(decode(saved.values, arrays))
+            try:
+                _write(decode(saved.values, arrays))
+            except Exception as error:  # a file may say anything, and each generator has its own way to refuse it
+                refused = f"one that they refuse: {type(error).__name__}: {error}"
+                problem = Problem("placement", self._name, "", "a state that the generators take", refused)
+                raise MismatchError("the checkpoint", [problem], "rng=False leaves them out.") from error
 
 
 def _read() -> dict[str, Any]:
