@@ -132,7 +132,7 @@ def count(system: Torchorbax | Orbax | TorchSave | Distributed, flips: int, seed
 def outcome(load: Callable[[], Arrays], saved: Arrays) -> tuple[bool, bool]:
     try:
         loaded = load()
-    except Exception:
+    except Exception:  # whatever a system raises, it has noticed
         return True, False
     return False, all(loaded[name].tobytes() == array.tobytes() for name, array in saved.items())
 
