@@ -49,6 +49,8 @@ class FakeStorage:
 
     def create(self) -> None: ...
 
+    def check_visible(self) -> None: ...
+
     def remove_leftovers(self) -> None:
         self.log.append("clean")
 
@@ -67,7 +69,7 @@ class FakeStorage:
     def manifest(self, step: int) -> Manifest:
         return self.committed[step]
 
-    def write(self, manifest: Manifest, arrays: Mapping[str, Any]) -> Manifest:
+    def write(self, manifest: Manifest, arrays: Mapping[str, Any], channel: Any = None) -> Manifest:
         self.writing.set()
         if not self.gate.wait(30):
             raise TimeoutError("the test never opened the gate")
@@ -575,7 +577,7 @@ def test_reference_staging_fails_aloud_when_arrays_are_donated(storage: FakeStor
     real = checkpointer._orbax.Storage(str(tmp_path / "run"))
     write = storage.write
 
-    def write_for_real(manifest: Manifest, arrays: Mapping[str, Any]) -> Manifest:
+    def write_for_real(manifest: Manifest, arrays: Mapping[str, Any], channel: Any = None) -> Manifest:
         write(manifest, arrays)
         return real.write(manifest, arrays)
 

@@ -12,11 +12,13 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,13 +30,16 @@ from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers as orbax_policies
 from orbax.checkpoint.path import step as orbax_steps
 
-from torchorbax import _orbax_arrays, _orbax_save
+from torchorbax import _orbax_arrays, _orbax_save, fingerprint, hoststate
 from torchorbax._orbax_arrays import LEAST_HOST_BYTES, Traffic
 from torchorbax._orbax_save import MANIFEST
-from torchorbax.adapter import Array
+from torchorbax.adapter import Array, put
 from torchorbax.dtypes import BY_NAME, fits_on_device
-from torchorbax.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, SaveError
+from torchorbax.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, ProcessError, SaveError
+from torchorbax.hoststate import HostItem
 from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
+from torchorbax.processes import Channel, Processes
+from torchorbax.values import Json
 
 __all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies", "traffic"]
 
@@ -50,6 +55,8 @@ _MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
 _ONE_WRITE = threading.Lock()  # Orbax numbers its operations per process, and mixes those of concurrent saves up
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def decision_context(*, saving: bool, preempted: bool) -> orbax_policies.DecisionContext:
@@ -119,6 +126,15 @@ class Storage:
             probe.write_text("")
             probe.unlink()
 
+    def check_visible(self) -> None:
+        """Raise ConfigError if the folder, which process 0 has made, is not there."""
+        with _as_config_error(self.path):
+            if "://" not in self.path and not self._root.is_dir():
+                raise ConfigError(
+                    f"{self.path} was made by another process of this run and cannot be seen here; several processes "
+                    "need a folder that all of them share, or gs://"
+                )
+
     def remove_leftovers(self) -> None:
         """Delete what interrupted saves and deletions left behind. Call it before the first save."""
         if not self._root.exists():
@@ -158,14 +174,18 @@ class Storage:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
         return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
 
-    def write(self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]]) -> Manifest:
+    def write(
+        self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]], channel: Channel | None = None
+    ) -> Manifest:
         """Write one step and commit it; blocks until it is listed and, on a local disk, survives a loss of power.
 
-        Frozen leaves of a new base are committed first.
+        Frozen leaves of a new base are committed first. With several processes, this is for process 0, while the others
+        call `contribute`.
 
         Args:
             manifest: of the step, without fingerprints but those of frozen leaves.
             arrays: by item and leaf; each is taken out, and let go as soon as it is written.
+            channel: to the other processes; None if there are none.
 
         Returns:
             The manifest with all fingerprints.
@@ -174,31 +194,146 @@ class Storage:
             SaveError: anything that went wrong, as `__cause__`. The step is not listed, and what was written of it is
                 removed if it can be.
         """
-        if self._folder(manifest.step).exists():
-            raise SaveError(
-                manifest.step, self.path, "somebody else has saved it meanwhile; is another run writing to this path?"
-            )
+        channel = channel or Processes(math.inf, index=0, count=1).channel("write")
         parts = _by_base(manifest.items, arrays)
         for one in arrays.values():
             one.clear()
         for base, part in parts.items():
             if base is None:
-                return self._write(manifest, part)
+                return self._write(manifest, part, channel)
             try:
-                self._base_area()._write(manifest.of_base(base), part)
+                self._base_area()._write(manifest.of_base(base), part, channel)
             except SaveError as error:
                 raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error
         return manifest
 
-    def _write(self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]]) -> Manifest:
+    def _write(self, manifest: Manifest, arrays: dict[str, dict[str, Array]], channel: Channel) -> Manifest:
+        step, announced = manifest.step, False
+
+        def fill(folders: Mapping[str, str]) -> Manifest:
+            nonlocal announced
+            announced = True
+            channel.publish("write", {"folders": folders, "error": None})
+            return self._filled(folders, manifest, arrays, channel)
+
         try:
+            if self._folder(step).exists():
+                reason = "somebody else has saved it meanwhile; is another run writing to this path?"
+                raise SaveError(step, self.path, reason)
+            leaves = {item: {name: one for name, one in part.items() if one.size} for item, part in arrays.items()}
             with _ONE_WRITE:
-                fingerprints = _orbax_save.save(self._folder(manifest.step), manifest, arrays, self._traffic)
-            self._make_durable(self._folder(manifest.step))
+                stamped = _orbax_save.save(self._folder(step), leaves, self._traffic, fill)
+            self._make_durable(self._folder(step))
         except Exception as error:
-            self._remove_failed(manifest.step)
-            raise SaveError(manifest.step, self.path, f"{type(error).__name__}: {error}") from error
-        return manifest.stamped(fingerprints)
+            if not announced:
+                channel.publish("write", {"error": f"{type(error).__name__}: {error}"})
+            if isinstance(error, SaveError):
+                raise
+            self._remove_failed(step)
+            raise SaveError(step, self.path, f"{type(error).__name__}: {error}") from error
+        return stamped
+
+    def _filled(
+        self,
+        folders: Mapping[str, str],
+        manifest: Manifest,
+        arrays: Mapping[str, MutableMapping[str, Array]],
+        channel: Channel,
+    ) -> Manifest:
+        """Write what this process has of a step, and wait for the others."""
+        sums, failure = _attempted(lambda: self._fill(folders, arrays))
+        parts: list[Json] = channel.gather("write", None) or []
+        if failure is not None:
+            raise failure
+        failed = {one: part["error"] for one, part in enumerate(parts) if part and part["error"] is not None}
+        if failed:
+            raise ProcessError(failed, "write", "; ".join(f"process {one}: {why}" for one, why in failed.items()))
+        added = {(item, name): [own] for item, one in (sums or {}).items() for name, own in one.items()}
+        for part in parts[1:]:
+            for item, texts in part["sums"].items():
+                for name, text in texts.items():
+                    added[item, name].append(fingerprint.sums(text))
+        texts = {item: {} for item in sums or {}}
+        for (item, name), one in added.items():
+            texts[item][name] = fingerprint.text(fingerprint.total(one))
+        own = {str(process): part["own"] for process, part in enumerate(parts) if part and part["own"]}
+        return replace(manifest.stamped(texts), processes=len(parts), own=own)
+
+    def _fill(
+        self, folders: Mapping[str, str], arrays: Mapping[str, MutableMapping[str, Array]]
+    ) -> dict[str, dict[str, fingerprint.Sums]]:
+        sums: dict[str, dict[str, fingerprint.Sums]] = {}
+        for item, one in arrays.items():
+            empty = {name: one.pop(name) for name in [name for name, array in one.items() if not array.size]}
+            sums[item] = {name: fingerprint.start(array)() for name, array in empty.items()}
+            if one:
+                sums[item].update(_orbax_arrays.write(folders[item], one, self._traffic))
+        return sums
+
+    def contribute(
+        self,
+        items: Mapping[str, ItemMeta],
+        arrays: Mapping[str, MutableMapping[str, Array]],
+        own: Mapping[str, HostItem],
+        channel: Channel,
+    ) -> None:
+        """Write what a process other than the first has of a step that process 0 writes.
+
+        Args:
+            items: what it says of its leaves.
+            arrays: by item and leaf; each is taken out, and let go as soon as it is written.
+            own: what this process has for itself.
+            channel: to the other processes.
+
+        Raises:
+            SaveError: process 0 has given up before.
+            ProcessError: process 0 does not say where to.
+        """
+        parts = _by_base(items, arrays)
+        for one in arrays.values():
+            one.clear()
+        for base, part in parts.items():
+            told = channel.publish("write")
+            if told["error"] is not None:
+                raise ProcessError({0}, "write", told["error"])
+            write = functools.partial(self._contribution, told["folders"], part, own if base is None else {})
+            report, failure = _attempted(functools.partial(write, channel.processes.index))
+            channel.gather("write", report or {"error": f"{type(failure).__name__}: {failure}"})
+            if failure is not None:
+                raise failure
+
+    def _contribution(
+        self,
+        folders: Mapping[str, str],
+        arrays: Mapping[str, MutableMapping[str, Array]],
+        own: Mapping[str, HostItem],
+        process: int,
+    ) -> dict[str, Json]:
+        sums = {
+            item: {name: fingerprint.text(sums) for name, sums in one.items()}
+            for item, one in self._fill(folders, arrays).items()
+        }
+        return {"sums": sums, "own": self._write_own(folders[MANIFEST], own, process) if own else None, "error": None}
+
+    def _write_own(self, folder: str, own: Mapping[str, HostItem], process: int) -> str:
+        text = hoststate.to_text(own)
+        (epath.Path(folder) / _own_name(process)).write_text(text)
+        return hoststate.digest_of(text)
+
+    def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, dict[str, HostItem]]:
+        """A step as a process finds it, and what that process has of it for itself.
+
+        Raises:
+            CorruptCheckpointError: the process's own file is damaged.
+        """
+        if str(process) not in manifest.own:
+            return manifest, {}
+        with self._as_corrupt(manifest.step):
+            text = (self._folder(manifest.step) / MANIFEST / _own_name(process)).read_text()
+            if hoststate.digest_of(text) != manifest.own[str(process)]:
+                raise ValueError(f"{_own_name(process)} is not what was written: its SHA-256 differs")
+            own = hoststate.from_text(text)
+            return hoststate.as_seen_by(manifest, own), own
 
     def _make_durable(self, folder: Any) -> None:
         """Flush a step and its name to the disk, since older ones may be deleted next.
@@ -361,7 +496,16 @@ class Storage:
             raise CorruptCheckpointError(self.path, {step: _told(error)}) from error
 
 
-T = TypeVar("T")
+def _attempted(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:  # raised when the other processes know
+        return None, error
+
+
+def _own_name(process: int) -> str:
+    """The file of a process, beside the manifest."""
+    return f"process_{process}"
 
 
 def _by_base(
@@ -404,7 +548,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _empty(meta: LeafMeta, target: Sharding | None) -> Array:
     array = np.empty(meta.shape, BY_NAME[meta.dtype])
-    return array if target is None or not fits_on_device(array.dtype) else jax.device_put(array, target)
+    return array if target is None or not fits_on_device(array.dtype) else put(array, target)
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:

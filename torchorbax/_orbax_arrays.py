@@ -23,8 +23,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_utils  # private, as Orbax's options are
 
 from torchorbax import fingerprint
-from torchorbax.adapter import Array
+from torchorbax.adapter import Array, HostShards, put
 from torchorbax.dtypes import BY_NAME
+from torchorbax.fingerprint import Sums
 from torchorbax.manifest import LeafMeta
 
 __all__ = ["LEAST_HOST_BYTES", "Traffic", "is_gathered", "read", "write"]
@@ -58,14 +59,16 @@ class Traffic:
 
 
 def is_gathered(array: Array) -> bool:
-    """Is the array small enough to be written as one host array, and all of it here?"""
-    return array.nbytes <= _GATHERED_BYTES and (not isinstance(array, jax.Array) or array.is_fully_addressable)
+    """Is the array small enough to be written as one host array, and all of it in every process that has any?"""
+    if array.nbytes > _GATHERED_BYTES:
+        return False
+    return isinstance(array, np.ndarray) or array.is_fully_addressable or array.sharding.is_fully_replicated
 
 
 # -------------------------------------------------------------------------------------------------------------- write
 
 
-def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> dict[str, str]:
+def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> dict[str, Sums]:
     """Write this process's part of arrays, each taken out of `arrays` as soon as it is written.
 
     Args:
@@ -74,7 +77,7 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
         traffic: how.
 
     Returns:
-        The fingerprints by name, taken of the same bytes.
+        By name the sums that make up its fingerprint, of the part that this process has, taken of the same bytes.
     """
     names = list(arrays)
     process = jax.process_index()
@@ -85,12 +88,13 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
     context = tensorstore_utils.get_ts_context(use_ocdbt=True)
     at_once = traffic.max_host_bytes if "://" in folder else _LOCAL_BATCHES * _BATCH_BYTES
     out = _Batches(ts.KvStore.open(spec, context=context).result(), spec, context, traffic, at_once)
-    started: dict[str, Callable[[], str]] = {}
+    started: dict[str, Callable[[], Sums]] = {}
     try:
-        for name, on_host in _gathered({name: arrays[name] for name in names if is_gathered(arrays[name])}):
-            del arrays[name]
-            started[name] = fingerprint.start(on_host)
-            out.add_small(name, on_host)
+        small = {name: arrays.pop(name) for name in names if is_gathered(arrays[name])}
+        if process == 0:
+            for name, on_host in _gathered(small):
+                started[name] = fingerprint.start(on_host)
+                out.add_small(name, on_host)
         for name in list(arrays):
             started[name] = fingerprint.start(arrays[name])
             out.add_large(name, arrays[name])
@@ -99,24 +103,30 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
     except BaseException:
         out.abort()
         raise
-    return {name: started[name]() for name in names}
+    return {name: started[name]() for name in names if name in started}
 
 
 def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
     """Small arrays on the host. Those of one shape and layout come together, for every transfer has its price."""
     alike: dict[Any, list[str]] = {}
+    here: dict[str, jax.Array] = {}
     for name, array in arrays.items():
-        if isinstance(array, jax.Array):
+        if isinstance(array, HostShards):
+            yield name, array.addressable_shards[0].data
+        elif isinstance(array, jax.Array):
+            array = array if array.is_fully_addressable else array.addressable_data(0)
+            here[name] = array
             alike.setdefault((array.shape, array.dtype, array.sharding), []).append(name)
         else:
             yield name, array
     for (_, dtype, sharding), names in alike.items():
         for start in range(0, len(names), _STACKED):
             some = names[start : start + _STACKED]
+            held = [here[name] for name in some]
             if len(some) < _STACKED or dtype.kind == "c":  # of complex numbers XLA cannot take the bits
-                yield from ((name, np.asarray(arrays[name])) for name in some)
+                yield from zip(some, map(np.asarray, held), strict=True)
             else:
-                stacked = np.asarray(_stack(sharding)(*(arrays[name] for name in some)))
+                stacked = np.asarray(_stack(sharding)(*held))
                 yield from zip(some, stacked.view(dtype), strict=True)
 
 
@@ -171,7 +181,7 @@ class _Batches:
 
     def add_large(self, name: str, array: Array) -> None:
         """A chunk or more for each distinct shard that this process has."""
-        shard_shape = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
+        shard_shape = array.shape if isinstance(array, np.ndarray) else array.sharding.shard_shape(array.shape)
         chunks = _chunk_shape(shard_shape, array.dtype.itemsize)
         zarray = _zarray(array.dtype, array.shape, chunks, self._traffic.compressed)
         spec = {"driver": "zarr", "kvstore": {**self._spec, "path": f"{name}/"}, "metadata": json.loads(zarray)}
@@ -232,12 +242,12 @@ class _Batches:
 
 def _chunks(array: Array, chunks: tuple[int, ...]) -> Iterator[tuple[Index, np.ndarray]]:
     """The chunks of this process's shards, each on the host when it is asked for."""
-    if not isinstance(array, jax.Array):
+    if isinstance(array, np.ndarray):
         if jax.process_index() == 0:
             yield from ((index, array[index]) for index in _grid(array.shape, chunks))
         return
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
-    if math.prod(chunks) * array.dtype.itemsize * len(shards) <= _CHUNK_BYTES and array.platform() != "cpu":
+    if math.prod(chunks) * array.dtype.itemsize * len(shards) <= _CHUNK_BYTES and not _is_on_host(array):
         array.copy_to_host_async()
     for shard in shards:
         offsets = [part.indices(size)[0] for part, size in zip(shard.index, array.shape, strict=True)]
@@ -245,11 +255,17 @@ def _chunks(array: Array, chunks: tuple[int, ...]) -> Iterator[tuple[Index, np.n
             moved = tuple(
                 slice(part.start + offset, part.stop + offset) for part, offset in zip(index, offsets, strict=True)
             )
-            if shard.data.shape == chunks:
+            if isinstance(shard.data, np.ndarray):
+                yield moved, np.ascontiguousarray(shard.data[index])
+            elif shard.data.shape == chunks:
                 yield moved, np.asarray(shard.data)
             else:  # never the whole shard on the host
                 starts = [part.start for part in index]
                 yield moved, np.asarray(jax.lax.dynamic_slice(shard.data, starts, chunks))
+
+
+def _is_on_host(array: Any) -> bool:
+    return isinstance(array, HostShards) or array.platform() == "cpu"
 
 
 def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[Index]:
@@ -331,8 +347,14 @@ def _read_small(database: ts.KvStore, wanted: Mapping[str, tuple[LeafMeta, Shard
         ):
             on_host[name] = np.frombuffer(bytearray(raw), BY_NAME[meta.dtype]).reshape(meta.shape)
     placed = [name for name in on_host if wanted[name][1] is not None]
-    arrays = jax.device_put([on_host[name] for name in placed], [wanted[name][1] for name in placed])
-    return {**on_host, **dict(zip(placed, arrays, strict=True))}
+    here = [name for name in placed if _is_here(wanted[name][1])]  # all at once
+    arrays = jax.device_put([on_host[name] for name in here], [wanted[name][1] for name in here])
+    spread = {name: put(on_host[name], wanted[name][1]) for name in placed if not _is_here(wanted[name][1])}
+    return {**on_host, **dict(zip(here, arrays, strict=True)), **spread}
+
+
+def _is_here(target: Sharding | None) -> bool:
+    return target is None or target.is_fully_addressable
 
 
 def _read_large(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from orbax.checkpoint._src.serialization import jax_array_handlers  # private: how a sharding is told
 
-from torchorbax import _orbax_arrays, fingerprint
+from torchorbax import _orbax_arrays
 from torchorbax._orbax_arrays import Traffic
 from torchorbax.adapter import Array
 from torchorbax.manifest import Manifest
@@ -21,37 +21,42 @@ MANIFEST = "manifest"
 
 
 def save(
-    folder: Any, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]], traffic: Traffic
-) -> dict[str, dict[str, str]]:
-    """Write a step and commit it.
+    folder: Any,
+    leaves: Mapping[str, Mapping[str, Array]],
+    traffic: Traffic,
+    fill: Callable[[Mapping[str, str]], Manifest],
+) -> Manifest:
+    """Write a step and commit it. Only process 0 calls it: to Orbax there is but one process.
 
     Args:
         folder: where to; an epath.
-        manifest: what the step says about itself; fingerprints are filled in.
-        arrays: by item and leaf; each is taken out as soon as it is written. Empty ones are left out.
-        traffic: how.
+        leaves: by item, what Orbax's metadata is to say is there; nothing of it is kept.
+        traffic: how arrays are written.
+        fill: writes all arrays into the folders given by item, which exist, and returns what the step says about
+            itself. When it returns, the step is complete but for its commit.
 
     Returns:
-        The fingerprints by item and leaf.
+        What `fill` has returned.
     """
-    fingerprints: dict[str, dict[str, str]] = {item: {} for item in arrays}
-    trees: dict[str, dict[str, _Leaf]] = {}
-    handlers: dict[str, Any] = {}
-    for item, leaves in arrays.items():
-        for name in [name for name, array in leaves.items() if not array.size]:
-            fingerprints[item].update(fingerprint.fingerprints({name: leaves.pop(name)}))
-        if leaves:
-            trees[item] = {name: _leaf_of(array) for name, array in leaves.items()}
-            handlers[item] = _item_handler(leaves, traffic, fingerprints[item])
-    handlers[MANIFEST] = _manifest_handler(lambda: manifest.stamped(fingerprints).to_json())
+    folders: dict[str, str] = {}
+    manifests: list[Manifest] = []
+
+    def content() -> Any:
+        manifests.append(fill(folders))
+        return manifests[0].to_json()
+
+    trees = {item: {name: _leaf_of(array) for name, array in one.items()} for item, one in leaves.items() if one}
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    handlers: dict[str, Any] = {item: _item_handler(item, folders, traffic, alone) for item in trees}
+    handlers[MANIFEST] = _manifest_handler(content, folders, alone)
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # they must be there to be written to
     composite = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(async_options=options), **handlers
+        composite_options=ocp.CompositeOptions(async_options=options, multiprocessing_options=alone), **handlers
     )
     args = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
-    with ocp.Checkpointer(composite) as checkpointer:
+    with ocp.Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder, args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave({})}))
-    return fingerprints
+    return manifests[0]
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,12 @@ def _leaf_of(array: Array) -> _Leaf:
 
 
 class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped
-    """Writes leaves of one kind in place of Orbax's own handler."""
+    """Tells about leaves of one kind in place of Orbax's own handler, and leaves writing them to `fill`."""
 
-    def __init__(
-        self, typestr: str, arrays: MutableMapping[str, Array], traffic: Traffic, fingerprints: dict[str, str]
-    ) -> None:
+    def __init__(self, typestr: str, item: str, folders: dict[str, str]) -> None:
         self._typestr = typestr
-        self._arrays = arrays
-        self._traffic = traffic
-        self._fingerprints = fingerprints
+        self._item = item
+        self._folders = folders
 
     def typestr(self) -> str:
         """What Orbax's metadata says that the leaf is."""
@@ -97,10 +99,8 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
     async def serialize(
         self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
-        """Write the leaves; all is written when it returns, for this is the thread of the save."""
-        folder = infos[0].parent_dir
-        mine = {info.name: self._arrays.pop(info.name) for info in infos}
-        self._fingerprints.update(_orbax_arrays.write(str(folder), mine, self._traffic))
+        """Write the shardings, and note the item's folder."""
+        self._folders[self._item] = str(infos[0].parent_dir)
         shardings = [value.sharding if isinstance(value, _DeviceLeaf) else None for value in values]
         await jax_array_handlers._async_serialize_shardings(shardings, infos, primary_host=0)
         return []
@@ -115,25 +115,30 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
 
 
 def _item_handler(
-    leaves: MutableMapping[str, Array], traffic: Traffic, fingerprints: dict[str, str]
+    item: str, folders: dict[str, str], traffic: Traffic, processes: ocp.options.MultiprocessingOptions
 ) -> ocp.PyTreeCheckpointHandler:
     handlers = [
-        (kind, _LeafHandler(typestr, leaves, traffic, fingerprints))
+        (kind, _LeafHandler(typestr, item, folders))
         for kind, typestr in ((_HostLeaf, "np.ndarray"), (_DeviceLeaf, "jax.Array"))
     ]
     # Orbax looks for a handler of jax.Array to learn where further metadata of such arrays is: nowhere.
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, ocp.type_handlers.ArrayHandler()), *handlers)
-    return ocp.PyTreeCheckpointHandler(use_compression=traffic.compressed, type_handler_registry=registry)
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=traffic.compressed, type_handler_registry=registry, multiprocessing_options=processes
+    )
 
 
-def _manifest_handler(content: Callable[[], Any]) -> ocp.JsonCheckpointHandler:
-    """Writes JSON that is complete only when everything else has been written.
+def _manifest_handler(
+    content: Callable[[], Any], folders: dict[str, str], processes: ocp.options.MultiprocessingOptions
+) -> ocp.JsonCheckpointHandler:
+    """Writes JSON that is known only when everything else has been written.
 
     An instance of Orbax's own class with another method: Orbax goes by the class to know what reads the item.
     """
-    handler = ocp.JsonCheckpointHandler()
+    handler = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
 
     async def async_save(directory: Any, args: Any) -> list[Any]:
+        folders[MANIFEST] = str(directory)
         return [_Late(directory / "metadata", content)]
 
     handler.async_save = async_save

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.sharding import Sharding
 
 from torchorbax import _torchax
 from torchorbax.dtypes import NUMPY_TO_TORCH, TORCH_TO_NUMPY, fits_on_device, host_to_torch, torch_to_host
@@ -17,6 +20,49 @@ from torchorbax.errors import ConfigError, DeletedArrayError, MismatchError, Pro
 
 Array = jax.Array | np.ndarray
 Live = TypeVar("Live")
+
+
+@dataclass(frozen=True)
+class HostShard:
+    """A part of an array, as `jax.Shard` tells it."""
+
+    index: tuple[slice, ...]
+    replica_id: int
+    data: np.ndarray
+
+
+@dataclass(frozen=True)
+class HostShards:
+    """What this process has of an array that is laid out over several processes, in host memory; looks like the array.
+
+    Attributes:
+        shape: of the whole array.
+        dtype: of the array.
+        sharding: how it is laid out.
+        addressable_shards: the parts that this process has.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: Sharding
+    addressable_shards: tuple[HostShard, ...]
+    is_fully_addressable: ClassVar[bool] = False
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the whole array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array."""
+        return self.size * self.dtype.itemsize
+
 
 ARRAY_TYPES = (torch.Tensor, jax.Array, np.ndarray, np.generic)
 """A tuple, which `isinstance` is asked about for every leaf; to make a union of it each time takes a microsecond."""
@@ -397,8 +443,28 @@ def place_like(array: Array, like: jax.Array) -> jax.Array:
     """`array` on the devices and in the layout of `like`, which may have been donated; no copy if it is there."""
     if isinstance(array, jax.Array) and array.sharding == like.sharding:
         return array
-    placed: jax.Array = jax.device_put(array, like.sharding if getattr(like, "committed", True) else None)
-    return placed
+    return put(array, like.sharding if getattr(like, "committed", True) else None)
+
+
+def put(array: Array, sharding: Sharding | None) -> jax.Array:
+    """An array where it belongs; None is the default device, uncommitted.
+
+    What a process has for itself, the same as all others have, can go to the devices of several processes; each then
+    puts its part there, while `device_put` would first have them all compare it on their devices.
+    """
+    if sharding is None or sharding.is_fully_addressable or not _is_here(array):
+        placed: jax.Array = jax.device_put(array, sharding)
+        return placed
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(array), sharding)
+        placed = jax.jit(jax.random.wrap_key_data, static_argnames="impl")(data, impl=jax.random.key_impl(array))
+        return placed
+    on_host = np.asarray(array)
+    return jax.make_array_from_callback(on_host.shape, sharding, on_host.__getitem__)
+
+
+def _is_here(array: Array) -> bool:
+    return isinstance(array, np.ndarray) or array.is_fully_addressable
 
 
 def _replace(put: Callable[[Any], None], old: Any, new: Any, undo: ExitStack) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-import jax
 from tqdm.auto import tqdm
 
 from torchorbax import _orbax, at_exit, frozen, snapshot
 from torchorbax._orbax import Storage, traffic
+from torchorbax.deciding import Decider
 from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, SaveError
 from torchorbax.frozen import FrozenArrays
 from torchorbax.items import items_of
@@ -25,9 +25,12 @@ from torchorbax.metrics import checked, ready
 from torchorbax.plan import Rename, Request, request
 from torchorbax.policies import Candidate, ContinuousPolicy, NeverPolicy, preservation_policy, save_policy, step_number
 from torchorbax.preemption import PreemptionNotice
+from torchorbax.processes import Processes
 from torchorbax.restoring import Restored, restore_step
 from torchorbax.saver import Saver, SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
+from torchorbax.steps import Steps
+from torchorbax.writing import Writer
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +59,11 @@ class Checkpointer:
         max_host_bytes: host memory for arrays on their way to storage or back, 64 MiB at least.
         save_on_exception: when an exception leaves the `with` block, save the last step that was complete. For that a
             snapshot is taken at every call of `save`, which costs what a save costs the loop, and its memory.
+        barrier_timeout_s: with several processes, how long to wait in one phase for the others before giving up with an
+            error that names them.
+
+    With several processes (`jax.distributed`) every one makes the same calls in the same order, with a path that all of
+    them see. Process 0 decides when to save, and its metrics are those of the step.
 
     Raises:
         ConfigError: an argument that cannot work, a path that is a file, cannot be written to or holds something else,
@@ -76,9 +84,10 @@ class Checkpointer:
         compression: Literal["zstd"] | None = None,
         max_host_bytes: int = 1 << 30,
         save_on_exception: bool = False,
+        barrier_timeout_s: float = 600.0,
     ) -> None:
-        if jax.process_count() > 1:
-            raise ConfigError("several jax processes are not supported yet")
+        self._processes = Processes(barrier_timeout_s)
+        self._channel = self._processes.channel("run")
         self._save_policy = save_policy(save)
         keep_policy = preservation_policy(keep)
         self._verify = verify
@@ -90,13 +99,15 @@ class Checkpointer:
         self._state: MutableMapping[str, Any] = dict(state)
         self._items = items_of(self._state, rng=rng)
         self._storage = Storage(path, traffic(compression, max_host_bytes))
-        self._storage.check()
-        self._storage.create()
-        self._saver = Saver(self._storage, keep_policy)
+        self._steps = Steps(self._storage, self._open(), keep_policy)
+        self._writer = Writer(self._storage, self._steps, self._processes)
+        self._saver = Saver(self._storage.path, self._steps, self._writer)
         self._frozen = FrozenArrays()
         self._preemption = PreemptionNotice()
+        self._decider = Decider(self._processes, self._save_policy, self._preemption)
         self._preemption_saved = False
         self._closed = False
+        self._restores = 0
         self._in_steps = False
         self._metrics: dict[str, Any] = {}
         self.step: int | None = None
@@ -104,6 +115,26 @@ class Checkpointer:
         self.history: list[SaveRecord] = []
         self.left_out: tuple[Problem, ...] = ()
         at_exit.opened(self)
+
+    def _open(self) -> list[int]:
+        """See that the folder can be used, by all processes; the steps there are."""
+        alike = [self._storage.path, sorted(self._items)]
+        for process, other in enumerate(self._channel.everyone("open", alike)):
+            if other != alike:
+                raise ConfigError(
+                    f"this process opens {alike[0]} with {alike[1]}, process {process} {other[0]} with {other[1]}"
+                )
+        if self._processes.is_first:
+            self._channel.attempt("open", self._create)
+        else:
+            self._channel.attempt("open", lambda: None)
+        self._channel.attempt("open", self._storage.check_visible)
+        found: list[int] = self._channel.publish("steps", self._storage.steps() if self._processes.is_first else None)
+        return found
+
+    def _create(self) -> None:
+        self._storage.check()
+        self._storage.create()
 
     # ------------------------------------------------------------------------------------------------------- facts
 
@@ -119,12 +150,12 @@ class Checkpointer:
 
     @property
     def preempted(self) -> bool:
-        """Has SIGTERM arrived since `resume`?"""
-        return self._preemption.received
+        """Has SIGTERM arrived since `resume`, in this process or another?"""
+        return self._decider.preempted
 
     def all_steps(self) -> list[int]:
         """The committed steps in ascending order, without those that turned out to be damaged."""
-        return self._saver.good_steps()
+        return self._steps.good()
 
     def best_step(self, metric: str, mode: str = "min") -> int | None:
         """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`), NaN aside.
@@ -137,7 +168,7 @@ class Checkpointer:
         if mode not in ("min", "max"):
             raise ConfigError(f"mode must be 'min' or 'max', not {mode!r}")
         on_storage = set(self.all_steps())
-        infos = [info for step, info in list(self._saver.infos.items()) if step in on_storage]
+        infos = [info for step, info in list(self._steps.infos.items()) if step in on_storage]
         values = {info.step: value for info in infos if (value := (info.metrics or {}).get(metric)) is not None}
         values = {step: value for step, value in values.items() if not math.isnan(value)}
         if not values:
@@ -186,13 +217,21 @@ class Checkpointer:
         metrics = self._metrics = {**self._metrics, **(metrics or {})}
         self._handed = state or {}
         now = datetime.datetime.now(datetime.UTC)
-        due = force or (self.preempted and not self._preemption_saved) or self._due(step, now)
+        due = (
+            force or self._decider.due(lambda: self._due(step, now)) or (self.preempted and not self._preemption_saved)
+        )
         if due:
             self._check_step(step, self._handed)
             self._saver.collect()  # two saves never overlap
-            self._start(self._take(step, now, self._handed, metrics, started_s))
+            try:
+                taken = self._take(step, now, self._handed, metrics, started_s)
+            except Exception as error:
+                if self._processes.count > 1:  # the others are waiting for this one
+                    self._start(_Taken(step, now, error, {}, started_s))
+                raise
+            self._start(taken)
             self._complete = None
-        elif self._save_on_exception and step > max(self._saver.infos, default=-1):
+        elif self._save_on_exception and step > max(self._steps.infos, default=-1):
             self._check_step(step, self._handed)
             self._complete = self._take(step, now, self._handed, metrics, started_s)
         if not self._in_steps:
@@ -204,15 +243,15 @@ class Checkpointer:
     def _due(self, step: int, now: datetime.datetime) -> bool:
         saving = self._saver.step_in_flight is not None
         context = _orbax.decision_context(saving=saving, preempted=self.preempted)
-        previous = list(self._saver.infos.values())
+        previous = list(self._steps.infos.values())
         return bool(self._save_policy.should_save(Candidate(step, now), previous, context=context))
 
     def _check_step(self, step: int, state: Mapping[str, Any]) -> None:
-        newest = max(self._saver.infos, default=None)
+        newest = max(self._steps.infos, default=None)
         if newest is not None and step <= newest:
             raise ConfigError(
                 f"{self.path}: step {step} is already saved"
-                if step in self._saver.infos
+                if step in self._steps.infos
                 else f"{self.path}: step {step} is below the newest step {newest}; to go on from an older step, move "
                 "the newer ones away or use another path"
             )
@@ -223,8 +262,8 @@ class Checkpointer:
         self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
     ) -> _Taken:
         numbers = checked(metrics)
-        if self._saver.lost_base:
-            self._frozen, self._saver.lost_base = FrozenArrays(), False
+        if self._writer.lost_base:
+            self._frozen, self._writer.lost_base = FrozenArrays(), False
         if committed := self._saver.take_committed():
             self._frozen.saved(*committed)
         captured = {name: item.capture(state.get(name)) for name, item in self._items.items()}
@@ -290,12 +329,16 @@ class Checkpointer:
 
     def _restore_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
         """Restore a step of this run or another; None for the newest good one."""
+        self._restores += 1
+        self._channel.begin(f"restore{self._restores}")
         if step is not None:
             step = step_number(step)
             self._restore_step(storage, step, wanted)
             return step
         reasons: dict[int, str] = {}
-        for candidate in reversed(storage.steps()):
+        for candidate in reversed(
+            self._channel.publish("steps", storage.steps() if self._processes.is_first else None)
+        ):
             try:
                 self._restore_step(storage, candidate, wanted)
             except CorruptCheckpointError as error:
@@ -303,15 +346,17 @@ class Checkpointer:
                 continue
             for skipped, reason in reasons.items():
                 if storage is self._storage:
-                    self._saver.mark_damaged(skipped)
+                    self._steps.mark_damaged(skipped)
                 warnings.warn(f"{storage.path}: skipped damaged step {skipped}: {reason}", stacklevel=3)
-            return candidate
+            return int(candidate)
         if reasons:
             raise CorruptCheckpointError(storage.path, reasons)
         return None
 
     def _restore_step(self, storage: Storage, step: int, wanted: Request) -> None:
-        restored = restore_step(storage, step, self._items, self._rules, wanted, verify=self._verify)
+        restored = restore_step(
+            storage, step, self._items, self._rules, wanted, verify=self._verify, channel=self._channel
+        )
         self.left_out = restored.left_out
         self._complete = None  # it is not what is live any more
         if storage is self._storage:
@@ -356,12 +401,12 @@ class Checkpointer:
                 bar.update()
                 bar.set_postfix(ready(shown), refresh=False)
                 if self.preempted:
-                    if step not in self._saver.infos:  # the signal came after save had looked
+                    if step not in self._steps.infos:  # the signal came after save had looked
                         self.save(step, handed, metrics=shown, force=True)
                     self.wait()
                     _logger.warning("stopped by SIGTERM. %s", self.last_line())
                     return
-        newest = max(self._saver.infos, default=-1)
+        newest = max(self._steps.infos, default=-1)
         if newest < self.next_step - 1 and not isinstance(self._save_policy, NeverPolicy):
             _logger.warning(
                 "%s: the last step, %d, was not due and is not saved; the newest saved is %s. To save it: "
@@ -422,7 +467,7 @@ class Checkpointer:
 
     def last_line(self) -> str:
         """Where the run stands, for people."""
-        newest = max((step for step in self._saver.infos if step != self._saver.step_in_flight), default=None)
+        newest = max((step for step in self._steps.infos if step != self._saver.step_in_flight), default=None)
         if newest is None:
             return f"{self.path}: no step has been committed yet"
         return f"{self.path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"
@@ -434,6 +479,6 @@ class _Taken:
 
     step: int
     time: datetime.datetime
-    snapshot: snapshot.Snapshot
+    snapshot: snapshot.Snapshot | Exception
     metrics: dict[str, Any]
     started_s: float

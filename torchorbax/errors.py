@@ -8,6 +8,7 @@ TorchorbaxError
 ├── MismatchError            the checkpoint and the live objects differ; `.problems` has every difference
 ├── UnsupportedLeafError     a value that a checkpoint cannot hold, or a device cannot
 ├── DeletedArrayError        a live tensor whose buffer was donated to a jitted function
+├── ProcessError             other processes of the run have failed, left or not come in time; `.processes`, `.phase`
 └── SaveError                a save failed; `.step` says which
 ```
 
@@ -17,7 +18,7 @@ Errors of Orbax, TensorStore and the file system arrive as one of these, with th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,12 +176,29 @@ class DeletedArrayError(TorchorbaxError, RuntimeError):
         self.names = tuple(names)
 
 
+class ProcessError(TorchorbaxError, RuntimeError):
+    """Other processes of the same run have failed, have left it, or did not come to a phase in time.
+
+    Attributes:
+        processes: which ones, in ascending order.
+        phase: what all processes were to do together, such as `write`.
+        reason: what is known about it.
+    """
+
+    def __init__(self, processes: Iterable[int], phase: str, reason: str) -> None:
+        super().__init__(f"{phase}: {reason}")
+        self.processes = tuple(sorted(processes))
+        self.phase = phase
+        self.reason = reason
+
+
 class SaveError(TorchorbaxError):
     """A save failed. Older steps are untouched, and later saves are tried as usual.
 
     Attributes:
         step: the step concerned.
         path: the run's folder or URI.
+        reason: why.
         committed: the step itself was saved, but what follows (the preservation policy) failed.
     """
 
@@ -189,4 +207,5 @@ class SaveError(TorchorbaxError):
         super().__init__(f"{path}: step {step} {what}: {reason}")
         self.step = step
         self.path = path
+        self.reason = reason
         self.committed = committed

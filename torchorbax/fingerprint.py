@@ -24,7 +24,7 @@ splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generato
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -56,34 +56,55 @@ def fingerprints(arrays: Mapping[Key, Array]) -> dict[Key, str]:
             part once; all of it is dispatched before any result is waited for.
     """
     started = {key: start(array) for key, array in arrays.items()}
-    return {key: finish() for key, finish in started.items()}
+    return {key: text(finish()) for key, finish in started.items()}
 
 
-def start(array: Array) -> Callable[[], str]:
-    """Start to sum an array, and return how to wait for its fingerprint."""
-    sums = _started(array)
-    return lambda: _text(sums())
-
-
-def _text(sums: Sums) -> str:
+def text(sums: Sums) -> str:
+    """The fingerprint of an array with these sums."""
     return "".join(f"{int(lane):016x}" for lane in sums)
 
 
-def _started(array: Array) -> Callable[[], Sums]:
-    if not isinstance(array, jax.Array):
-        return _started_on_host(array)
+def sums(fingerprint: str) -> Sums:
+    """The reverse of `text`."""
+    return np.array([int(fingerprint[start : start + 16], 16) for start in (0, 16)], np.uint64)
+
+
+def total(parts: Any) -> Sums:
+    """The sums of an array, from those of its parts."""
+    added: Sums = np.asarray(parts, np.uint64).reshape(-1, len(_SEEDS)).sum(axis=0, dtype=np.uint64)
+    return added
+
+
+def start(array: Array) -> Callable[[], Sums]:
+    """Start to sum what this process has of an array (of replicas the first only), and return how to wait for it."""
+    if isinstance(array, np.ndarray):
+        return _start_on_host(array)
     if array.nbytes <= _SMALL_BYTES and array.is_fully_addressable:  # to start a program costs more than to sum it here
         if array.platform() != "cpu":
             array.copy_to_host_async()
-        return lambda: _started_on_host(np.asarray(array))()
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        return lambda: _start_on_host(np.asarray(array))()
+    rows = _start_shards(array, [shard for shard in array.addressable_shards if shard.replica_id == 0])
+    return lambda: total(rows())
+
+
+def start_parts(array: jax.Array) -> Callable[[], dict[int, Sums]]:
+    """Start to sum every part of an array that this process has, replicas included, and return how to wait for it: the
+    sums by the index that the part's first element has in the array."""
+    parts = {_first_index(shard.index, array.shape): shard for shard in array.addressable_shards}
+    rows = _start_shards(array, list(parts.values()))
+    return lambda: dict(zip(parts, rows(), strict=True))
+
+
+def _start_shards(array: Array, shards: Sequence[Any]) -> Callable[[], np.ndarray]:
+    """The same of some shards; gives `uint64[shards, 2]`."""
     strides = np.array([int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)], np.uint64)
     starts = [_first_index(shard.index, array.shape) for shard in shards]
-    if array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype):
+    on_host = bool(shards) and isinstance(shards[0].data, np.ndarray)
+    if not shards or array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype) or on_host:
         parts = [
             _host_sums(np.asarray(shard.data), start, strides) for shard, start in zip(shards, starts, strict=True)
         ]
-        return lambda: _total(parts)
+        return lambda: np.asarray(parts, np.uint64).reshape(-1, len(_SEEDS))
     mesh = Mesh(np.array([shard.device for shard in shards]), (_AXIS,))
     rows = NamedSharding(mesh, PartitionSpec(_AXIS))
     local = shards[0].data.shape
@@ -92,10 +113,10 @@ def _started(array: Array) -> Callable[[], Sums]:
     )
     with jax.enable_x64(True):  # of this thread only
         result = _sums_by_shard(mesh)(stacked, np.array(starts, np.uint64), strides)
-    return lambda: _total(np.asarray(result))
+    return lambda: np.asarray(result)
 
 
-def _started_on_host(array: np.ndarray) -> Callable[[], Sums]:
+def _start_on_host(array: np.ndarray) -> Callable[[], Sums]:
     flat = _words(array)
     blocks = len(flat) // _BLOCK_WORDS
     results = []
@@ -106,7 +127,7 @@ def _started_on_host(array: np.ndarray) -> Callable[[], Sums]:
                 block = jax.device_put(flat[start : start + _BLOCK_WORDS], mesh.devices.flat[0])
                 results.append(_sums_by_shard(mesh)(block, np.array([start], np.uint64), np.ones(1, np.uint64)))
     rest = _word_sums(flat[blocks * _BLOCK_WORDS :], blocks * _BLOCK_WORDS)
-    return lambda: _total([rest, *(np.asarray(result)[0] for result in results)])
+    return lambda: total([rest, *(np.asarray(result)[0] for result in results)])
 
 
 @functools.cache
@@ -116,11 +137,6 @@ def _computing_device() -> jax.Device:
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
         device = jax.local_devices()[0]
     return device
-
-
-def _total(parts: Any) -> Sums:
-    total: Sums = np.asarray(parts, np.uint64).reshape(-1, len(_SEEDS)).sum(axis=0, dtype=np.uint64)
-    return total
 
 
 def _first_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
@@ -190,7 +206,7 @@ def _host_sums(part: np.ndarray, first: int, strides: np.ndarray) -> Sums:
     words = _words(part).reshape(part.size, -1)
     per_element = words.shape[1]
     index = index.reshape(-1, 1) * np.uint64(per_element) + np.arange(per_element, dtype=np.uint64)
-    return _total([np.sum(words * _weight(index, seed), dtype=np.uint64) for seed in _SEEDS])
+    return total([np.sum(words * _weight(index, seed), dtype=np.uint64) for seed in _SEEDS])
 
 
 def _word_sums(words: np.ndarray, first: int) -> Sums:
@@ -199,5 +215,5 @@ def _word_sums(words: np.ndarray, first: int) -> Sums:
     for start in range(0, len(words), _CACHED_WORDS):
         piece = words[start : start + _CACHED_WORDS].astype(np.uint64)
         index = np.arange(first + start, first + start + len(piece), dtype=np.uint64)
-        parts.append(_total([np.sum(piece * _weight(index, seed), dtype=np.uint64) for seed in _SEEDS]))
-    return _total(parts)
+        parts.append(total([np.sum(piece * _weight(index, seed), dtype=np.uint64) for seed in _SEEDS]))
+    return total(parts)

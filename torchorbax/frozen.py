@@ -14,8 +14,7 @@ from typing import Any
 
 import jax
 
-from torchorbax.adapter import Array, live_array
-from torchorbax.fingerprint import fingerprints
+from torchorbax.adapter import live_array
 from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 from torchorbax.state import Captured
 
@@ -94,28 +93,28 @@ def _frozen_arrays(captured: Mapping[str, Captured]) -> dict[Key, jax.Array]:
 
 
 def numbered(
-    items: Mapping[str, ItemMeta], arrays: Mapping[str, Mapping[str, Array]], newest: Manifest | None, number: int
-) -> tuple[dict[str, ItemMeta], dict[str, dict[str, Array]]]:
-    """What is to be written, without frozen leaves that a base has already, by their fingerprints.
+    items: Mapping[str, ItemMeta], fingerprints: Mapping[Key, str], newest: Manifest | None, number: int
+) -> tuple[dict[str, ItemMeta], list[Key]]:
+    """The items with the numbers of bases, and those leaves that a base has already, by their fingerprints.
 
     Args:
-        items: frozen leaves that look new are of base `NEW_BASE`; only they get their fingerprints here.
-        arrays: what would be written.
+        items: frozen leaves that look new are of base `NEW_BASE`.
+        fingerprints: theirs.
         newest: the newest step; its bases are all there.
         number: of the next base.
     """
     written = {} if newest is None else in_base(newest)
-    left = {item: dict(one) for item, one in arrays.items()}
     numbered_items: dict[str, ItemMeta] = {}
+    found: list[Key] = []
     for item, meta in items.items():
         leaves = dict(meta.leaves)
         for name, leaf in meta.leaves.items():
             if leaf.base == NEW_BASE:
                 known = written.get((item, name))
-                leaf = dataclasses.replace(leaf, fingerprint=fingerprints({name: left[item][name]})[name])
+                leaf = dataclasses.replace(leaf, fingerprint=fingerprints[item, name])
                 leaves[name] = dataclasses.replace(leaf, base=number)
                 if known is not None and dataclasses.replace(leaf, base=known.base, sharding=known.sharding) == known:
                     leaves[name] = known
-                    del left[item][name]
+                    found.append((item, name))
         numbered_items[item] = dataclasses.replace(meta, leaves=leaves)
-    return numbered_items, left
+    return numbered_items, found

@@ -4,29 +4,63 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.errors import CorruptCheckpointError
-from torchorbax.fingerprint import fingerprints
+from torchorbax.fingerprint import fingerprints, start_parts, text, total
+from torchorbax.fingerprint import sums as to_sums
+from torchorbax.hoststate import is_global
 from torchorbax.manifest import ItemMeta, Manifest
+from torchorbax.processes import Channel
 
 Arrays = Mapping[str, Mapping[str, Array]]
+Key = tuple[str, str]
 
 _BATCH_BYTES = 256 << 20
 _SHOWN = 5
 
 
-def check(path: str, step: int, items: Mapping[str, ItemMeta], arrays: Arrays) -> None:
+def check(path: str, step: int, items: Mapping[str, ItemMeta], arrays: Arrays, channel: Channel | None = None) -> None:
     """Compare arrays that were read with what the manifest says of them, on the devices where they are.
 
+    Args:
+        path: of the run.
+        step: which step.
+        items: what the manifest says.
+        arrays: by item and leaf.
+        channel: to the other processes that have parts of them; None if there are none.
+
     Raises:
-        CorruptCheckpointError: some differ; names them.
+        CorruptCheckpointError: some differ; names them. The same in all processes.
     """
-    found = fingerprints({(item, name): array for item, one in arrays.items() for name, array in one.items()})
-    bad = [f"{item}: {name}" for (item, name), text in found.items() if items[item].leaves[name].fingerprint != text]
+    flat = {(item, name): array for item, one in arrays.items() for name, array in one.items()}
+    spread = {key: array for key, array in flat.items() if is_global(array)}
+    found = fingerprints({key: array for key, array in flat.items() if key not in spread})
+    if channel is not None and channel.processes.count > 1:
+        found |= _together(spread, channel)
+    bad = [f"{item}: {name}" for (item, name), one in found.items() if items[item].leaves[name].fingerprint != one]
     if bad:
         raise CorruptCheckpointError(path, {step: f"the data of {_listed(bad)} is not what was saved"})
+
+
+def _together(arrays: Mapping[Key, Any], channel: Channel) -> dict[Key, str]:
+    """The fingerprints of arrays of which every process has parts; empty where two have not the same of one part."""
+    started = {key: start_parts(array) for key, array in arrays.items()}
+    mine = [[*key, {first: text(sums) for first, sums in parts().items()}] for key, parts in started.items()]
+    answer: list[list[str]] = []
+    if (theirs := channel.gather("fingerprints", mine)) is not None:
+        sums: dict[Key, dict[int, set[str]]] = {}
+        for item, name, parts in (one for process in theirs for one in process):
+            of_leaf = sums.setdefault((item, name), {})
+            for first, part in parts.items():
+                of_leaf.setdefault(int(first), set()).add(part)
+        for key, of_leaf in sums.items():
+            alike = all(len(texts) == 1 for texts in of_leaf.values())
+            added = text(total([to_sums(one) for texts in of_leaf.values() for one in texts]))
+            answer.append([*key, added if alike else ""])
+    return {(item, name): found for item, name, found in channel.publish("fingerprints", answer)}
 
 
 def _listed(names: list[str]) -> str:

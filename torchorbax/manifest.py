@@ -94,6 +94,8 @@ class Manifest:
         metrics: the numbers given with it.
         items: what was saved, by item name.
         versions: the libraries that wrote it.
+        processes: how many processes wrote it.
+        own: the SHA-256 of the files of those processes that have something for themselves (`torchorbax.hoststate`).
     """
 
     step: int
@@ -101,6 +103,8 @@ class Manifest:
     metrics: Mapping[str, float]
     items: Mapping[str, ItemMeta]
     versions: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
+    own: Mapping[str, str] = field(default_factory=dict)
 
     def of_base(self, base: int) -> Manifest:
         """What a base of this step says about itself: its leaves, as if it were a step of that number."""
@@ -150,7 +154,10 @@ class Manifest:
             items = {name: _item_meta(name, item) for name, item in content["items"].items()}
             time = datetime.datetime.fromisoformat(content["time"])
             metrics = {name: float(value) for name, value in content["metrics"].items()}
-            return cls(content["step"], time, metrics, items, dict(content["versions"]))
+            processes, own = content.get("processes", 1), dict(content.get("own", {}))
+            if type(processes) is not int or not all(one.isdecimal() and int(one) < processes for one in own):
+                raise ValueError(f"it says that {str(processes)[:200]} processes wrote it, of which {str(own)[:200]}")
+            return cls(content["step"], time, metrics, items, dict(content["versions"]), processes, own)
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
 

@@ -10,7 +10,7 @@ import torch
 from jax.sharding import Sharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import leaf_name, live_dtype, to_jax
+from torchorbax.adapter import leaf_name, live_dtype, put, to_jax
 from torchorbax.errors import ConfigError
 from torchorbax.sharding import replicated_like, state_sharding
 
@@ -99,7 +99,7 @@ class OptaxOptimizer:
         """Move existing state to where the parameters are."""
         if self.state is not None:
             params = {name: _torchax.array_of(param).sharding for name, param in self.params().items()}
-            self.state = jax.tree.map(jax.device_put, self.state, self.state_shardings(params))
+            self.state = jax.tree.map(put, self.state, self.state_shardings(params))
 
 
 Optimizer = torch.optim.Optimizer | OptaxOptimizer

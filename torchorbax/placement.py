@@ -13,7 +13,7 @@ import torch
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import device_dtype, host_copy, live_array, live_dtype, raise_if_deleted, settle
+from torchorbax.adapter import device_dtype, host_copy, live_array, live_dtype, put, raise_if_deleted, settle
 from torchorbax.errors import ConfigError, UnsupportedLeafError
 from torchorbax.optimizers import OptaxOptimizer, Optimizer, state_tensors
 from torchorbax.sharding import ShardingRules, Shardings, state_sharding
@@ -119,7 +119,7 @@ def target_shardings(
 def _current_sharding(tensor: torch.Tensor, host: bool) -> Sharding | None:
     if _torchax.is_torchax(tensor):
         return _torchax.array_of(tensor).sharding
-    return None if host and not tensor.is_meta else SingleDeviceSharding(jax.devices()[0])
+    return None if host and not tensor.is_meta else SingleDeviceSharding(jax.local_devices()[0])
 
 
 def placed_dtype(name: str, tensor: torch.Tensor) -> np.dtype:
@@ -140,11 +140,10 @@ def _moved(name: str, tensor: torch.Tensor, sharding: Sharding | None) -> jax.Ar
         return jnp.zeros(tuple(tensor.shape), dtype, device=sharding)
     held = live_array(name, tensor)
     if isinstance(held, jax.Array):
-        return held if held.sharding == sharding else jax.device_put(held, sharding)
+        return held if held.sharding == sharding else put(held, sharding)
     if isinstance(sharding, SingleDeviceSharding):
         sharding = None  # uncommitted, as `.to('jax')` leaves it: free to meet arrays on a mesh
-    placed: jax.Array = jax.device_put(host_copy(held).astype(dtype, copy=False), sharding)
-    return placed
+    return put(host_copy(held).astype(dtype, copy=False), sharding)
 
 
 def _optimizer_leaves(module: torch.nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:

@@ -117,6 +117,26 @@ class NeverPolicy:
         return False
 
 
+_STEP_POLICIES = (FixedIntervalPolicy, InitialSavePolicy, NeverPolicy, SpecificStepsPolicy)
+_TIME_POLICIES = (ContinuousCheckpointingPolicy, ContinuousPolicy, PreemptionCheckpointingPolicy, TimeIntervalPolicy)
+
+
+def knows_step_alone(policy: object) -> bool:
+    """Does a save policy look at steps alone, so that every process comes to the same decision?"""
+    return _consists_of(policy, _STEP_POLICIES)
+
+
+def knows_time_alone(policy: object) -> bool:
+    """Does a save policy look at the time and the saves there were, so that a few steps later will do as well?"""
+    return _consists_of(policy, _TIME_POLICIES)
+
+
+def _consists_of(policy: Any, kinds: tuple[type, ...]) -> bool:
+    if type(policy) is AnySavePolicy:
+        return all(_consists_of(part, kinds) for part in policy.policies)
+    return type(policy) in kinds
+
+
 @dataclass(frozen=True)
 class Candidate:
     """The step that a save policy decides about."""

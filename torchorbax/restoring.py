@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from torchorbax import integrity
 from torchorbax._orbax import Storage
-from torchorbax.adapter import Array
+from torchorbax.adapter import Array, put
 from torchorbax.dtypes import BY_NAME, fits_on_device
-from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, TorchorbaxError, summary
+from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, ProcessError, TorchorbaxError, summary
 from torchorbax.items import RNG
 from torchorbax.manifest import ItemMeta, Manifest
 from torchorbax.plan import Request, advice, with_suggestions
+from torchorbax.processes import Channel
 from torchorbax.sharding import ShardingRules
 from torchorbax.state import Item, ItemPlan
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def restore_step(
     request: Request,
     *,
     verify: bool,
+    channel: Channel,
 ) -> Restored:
     """Restore what is asked for of a step into the live objects; all or nothing.
 
@@ -65,24 +70,57 @@ def restore_step(
         rules: where they go.
         request: what is asked for.
         verify: compare what was read with its fingerprints.
+        channel: to the other processes; all restore the same, or none does.
 
     Raises:
         CheckpointNotFoundError: there is no such step.
         CorruptCheckpointError: it cannot be read, or is not what was saved.
         MismatchError: it does not fit the live objects.
         ConfigError: the request names what nobody has.
+        ProcessError: another process cannot restore it.
     """
-    manifest = storage.manifest(step)
-    plan = planned(storage.path, manifest, items, rules, request)
-    targets = {name: _loadable(manifest.items[name], one) for name, one in plan.items.items()}
-    arrays = storage.read(step, {name: manifest.items[name] for name in plan.items}, targets)
-    if verify:
-        integrity.check(storage.path, step, manifest.items, arrays)
-    converted = {name: _converted(name, one, arrays[name]) for name, one in plan.items.items()}
-    with ExitStack() as undo:
+
+    def loaded() -> tuple[Manifest, Plan, dict[str, dict[str, Array]], set[tuple[str, str]]]:
+        manifest, own = storage.as_seen_by(storage.manifest(step), channel.processes.index)
+        plan = planned(storage.path, manifest, items, rules, request)
+        targets = {name: _loadable(manifest.items[name], one) for name, one in plan.items.items()}
+        here = {
+            name: {leaf for leaf in own[name].arrays if leaf in targets[name]} for name in plan.items if name in own
+        }
+        stored = {
+            name: {leaf: target for leaf, target in one.items() if leaf not in here.get(name, ())}
+            for name, one in targets.items()
+        }
+        arrays = storage.read(step, {name: manifest.items[name] for name in plan.items}, stored)
+        for name, leaves in here.items():
+            for leaf in leaves:
+                array, target = own[name].arrays[leaf], targets[name][leaf]
+                arrays[name][leaf] = array if target is None else put(array, target)
+        return manifest, plan, arrays, {(name, leaf) for name, leaves in here.items() for leaf in leaves}
+
+    def applied() -> None:
         for name, one in plan.items.items():
             items[name].apply(manifest.items[name], one, converted[name], undo)
+
+    manifest, plan, arrays, own = _together(channel, "read", storage.path, step, loaded)
+    if verify:
+        to_check = {
+            name: {leaf: array for leaf, array in one.items() if (name, leaf) not in own}  # their file has a SHA-256
+            for name, one in arrays.items()
+        }
+        check = functools.partial(integrity.check, storage.path, step, manifest.items, to_check, channel)
+        _together(channel, "check", storage.path, step, check)
+    converted = _together(
+        channel,
+        "convert",
+        storage.path,
+        step,
+        lambda: {name: _converted(name, one, arrays[name]) for name, one in plan.items.items()},
+    )
+    with ExitStack() as undo:
+        _together(channel, "apply", storage.path, step, applied)
         undo.pop_all()
+    _tell_of_other_processes(storage.path, manifest, channel.processes.count)
     if plan.left_out:
         counts, lines = summary(plan.left_out, "`left_out`")
         _logger.warning("%s: step %d: restored without what does not fit: %s\n%s", storage.path, step, counts, lines)
@@ -93,6 +131,44 @@ def restore_step(
         if live == leaf and leaf not in one.dtypes
     }
     return Restored(manifest, plan.left_out, frozenset(exact))
+
+
+def _together(channel: Channel, phase: str, path: str, step: int, action: Callable[[], T]) -> T:
+    """What `action` gives, if it succeeds in all processes.
+
+    Raises:
+        CorruptCheckpointError: it found the step damaged, here or elsewhere.
+        ProcessError: it failed otherwise elsewhere. What it raises here is raised as it is.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # raised below, when the others know
+        failure = error
+    damage = failure.reasons.get(step) if isinstance(failure, CorruptCheckpointError) else None
+    mine = None if failure is None else {"damage": damage, "error": f"{type(failure).__name__}: {failure}"}
+    failed = {process: told for process, told in enumerate(channel.everyone(phase, mine)) if told is not None}
+    worse = {process: told["error"] for process, told in failed.items() if told["damage"] is None}
+    if failure is not None and (damage is None or not worse):
+        raise failure
+    if worse:
+        raise ProcessError(worse, phase, "; ".join(f"process {one}: {why}" for one, why in worse.items()))
+    if failed:
+        found = "; ".join(f"process {process} found: {told['damage']}" for process, told in failed.items())
+        raise CorruptCheckpointError(path, {step: found})
+    return result
+
+
+def _tell_of_other_processes(path: str, manifest: Manifest, count: int) -> None:
+    if manifest.processes != count and manifest.own:
+        _logger.warning(
+            "%s: step %d was saved by %d processes and is restored by %d: what each had for itself (random number "
+            "generators, data loaders) goes to the process of the same number; further ones take that of process 0",
+            path,
+            manifest.step,
+            manifest.processes,
+            count,
+        )
 
 
 def planned(
@@ -167,5 +243,5 @@ def _converted(item: str, plan: ItemPlan, arrays: Mapping[str, Array]) -> dict[s
         if dtype.kind in "iu" and not bool((new.astype(array.dtype) == array).all()):
             problem = Problem("dtype", item, name, f"values that fit into {dtype}", f"larger ones of {array.dtype}")
             raise MismatchError("the checkpoint", [problem], "Give the live tensor the dtype that it had.")
-        converted[name] = new if target is None or isinstance(new, jax.Array) else jax.device_put(new, target)
+        converted[name] = new if target is None or isinstance(new, jax.Array) else put(new, target)
     return converted

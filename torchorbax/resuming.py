@@ -42,6 +42,7 @@ def resume(
     compression: Literal["zstd"] | None = None,
     max_host_bytes: int = 1 << 30,
     save_on_exception: bool = False,
+    barrier_timeout_s: float = 600.0,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
 
@@ -70,6 +71,7 @@ def resume(
         compression: see `Checkpointer`.
         max_host_bytes: see `Checkpointer`.
         save_on_exception: see `Checkpointer`.
+        barrier_timeout_s: see `Checkpointer`.
 
     Returns:
         The run. `run.step` is the step restored, None if it starts fresh or from parameters only; `run.left_out` is
@@ -112,6 +114,7 @@ def resume(
         compression=compression,
         max_host_bytes=max_host_bytes,
         save_on_exception=save_on_exception,
+        barrier_timeout_s=barrier_timeout_s,
     )
     try:
         if shardings is not None:

@@ -54,6 +54,7 @@ class RngItem:
 
 def _read() -> dict[str, Any]:
     key = _torchax.rng_key()
+    key = key if key.is_fully_addressable else key.addressable_data(0)  # the same on all devices
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     version, words, gauss = random.getstate()
     return {

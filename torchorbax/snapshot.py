@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from jax.sharding import NamedSharding, Sharding
 
-from torchorbax.adapter import Array, host_copy, live_array, live_dtype, raise_if_deleted
+from torchorbax.adapter import Array, HostShard, HostShards, host_copy, live_array, live_dtype, raise_if_deleted
 from torchorbax.errors import ConfigError
 from torchorbax.frozen import NEW_BASE, Identities, Key, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
@@ -157,7 +157,10 @@ def _stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, _Stag
 
 
 class _View:
-    """An array on CPU devices, kept from being overwritten by numpy views of its shards."""
+    """An array on CPU devices, kept from being overwritten by numpy views of its shards.
+
+    Of an array of several processes, of the shards of this one.
+    """
 
     def __init__(self, array: jax.Array) -> None:
         self.shape, self.dtype, self.nbytes = tuple(array.shape), array.dtype, array.nbytes
@@ -167,13 +170,13 @@ class _View:
     def array(self) -> jax.Array:
         """A `jax.Array` of the same memory, which nobody else has and can donate."""
         shards = [jax.device_put(view, device) for device, view in self._shards]
-        return jax.make_array_from_single_device_arrays(self.shape, self._sharding, shards)
+        return jax.make_array_from_single_device_arrays(self.shape, self._sharding, shards, dtype=self.dtype)
 
 
-_Staged = jax.Array | np.ndarray | _View
+_Staged = jax.Array | np.ndarray | HostShards | _View
 
 
-def _array(staged: _Staged) -> Array:
+def _array(staged: _Staged) -> Any:
     return staged.array() if isinstance(staged, _View) else staged
 
 
@@ -189,7 +192,19 @@ def _is_worth_a_view(array: jax.Array) -> bool:
 def _host_copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
     for array in arrays.values():
         array.copy_to_host_async()  # all of them on their way before the first is waited for
-    return {key: np.array(array) for key, array in arrays.items()}
+    return {
+        key: np.array(array) if array.is_fully_addressable else _host_shards(array) for key, array in arrays.items()
+    }
+
+
+def _host_shards(array: jax.Array) -> HostShards:
+    """What this process will write of an array of several processes: all else is another's, or there already."""
+    shards = [
+        HostShard(shard.index, shard.replica_id, np.array(shard.data))
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
+    return HostShards(tuple(array.shape), np.dtype(array.dtype), array.sharding, tuple(shards))
 
 
 def _fitting(arrays: Mapping[Key, jax.Array]) -> dict[Key, jax.Array]:
@@ -237,9 +252,29 @@ def _warn_of_full_devices() -> None:
 def _copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
     """Copies on the devices, dispatched: a program for all arrays that one program can take."""
     copies: dict[Key, _Staged] = {}
-    for keys in _by_devices(arrays).values():
-        copies.update(zip(keys, _copy([arrays[key] for key in keys]), strict=True))
-    return copies
+    here = {key: array for key, array in arrays.items() if array.is_fully_addressable}
+    for keys in _by_devices(here).values():
+        copies.update(zip(keys, _copy([here[key] for key in keys]), strict=True))
+    return {**copies, **_copies_of_shards({key: array for key, array in arrays.items() if key not in here})}
+
+
+def _copies_of_shards(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
+    """The same of arrays of several processes, by programs of this process alone.
+
+    Another process may copy other arrays, if its devices have room for others.
+    """
+    by_device: dict[jax.Device, list[tuple[Key, jax.Array]]] = {}
+    for key, array in arrays.items():
+        for shard in array.addressable_shards:
+            by_device.setdefault(shard.device, []).append((key, shard.data))
+    parts: dict[Key, list[jax.Array]] = {key: [] for key in arrays}
+    for shards in by_device.values():
+        for (key, _), part in zip(shards, _copy([data for _, data in shards]), strict=True):
+            parts[key].append(part)
+    return {
+        key: jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts[key], dtype=array.dtype)
+        for key, array in arrays.items()
+    }
 
 
 def _by_devices(arrays: Mapping[Key, jax.Array]) -> dict[Any, list[Key]]:

@@ -98,7 +98,7 @@ class Item(Protocol):
 
 def default_device() -> Sharding:
     """Where arrays go that nothing else is known of."""
-    return SingleDeviceSharding(jax.devices()[0])
+    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def live_meta(tensor: torch.Tensor) -> LeafMeta:

@@ -14,7 +14,7 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import device_dtype, host_copy, leaf_name, live_array, raise_if_deleted
+from torchorbax.adapter import device_dtype, host_copy, leaf_name, live_array, put, raise_if_deleted
 from torchorbax.errors import ConfigError, UnsupportedLeafError
 from torchorbax.optimizers import Optimizer
 from torchorbax.placement import meta_tensors, place_
@@ -120,7 +120,7 @@ class TrainStep:
         beside = _beside(program.shardings)
         key = _torchax.rng_key()
         if key.sharding.device_set != beside.device_set:
-            key = jax.device_put(key, beside)  # restored, or of another mesh
+            key = put(key, beside)  # restored, or of another mesh
         trained, buffers, frozen = arrays_of(program.trained), arrays_of(program.buffers), arrays_of(program.frozen)
         on_device = self._device_batch(batch, beside)
         try:
@@ -178,7 +178,7 @@ class TrainStep:
         for tensor in (*frozen.values(), *self._buffers.values()):
             array = _torchax.array_of(tensor)
             if array.sharding.device_set != beside.device_set:
-                _torchax.set_array(tensor, jax.device_put(array, beside))
+                _torchax.set_array(tensor, put(array, beside))
         step = self._traceable(trained, self._buffers, frozen, shardings)
         run = jax.jit(step, donate_argnums=(1, 2, 3) if self._donate else ())
         return _Program(trained, self._buffers, frozen, shardings, run)
@@ -228,6 +228,8 @@ class TrainStep:
                     f"batch_sharding={sharding} needs parameters on a mesh; place the model with shardings"
                 )
             sharding = NamedSharding(beside.mesh, sharding)
+        if sharding is None and not beside.is_fully_addressable:
+            sharding = beside  # every process has the whole batch
         flat, structure = jax.tree_util.tree_flatten_with_path(batch)
         return jax.tree.unflatten(structure, [_batch_leaf(leaf_name(path), leaf, sharding) for path, leaf in flat])
 
@@ -272,9 +274,11 @@ def _batch_leaf(name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
     if array.dtype == np.int64 and isinstance(array, np.ndarray):
         array = array.astype(device_dtype(f"batch.{name}" if name else "batch", array.dtype, array), copy=False)
     try:
-        placed: jax.Array = jax.device_put(array, sharding if array.ndim else None)
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return array if sharding is None else jax.device_put(array, sharding)
+        whole = array.ndim or (sharding is not None and not sharding.is_fully_addressable)
+        return put(array, sharding if whole else None)
     except ValueError as error:
         raise ConfigError(
             f"{f'batch.{name}' if name else 'batch'} of shape {array.shape} cannot be laid out by {sharding}: {error}"
         ) from error
-    return placed

@@ -14,7 +14,7 @@ import torch
 from jax.sharding import Sharding
 
 from torchorbax import _torchax
-from torchorbax.adapter import host_copy
+from torchorbax.adapter import host_copy, put
 from torchorbax.errors import ConfigError
 from torchorbax.optimizers import OptaxOptimizer, Optimizer
 from torchorbax.sharding import replicated_like, state_sharding
@@ -265,7 +265,7 @@ def _on_device(entries: dict[str, Any], key: str, beside: Sharding) -> jax.Array
     """The array of an entry of the live state; moved beside its parameter if on the CPU (Adam's counter)."""
     value = entries[key]
     if isinstance(value, torch.Tensor) and not _torchax.is_torchax(value):
-        value = entries[key] = _torchax.wrap(jax.device_put(host_copy(value), replicated_like(beside)))
+        value = entries[key] = _torchax.wrap(put(host_copy(value), replicated_like(beside)))
     return _entry_array(key, value)
 
 

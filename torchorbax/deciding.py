@@ -1,0 +1,106 @@
+"""Whether to save now, decided by process 0 for all.
+
+A policy that knows the step alone says the same in every process, and is asked in each. Any other is asked in process
+0, and the rest are told. A policy about time need not be asked after every step, so process 0 also says when it will be
+asked next: about twice a second. In between, nobody says anything to anybody, and a step without a save costs no more
+than in one process. The same message says that SIGTERM has arrived in some process, so all of them save the same step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torchorbax.errors import ProcessError
+from torchorbax.policies import knows_step_alone, knows_time_alone
+from torchorbax.preemption import PreemptionNotice
+from torchorbax.processes import Processes
+
+_LEASE_S = 0.5
+"""How long the processes go on without hearing from process 0, about."""
+_MOST_CALLS = 10_000
+_TIDY_ROUNDS = 256
+"""After so many messages process 0 waits until all have read them, and deletes them."""
+_PREEMPTED = "preempted"
+
+
+class Decider:
+    """Says at every call whether to save.
+
+    Args:
+        processes: all of them; each must call equally often.
+        policy: the save policy, to know what it looks at.
+        notice: of SIGTERM in this process.
+
+    Attributes:
+        preempted: SIGTERM has arrived, in some process, and all know.
+    """
+
+    def __init__(self, processes: Processes, policy: object, notice: PreemptionNotice) -> None:
+        self._processes = processes
+        self._channel = processes.channel("decide")
+        self._notice = notice
+        self._told = False
+        self._preempted = False
+        self._everywhere = knows_step_alone(policy)
+        self._each_call = not self._everywhere and not knows_time_alone(policy)
+        self._calls = 0
+        self._next = 1
+        self._lease = 1
+        self._since = 0.0
+        self._rounds = 0
+
+    @property
+    def preempted(self) -> bool:
+        """In one process, what its notice says."""
+        return self._preempted if self._processes.count > 1 else self._notice.received
+
+    def due(self, ask: Callable[[], bool]) -> bool:
+        """What the policy says, by `ask`, of this step.
+
+        Raises:
+            ProcessError: another process has left, or process 0 does not answer.
+        """
+        if self._processes.count == 1:
+            return ask()
+        self._calls += 1
+        mine = self._everywhere and ask()
+        if self._calls < self._next:
+            return mine
+        if self._notice.received and not self._told:
+            self._processes.tell(_PREEMPTED)
+            self._told = True
+        due, self._next, self._preempted, left, reason = self._channel.publish(
+            "decide", self._decision(ask) if self._processes.is_first else None
+        )
+        if left:
+            raise ProcessError(left, "decide", reason)
+        self._tidy()
+        return mine or bool(due)
+
+    def _decision(self, ask: Callable[[], bool]) -> tuple[bool, int, bool, tuple[int, ...], str]:
+        """In process 0."""
+        notes = self._processes.told()
+        preempted = self._preempted or _PREEMPTED in notes
+        due, next_call = not self._everywhere and ask(), self._calls + self._next_lease()
+        try:
+            self._processes.check_all_there("decide", notes)
+        except ProcessError as error:
+            return False, next_call, preempted, error.processes, error.reason
+        return due, next_call, preempted, (), ""
+
+    def _next_lease(self) -> int:
+        """How many calls make up `_LEASE_S`, by how long the last ones took. Grows slowly: a loop may run ahead of its
+        devices at first."""
+        now = time.monotonic()
+        if self._each_call:
+            return 1
+        per_call_s = (now - self._since) / self._lease if self._since else _LEASE_S
+        self._since = now
+        self._lease = max(1, min(2 * self._lease, int(_LEASE_S / max(per_call_s, 1e-9)), _MOST_CALLS))
+        return self._lease
+
+    def _tidy(self) -> None:
+        self._rounds += 1
+        if self._rounds % _TIDY_ROUNDS == 0:
+            self._channel.gather("decide", None)

@@ -1,0 +1,247 @@
+"""All processes of a run, which agree through the coordination service of `jax.distributed`.
+
+Process 0 decides. Nothing here touches a device, so a background thread may agree on one thing while the training loop
+runs its collectives; every wait has a limit, and whoever is waited for in vain is named. Without `jax.distributed`
+there is one process, which agrees with itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import jax
+from jax._src.distributed import global_state  # private: JAX has no public access to its coordination service
+
+from torchorbax.errors import ConfigError, ProcessError
+from torchorbax.values import Json
+
+T = TypeVar("T")
+
+_runs = itertools.count()
+_LOOK_S = 1.0
+"""How long to wait before looking whether somebody has left."""
+
+
+class Service(Protocol):
+    """What is used of the coordination service: a dictionary that all processes share."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        """Set a key."""
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        """The value of a key, when it is set."""
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """All keys below one, with their values."""
+
+    def key_value_delete(self, key: str) -> None:
+        """Delete a key and all below it."""
+
+
+class Processes:
+    """The processes of one run, all of which make it in the same order.
+
+    Args:
+        timeout_s: how long to wait for the others in one phase.
+        service: the coordination service; None takes that of `jax.distributed`.
+        index: of this process.
+        count: how many there are.
+
+    Raises:
+        ConfigError: several processes without a coordination service, or a time-out that is none.
+    """
+
+    def __init__(
+        self, timeout_s: float, service: Service | None = None, index: int | None = None, count: int | None = None
+    ) -> None:
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
+            raise ConfigError(f"barrier_timeout_s must be a positive number of seconds, not {timeout_s!r}")
+        self.index = jax.process_index() if index is None else index
+        self.count = jax.process_count() if count is None else count
+        self.timeout_s = float(timeout_s)
+        self.service: Service | None = service or global_state.client
+        if self.count > 1 and self.service is None:
+            raise ConfigError(f"{self.count} processes without jax.distributed.initialize() cannot agree on anything")
+        self._name = f"torchorbax/{next(_runs)}" if self.count > 1 else ""
+
+    @property
+    def is_first(self) -> bool:
+        """Is this the process that decides?"""
+        return self.index == 0
+
+    def channel(self, name: str) -> Channel:
+        """A sequence of agreements; one for each thread that agrees."""
+        return Channel(self, f"{self._name}/{name}")
+
+    def tell(self, what: str, text: str = "") -> None:
+        """Leave a note for all processes, once; see `told`."""
+        if self.count > 1 and self.service is not None:
+            self.service.key_value_set(f"{self._name}/told/{what}/{self.index}", text, allow_overwrite=True)
+
+    def told(self) -> dict[str, dict[int, str]]:
+        """The notes so far, by subject and process."""
+        notes: dict[str, dict[int, str]] = {}
+        if self.count > 1 and self.service is not None:
+            for key, text in self.service.key_value_dir_get(f"{self._name}/told"):
+                what, process = key.removeprefix(f"{self._name}/told/").split("/")
+                notes.setdefault(what, {})[int(process)] = text
+        return notes
+
+    def leave(self, reason: str) -> None:
+        """Tell those who wait for this process, now or later, that it will not come."""
+        self.tell(_LEFT, reason)
+
+    def check_all_there(self, phase: str, notes: dict[str, dict[int, str]] | None = None) -> None:
+        """Raise ProcessError if another process has left."""
+        left = {process: why for process, why in (notes or self.told()).get(_LEFT, {}).items() if process != self.index}
+        if left:
+            why = "; ".join(f"process {process} has left the run: {reason}" for process, reason in left.items())
+            raise ProcessError(left, phase, why)
+
+
+_LEFT = "left"
+
+
+class Channel:
+    """Agreements, one after another, that all processes make in the same order. Values are JSON."""
+
+    def __init__(self, processes: Processes, name: str) -> None:
+        self.processes = processes
+        self._name = name
+        self._sequence = ""
+        self._counts: Counter[str] = Counter()
+        self._read_by_all: list[str] = []  # what process 0 has published and will delete when all have come further
+
+    def begin(self, sequence: object) -> None:
+        """Start a sequence of its own, so that one that has broken off does not matter to it."""
+        self._sequence = f"{sequence}."
+        self._counts.clear()
+
+    def gather(self, phase: str, mine: Json) -> list[Json] | None:
+        """Everybody's value at process 0, in order; None elsewhere, at once.
+
+        Raises:
+            ProcessError: some have not come in time, or have left. At process 0.
+        """
+        if self.processes.count == 1:
+            return [mine]
+        prefix = self._next(phase)
+        if not self.processes.is_first:
+            self._service.key_value_set(f"{prefix}/{self.processes.index}", json.dumps(mine))
+            return None
+        # Before the others' time is up, so that they hear from here who is missing.
+        deadline = time.monotonic() + self.processes.timeout_s * _FIRST_WAITS
+        values = [mine]
+        for process in range(1, self.processes.count):
+            try:
+                values.append(json.loads(self._wait(f"{prefix}/{process}", phase, deadline)))
+            except TimeoutError:
+                here = {int(key.rpartition("/")[2]) for key, _ in self._service.key_value_dir_get(prefix)}
+                raise self._late(set(range(1, self.processes.count)) - here, phase) from None
+        for key in (prefix, *self._read_by_all):
+            self._service.key_value_delete(key)
+        self._read_by_all.clear()
+        return values
+
+    def publish(self, phase: str, value: Json = None) -> Any:
+        """The value of process 0, everywhere.
+
+        Raises:
+            ProcessError: it has not come in time, or has left.
+        """
+        if self.processes.count == 1:
+            return value
+        key = self._next(f"{phase}:all")
+        if self.processes.is_first:
+            self._service.key_value_set(key, json.dumps(value))
+            self._read_by_all.append(key)
+            return value
+        try:
+            return json.loads(self._wait(key, phase, time.monotonic() + self.processes.timeout_s))
+        except TimeoutError:
+            raise self._late({0}, phase) from None
+
+    def everyone(self, phase: str, mine: Json) -> list[Json]:
+        """Everybody's value, everywhere, in order.
+
+        Raises:
+            ProcessError: some have not come in time, or have left.
+        """
+        if self.processes.count == 1:
+            return [mine]
+        try:
+            values: Any = {"values": self.gather(phase, mine)}
+        except ProcessError as error:
+            self.publish(phase, {"missing": list(error.processes), "reason": str(error)})
+            raise
+        values = self.publish(phase, values)
+        if "missing" in values:
+            raise ProcessError(dict.fromkeys(values["missing"]), phase, values["reason"])
+        found: list[Json] = values["values"]
+        return found
+
+    def attempt(self, phase: str, action: Callable[[], T]) -> T:
+        """What `action` gives here, if it succeeds everywhere.
+
+        Raises:
+            ProcessError: it has failed elsewhere. What it raises here is raised as it is.
+        """
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:  # raised below, when the others know
+            failure = error
+        told = self.everyone(phase, None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        failed = {process: text for process, text in enumerate(told) if text is not None}
+        if failed:
+            raise ProcessError(failed, phase, "; ".join(f"process {one}: {text}" for one, text in failed.items()))
+        return result
+
+    @property
+    def _service(self) -> Service:
+        if self.processes.service is None:
+            raise RuntimeError("one process has nobody to talk to")
+        return self.processes.service
+
+    def _next(self, phase: str) -> str:
+        self._counts[phase] += 1
+        return f"{self._name}/{self._sequence}{phase}.{self._counts[phase]}"
+
+    def _wait(self, key: str, phase: str, deadline: float) -> str:
+        """The value of a key.
+
+        Raises:
+            TimeoutError: it has not been set in time.
+            ProcessError: somebody has left, or the coordination service does not answer.
+        """
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                wait_s = max(0.001, min(_LOOK_S, left_s))
+                return self._service.blocking_key_value_get(key, int(1000 * wait_s) or 1)
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    reason = f"the coordination service of jax.distributed, which process 0 runs, says {error}"
+                    raise ProcessError({0: ""}, phase, reason) from error
+            self.processes.check_all_there(phase)
+            if left_s <= _LOOK_S:
+                raise TimeoutError
+
+    def _late(self, missing: set[int], phase: str) -> ProcessError:
+        who = ", ".join(f"process {process}" for process in sorted(missing)) or "a process"
+        return ProcessError(
+            dict.fromkeys(sorted(missing)),
+            phase,
+            f"{who} did not come within {self.processes.timeout_s:g} s (barrier_timeout_s). It hangs, is much slower, "
+            "or its program does something else: every process must make the same calls in the same order",
+        )
+
+
+_FIRST_WAITS = 0.8

@@ -1,0 +1,370 @@
+"""One save, by all processes of a run: they compare what they are about to write, each writes its part, process 0
+commits it and lets older steps go, and all learn how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from torchorbax import _orbax, _torchax, fingerprint, frozen, hoststate
+from torchorbax._orbax import Storage
+from torchorbax.adapter import Array
+from torchorbax.errors import ProcessError, SaveError
+from torchorbax.fingerprint import Sums
+from torchorbax.frozen import NEW_BASE, Identities
+from torchorbax.hoststate import HostItem
+from torchorbax.manifest import ItemMeta, Manifest
+from torchorbax.processes import Processes
+from torchorbax.snapshot import Snapshot
+from torchorbax.steps import Steps
+from torchorbax.values import Json
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What is to be saved, besides the arrays.
+
+    Attributes:
+        step: its number.
+        time: when `save` was called, in UTC.
+        metrics: numbers and 0-d arrays.
+    """
+
+    step: int
+    time: datetime.datetime
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A save that has been committed.
+
+    Attributes:
+        manifest: what it says about itself; in other processes than the first without most fingerprints.
+        identities: its frozen arrays.
+        nbytes: of the arrays written, by all processes together.
+    """
+
+    manifest: Manifest
+    identities: Identities
+    nbytes: int
+
+
+class Writer:
+    """Writes snapshots, one at a time, on the thread that calls it.
+
+    Args:
+        storage: where to.
+        steps: those there are.
+        processes: all of the run; each writes its part.
+
+    Attributes:
+        lost_base: a base that was taken to be there is gone, so nothing frozen is known any more.
+    """
+
+    def __init__(self, storage: Storage, steps: Steps, processes: Processes) -> None:
+        self.lost_base = False
+        self._storage = storage
+        self._steps = steps
+        self._processes = processes
+        self._channel = processes.channel("save")
+        self._saves = 0
+        self._leftovers_removed = False
+
+    def write(
+        self, ticket: Ticket, snapshot: list[Snapshot | Exception], when_committed: Callable[[Written], object]
+    ) -> None:
+        """Write a step, commit it, and let older ones go.
+
+        Args:
+            ticket: what to call it.
+            snapshot: one, which is taken out, so that its arrays are freed as they are written; or why this process
+                has none.
+            when_committed: called as soon as the step is committed.
+
+        Raises:
+            SaveError: it is not saved, or what follows failed; for the same reason in all processes.
+        """
+        self._saves += 1
+        self._channel.begin(self._saves)
+        holder: list[_Part | Exception] = []
+        mine: dict[str, Json] = {"step": ticket.step, "error": None}
+        try:
+            part = self._part_of(snapshot.pop())
+            mine |= _described(part) if self._processes.count > 1 else {}
+            holder.append(part)
+            del part
+        except Exception as error:  # raised when the others know
+            holder[:] = [error]
+            mine["error"] = told(error)
+        work = self._lead if self._processes.is_first else self._follow
+        work(ticket, holder, mine, when_committed)
+
+    # ----------------------------------------------------------------------------------------------------- one's part
+
+    def _part_of(self, snapshot: Snapshot | Exception) -> _Part:
+        if isinstance(snapshot, Exception):
+            raise snapshot
+        items, arrays = snapshot.items, snapshot.arrays
+        new = {
+            (item, name): arrays[item][name]
+            for item, meta in items.items()
+            for name, leaf in meta.leaves.items()
+            if leaf.base == NEW_BASE
+        }
+        own: dict[str, HostItem] = {}
+        if self._processes.count > 1:
+            own = hoststate.host_items(items, arrays)
+            if not self._processes.is_first:
+                hoststate.drop_host_arrays(arrays)
+                new = {key: array for key, array in new.items() if hoststate.is_global(array)}
+        started = {key: fingerprint.start(array) for key, array in new.items()}
+        return _Part(items, arrays, own, {key: sums() for key, sums in started.items()}, snapshot.identities)
+
+    # ---------------------------------------------------------------------------------------------------- process 0
+
+    def _lead(
+        self,
+        ticket: Ticket,
+        holder: list[_Part | Exception],
+        mine: dict[str, Json],
+        when_committed: Callable[[Written], object],
+    ) -> None:
+        error: SaveError | None = None
+        deleted: list[int] = []
+        try:
+            when_committed(self._write_first(ticket, holder, mine))
+            try:
+                deleted = self._steps.retain(ticket.step)
+            except Exception as failure:  # the step itself is good
+                error = SaveError(ticket.step, self._storage.path, told(failure), committed=True)
+                error.__cause__ = failure
+        except SaveError as failure:
+            error = failure
+        if self._processes.count > 1:
+            info = self._steps.infos.get(ticket.step)
+            outcome = {
+                "reason": error and error.reason,
+                "committed": error is None or error.committed,
+                "metrics": info and info.metrics,
+                "deleted": deleted,
+                "lost_base": self.lost_base,
+            }
+            self._channel.publish("end", outcome)
+        if error is not None:
+            raise error
+
+    def _write_first(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
+        """Come to terms with the others, write this process's part, and commit."""
+        try:
+            part = holder.pop()
+            parts = self._channel.gather("start", mine) or []
+            if isinstance(part, Exception):
+                raise part
+            self._check_agreement(ticket.step, parts)
+            if not self._leftovers_removed:
+                self._storage.remove_leftovers()
+                self._leftovers_removed = True
+            items, known = self._numbered(ticket.step, part, parts)
+            for item, name in known:
+                del part.arrays[item][name]
+            metrics = {name: float(np.asarray(value)) for name, value in ticket.metrics.items()}
+            manifest = Manifest(ticket.step, ticket.time, metrics, items, _versions())
+            self._check_bases(manifest, part.arrays)
+            self._steps.make_way(ticket.step)
+        except Exception as error:
+            self._channel.publish("start", {"error": error.reason if isinstance(error, SaveError) else told(error)})
+            raise _as_save_error(ticket.step, self._storage.path, error) from error
+        bases = {
+            item: {name: leaf.base for name, leaf in meta.leaves.items() if leaf.base is not None}
+            for item, meta in (items.items() if self._processes.count > 1 else ())
+        }
+        self._channel.publish("start", {"error": None, "bases": bases, "known": known, "own": mine.get("own")})
+        nbytes = part.nbytes
+        manifest = self._storage.write(manifest, part.arrays, self._channel)
+        self._steps.commit(manifest)
+        return Written(manifest, part.identities, nbytes)
+
+    def _check_agreement(self, step: int, parts: list[Json]) -> None:
+        path, first = self._storage.path, parts[0]
+        failed = {process: part["error"] for process, part in enumerate(parts) if part["error"] is not None}
+        if failed:
+            raise ProcessError(failed, "start", "; ".join(f"process {one}: {why}" for one, why in failed.items()))
+        for process, part in enumerate(parts):
+            if part["step"] != step:
+                raise SaveError(step, path, f"process {process} saves step {part['step']} instead")
+            if part.get("shared") != first.get("shared"):
+                raise SaveError(
+                    step, path, f"process {process} has other arrays, by name, shape or dtype, than process 0"
+                )
+            if part.get("frozen") != first.get("frozen"):
+                self.lost_base = True
+                raise SaveError(step, path, f"process {process} takes other arrays for frozen; the next save has all")
+
+    def _numbered(self, step: int, part: _Part, parts: list[Json]) -> tuple[dict[str, ItemMeta], list[Key]]:
+        """What the step says of its items, and which of the new frozen leaves a base has after all."""
+        if not part.sums:
+            return dict(part.items), []
+        sums = {key: [own] for key, own in part.sums.items()}
+        for other in parts[1:]:
+            for item, name, text in other["sums"]:
+                sums[item, name].append(fingerprint.sums(text))
+        texts = {key: fingerprint.text(fingerprint.total(one)) for key, one in sums.items()}
+        return frozen.numbered(part.items, texts, self._steps.newest_whole_before(step), self._storage.next_base())
+
+    def _check_bases(self, manifest: Manifest, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+        """See that the bases are there which the step refers to and does not write itself.
+
+        Raises:
+            SaveError: one is gone.
+        """
+        in_base = frozen.in_base(manifest)
+        bases = self._storage.bases() if in_base else set()
+        for (item, name), leaf in in_base.items():
+            if name not in arrays[item] and leaf.base not in bases:
+                self.lost_base = True
+                reason = f"base {leaf.base}, which has its frozen parameters, is gone; the next save writes them again"
+                raise SaveError(manifest.step, self._storage.path, reason)
+
+    # --------------------------------------------------------------------------------------------- the other processes
+
+    def _follow(
+        self,
+        ticket: Ticket,
+        holder: list[_Part | Exception],
+        mine: dict[str, Json],
+        when_committed: Callable[[Written], object],
+    ) -> None:
+        step, path = ticket.step, self._storage.path
+        failure: Exception | None = None
+        written: Written | None = None
+        try:
+            written = self._write_part(ticket, holder, mine)
+        except ProcessError as error:  # nobody is there who could say how it ended
+            raise _as_save_error(step, path, error) from error
+        except Exception as error:  # process 0 knows, and will say so
+            failure = error
+        try:
+            outcome = self._channel.publish("end")
+        except ProcessError as error:
+            raise _as_save_error(step, path, error) from (failure or error)
+        self.lost_base = self.lost_base or outcome["lost_base"]
+        if outcome["committed"] and written is not None:
+            metrics = outcome["metrics"] or {}
+            written = dataclasses.replace(written, manifest=dataclasses.replace(written.manifest, metrics=metrics))
+            self._steps.commit(written.manifest)
+            for deleted in outcome["deleted"]:
+                self._steps.drop(deleted)
+            when_committed(written)
+        if outcome["reason"] is not None:
+            raise SaveError(step, path, outcome["reason"], committed=outcome["committed"]) from failure
+
+    def _write_part(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
+        part = holder.pop()
+        self._channel.gather("start", mine)
+        answer = self._channel.publish("start")
+        if isinstance(part, Exception):
+            raise part
+        if answer["error"] is not None:
+            raise SaveError(ticket.step, self._storage.path, answer["error"])
+        items = _with_bases(part.items, answer["bases"])
+        for item, name in answer["known"]:
+            part.arrays[item].pop(name, None)
+        own = {item: one for item, one in part.own.items() if mine["own"][item] != answer["own"].get(item)}
+        nbytes = part.nbytes
+        self._storage.contribute(items, part.arrays, own, self._channel)
+        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, nbytes)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a process is about to write.
+
+    Attributes:
+        items: what the step says of its leaves.
+        arrays: by item and leaf.
+        own: what this process has for itself.
+        sums: of the new frozen leaves.
+        identities: which the frozen leaves are.
+    """
+
+    items: Mapping[str, ItemMeta]
+    arrays: dict[str, MutableMapping[str, Array]]
+    own: Mapping[str, HostItem]
+    sums: Mapping[Key, Sums]
+    identities: Identities
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays, each counted once however many devices and processes hold it."""
+        return sum(array.nbytes for one in self.arrays.values() for array in one.values())
+
+
+def _described(part: _Part) -> dict[str, Json]:
+    """A process's part for process 0, to compare."""
+    shared = {
+        item: {name: [list(meta.leaves[name].shape), meta.leaves[name].dtype] for name in part.own[item].shared}
+        for item, meta in part.items.items()
+    }
+    kept = {
+        item: {name: leaf.base for name, leaf in meta.leaves.items() if leaf.base is not None}
+        for item, meta in part.items.items()
+    }
+    return {
+        "shared": _digest(shared),
+        "frozen": _digest(kept),
+        "sums": [[*key, fingerprint.text(sums)] for key, sums in part.sums.items()],
+        "own": {item: one.digest() for item, one in part.own.items()},
+    }
+
+
+def _digest(content: Json) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, int]]) -> dict[str, ItemMeta]:
+    """The items of another process, with the numbers that process 0 has given to bases."""
+    return {
+        item: dataclasses.replace(
+            meta,
+            leaves={
+                name: dataclasses.replace(leaf, base=bases.get(item, {}).get(name))
+                for name, leaf in meta.leaves.items()
+            },
+        )
+        for item, meta in items.items()
+    }
+
+
+def told(error: Exception) -> str:
+    """An error in one line, for the others."""
+    return f"{type(error).__name__}: {error}"
+
+
+def _as_save_error(step: int, path: str, error: Exception) -> SaveError:
+    return error if isinstance(error, SaveError) else SaveError(step, path, told(error))
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {
+        "torchorbax": importlib.metadata.version("torchorbax"),
+        "torch": torch.__version__,
+        "torchax": _torchax.VERSION,
+        "jax": jax.__version__,
+        "orbax-checkpoint": _orbax.VERSION,
+        "numpy": np.__version__,
+    }
