@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from torchorbax import _orbax, at_exit, frozen, snapshot
 from torchorbax._orbax import Storage, traffic
 from torchorbax.deciding import Decider
-from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, SaveError
+from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, ProcessError, SaveError
 from torchorbax.frozen import FrozenArrays
 from torchorbax.items import items_of
 from torchorbax.metrics import checked, ready
@@ -440,9 +440,13 @@ class Checkpointer:
         try:
             self.wait()
         except SaveError:
-            at_exit.closed(self)
+            self._end()
             raise
-        at_exit.closed(self)  # not after Ctrl-C: then it is waited for at exit
+        self._end()  # not after Ctrl-C: then it is waited for at exit
+
+    def _end(self) -> None:
+        at_exit.closed(self)
+        self._processes.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -452,9 +456,11 @@ class Checkpointer:
     ) -> None:
         unsaved, self._complete = self._complete, None
         try:
-            if exc is not None and unsaved is not None and not self._closed:
+            if exc is not None and not self._closed:
+                self._processes.fail(f"{type(exc).__name__}: {exc}")
                 self._saver.collect()
-                self._start(unsaved)
+                if unsaved is not None and self._all_have(unsaved):
+                    self._start(unsaved)
             self.close()
         except SaveError as error:
             if exc is None:
@@ -464,6 +470,18 @@ class Checkpointer:
             _logger.warning("%s", self.last_line())
         elif exc is not None:
             exc.add_note(self.last_line())
+
+    def _all_have(self, unsaved: _Taken) -> bool:
+        """Have all processes come to an end with the same step unsaved?"""
+        channel = self._processes.channel("exception")
+        try:
+            steps = channel.everyone("exception", unsaved.step)
+        except ProcessError as error:
+            _logger.warning("%s: step %d is complete but not saved: %s", self.path, unsaved.step, error)
+            return False
+        if len(set(steps)) > 1:
+            _logger.warning("%s: step %d is not saved: the processes ended at %s", self.path, unsaved.step, steps)
+        return len(set(steps)) == 1
 
     def last_line(self) -> str:
         """Where the run stands, for people."""

@@ -84,7 +84,7 @@ class Decider:
         preempted = self._preempted or _PREEMPTED in notes
         due, next_call = not self._everywhere and ask(), self._calls + self._next_lease()
         try:
-            self._processes.check_all_there("decide", notes)
+            self._processes.check_failures("decide", notes)
         except ProcessError as error:
             return False, next_call, preempted, error.processes, error.reason
         return due, next_call, preempted, (), ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from torchorbax.errors import ConfigError, ProcessError
 from torchorbax.values import Json
 
 T = TypeVar("T")
+
+LAST_WAIT_S = 30.0
+"""How long a process that ends with an exception waits for others."""
 
 _runs = itertools.count()
 _LOOK_S = 1.0
@@ -52,6 +56,9 @@ class Processes:
         index: of this process.
         count: how many there are.
 
+    Attributes:
+        until_s: when all waiting ends, by `time.monotonic()`.
+
     Raises:
         ConfigError: several processes without a coordination service, or a time-out that is none.
     """
@@ -67,6 +74,7 @@ class Processes:
         self.service: Service | None = service or global_state.client
         if self.count > 1 and self.service is None:
             raise ConfigError(f"{self.count} processes without jax.distributed.initialize() cannot agree on anything")
+        self.until_s = math.inf
         self._name = f"torchorbax/{next(_runs)}" if self.count > 1 else ""
 
     @property
@@ -83,28 +91,46 @@ class Processes:
         if self.count > 1 and self.service is not None:
             self.service.key_value_set(f"{self._name}/told/{what}/{self.index}", text, allow_overwrite=True)
 
-    def told(self) -> dict[str, dict[int, str]]:
+    def told(self) -> Notes:
         """The notes so far, by subject and process."""
-        notes: dict[str, dict[int, str]] = {}
+        notes: Notes = {}
         if self.count > 1 and self.service is not None:
             for key, text in self.service.key_value_dir_get(f"{self._name}/told"):
                 what, process = key.removeprefix(f"{self._name}/told/").split("/")
                 notes.setdefault(what, {})[int(process)] = text
         return notes
 
-    def leave(self, reason: str) -> None:
-        """Tell those who wait for this process, now or later, that it will not come."""
-        self.tell(_LEFT, reason)
+    def fail(self, reason: str) -> None:
+        """Tell the others that this process has run into an exception.
 
-    def check_all_there(self, phase: str, notes: dict[str, dict[int, str]] | None = None) -> None:
-        """Raise ProcessError if another process has left."""
-        left = {process: why for process, why in (notes or self.told()).get(_LEFT, {}).items() if process != self.index}
-        if left:
-            why = "; ".join(f"process {process} has left the run: {reason}" for process, reason in left.items())
-            raise ProcessError(left, phase, why)
+        It still takes part in what has begun, but not for long: the others may be waiting on their devices for what it
+        will never compute.
+        """
+        self.until_s = time.monotonic() + min(self.timeout_s, LAST_WAIT_S)
+        self.tell(_FAILED, reason)
+
+    def close(self) -> None:
+        """Tell the others that this process takes part in nothing any more."""
+        self.tell(_CLOSED)
+
+    def check_failures(self, phase: str, notes: Notes) -> None:
+        """Raise ProcessError if another process has run into an exception."""
+        failed = {process: why for process, why in notes.get(_FAILED, {}).items() if process != self.index}
+        if failed:
+            why = "; ".join(f"process {process} has left the run: {reason}" for process, reason in failed.items())
+            raise ProcessError(failed, phase, why)
+
+    def check_open(self, process: int, phase: str) -> None:
+        """Raise ProcessError if a process takes part in nothing any more."""
+        notes = self.told()
+        if process in notes.get(_CLOSED, {}):
+            reason = notes.get(_FAILED, {}).get(process, "it has closed the run")
+            raise ProcessError({process}, phase, f"process {process} has left the run: {reason}")
 
 
-_LEFT = "left"
+Notes = dict[str, dict[int, str]]
+_FAILED = "failed"
+_CLOSED = "closed"
 
 
 class Channel:
@@ -139,7 +165,7 @@ class Channel:
         values = [mine]
         for process in range(1, self.processes.count):
             try:
-                values.append(json.loads(self._wait(f"{prefix}/{process}", phase, deadline)))
+                values.append(json.loads(self._wait(f"{prefix}/{process}", process, phase, deadline)))
             except TimeoutError:
                 here = {int(key.rpartition("/")[2]) for key, _ in self._service.key_value_dir_get(prefix)}
                 raise self._late(set(range(1, self.processes.count)) - here, phase) from None
@@ -162,7 +188,7 @@ class Channel:
             self._read_by_all.append(key)
             return value
         try:
-            return json.loads(self._wait(key, phase, time.monotonic() + self.processes.timeout_s))
+            return json.loads(self._wait(key, 0, phase, time.monotonic() + self.processes.timeout_s))
         except TimeoutError:
             raise self._late({0}, phase) from None
 
@@ -214,25 +240,34 @@ class Channel:
         self._counts[phase] += 1
         return f"{self._name}/{self._sequence}{phase}.{self._counts[phase]}"
 
-    def _wait(self, key: str, phase: str, deadline: float) -> str:
-        """The value of a key.
+    def _wait(self, key: str, process: int, phase: str, deadline: float) -> str:
+        """The value of a key that a process sets.
 
         Raises:
             TimeoutError: it has not been set in time.
-            ProcessError: somebody has left, or the coordination service does not answer.
+            ProcessError: that process has left, or the coordination service does not answer.
         """
         while True:
-            left_s = deadline - time.monotonic()
+            left_s = min(deadline, self.processes.until_s) - time.monotonic()
+            if (value := self._get(key, phase, max(0.001, min(_LOOK_S, left_s)))) is not None:
+                return value
             try:
-                wait_s = max(0.001, min(_LOOK_S, left_s))
-                return self._service.blocking_key_value_get(key, int(1000 * wait_s) or 1)
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    reason = f"the coordination service of jax.distributed, which process 0 runs, says {error}"
-                    raise ProcessError({0: ""}, phase, reason) from error
-            self.processes.check_all_there(phase)
+                self.processes.check_open(process, phase)
+            except ProcessError:
+                if (value := self._get(key, phase, 0.001)) is not None:  # it was the last that it said
+                    return value
+                raise
             if left_s <= _LOOK_S:
                 raise TimeoutError
+
+    def _get(self, key: str, phase: str, wait_s: float) -> str | None:
+        try:
+            return self._service.blocking_key_value_get(key, math.ceil(1000 * wait_s))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
+            reason = f"the coordination service of jax.distributed, which process 0 runs, says {error}"
+            raise ProcessError({0: ""}, phase, reason) from error
 
     def _late(self, missing: set[int], phase: str) -> ProcessError:
         who = ", ".join(f"process {process}" for process in sorted(missing)) or "a process"
