@@ -71,17 +71,21 @@ def _one_process() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions()
 
 
-def traffic(compression: str | None, max_host_bytes: int) -> Traffic:
+def traffic(
+    compression: str | None, max_host_bytes: int, replicas: str = "first", single_replica_restore: bool = False
+) -> Traffic:
     """How arrays travel, in a user's words.
 
     Raises:
-        ConfigError: a compression that is not known, or too little memory.
+        ConfigError: a word that is not known, or too little memory.
     """
     if compression not in (None, "zstd"):
         raise ConfigError(f"compression must be 'zstd' or None, not {compression!r}")
     if isinstance(max_host_bytes, bool) or not isinstance(max_host_bytes, int) or max_host_bytes < LEAST_HOST_BYTES:
         raise ConfigError(f"max_host_bytes must be an int of at least {LEAST_HOST_BYTES}, not {max_host_bytes!r}")
-    return Traffic(compression is not None, max_host_bytes)
+    if replicas not in ("first", "all"):
+        raise ConfigError(f"replicas must be 'first' or 'all', not {replicas!r}")
+    return Traffic(compression is not None, max_host_bytes, replicas == "all", single_replica_restore)
 
 
 class Storage:
@@ -390,7 +394,7 @@ class Storage:
 
     def read(
         self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
-    ) -> dict[str, dict[str, Array]]:
+    ) -> dict[str, dict[str, Any]]:
         """Load leaves of a step.
 
         Args:
@@ -401,7 +405,7 @@ class Storage:
         Raises:
             CorruptCheckpointError: something is missing, unreadable, or not what the manifest says.
         """
-        arrays: dict[str, dict[str, Array]] = {item: {} for item in targets}
+        arrays: dict[str, dict[str, Any]] = {item: {} for item in targets}
         for base, part in _by_base(items, targets).items():
             if base is None:
                 found = self._read(step, items, part)
@@ -422,8 +426,8 @@ class Storage:
 
     def _read(
         self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
-    ) -> dict[str, dict[str, Array]]:
-        arrays: dict[str, dict[str, Array]] = {}
+    ) -> dict[str, dict[str, Any]]:
+        arrays: dict[str, dict[str, Any]] = {}
         reasons = []
         for item, leaves in targets.items():
             meta = items[item].leaves

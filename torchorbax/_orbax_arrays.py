@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from torchorbax.adapter import Array, HostShards, put
 from torchorbax.dtypes import BY_NAME
 from torchorbax.fingerprint import Sums
 from torchorbax.manifest import LeafMeta
+from torchorbax.replicas import FirstReplica, first_devices, is_shared
 
 __all__ = ["LEAST_HOST_BYTES", "Traffic", "is_gathered", "read", "write"]
 
@@ -52,10 +53,14 @@ class Traffic:
     Attributes:
         compressed: zstd, level 1. Costs far more time than it saves bytes, for trained weights.
         max_host_bytes: host memory for copies on their way, per save or restore; one chunk at least (64 MiB).
+        all_write: of a part that several devices hold, each writes its share; else the first one writes all of it.
+        one_reads: what several processes hold is read by the first replica's alone (`torchorbax.replicas`).
     """
 
     compressed: bool = False
     max_host_bytes: int = 1 << 30
+    all_write: bool = False
+    one_reads: bool = False
 
 
 def is_gathered(array: Array) -> bool:
@@ -181,8 +186,8 @@ class _Batches:
 
     def add_large(self, name: str, array: Array) -> None:
         """A chunk or more for each distinct shard that this process has."""
-        shard_shape = array.shape if isinstance(array, np.ndarray) else array.sharding.shard_shape(array.shape)
-        chunks = _chunk_shape(shard_shape, array.dtype.itemsize)
+        shares = _shares(array) if self._traffic.all_write else 1
+        chunks = _chunk_shape(_share_shape(array, shares), array.dtype.itemsize)
         zarray = _zarray(array.dtype, array.shape, chunks, self._traffic.compressed)
         spec = {"driver": "zarr", "kvstore": {**self._spec, "path": f"{name}/"}, "metadata": json.loads(zarray)}
         # A chunk of zeros is data as well; Orbax, too, says in its metadata that such chunks are stored.
@@ -191,7 +196,7 @@ class _Batches:
         if jax.process_index() == 0:
             self._room_for(0)
             self._database.with_transaction(self._batch.transaction)[f"{name}/.zarray"] = zarray
-        for index, host in _chunks(array, chunks):
+        for index, host in _chunks(array, chunks, shares):
             self._room_for(host.nbytes)
             target = store.with_transaction(self._batch.transaction)[index]
             self._batch.copies.append(target.write(host, can_reference_source_data_indefinitely=True))
@@ -240,18 +245,37 @@ class _Batches:
             then()
 
 
-def _chunks(array: Array, chunks: tuple[int, ...]) -> Iterator[tuple[Index, np.ndarray]]:
-    """The chunks of this process's shards, each on the host when it is asked for."""
+def _shares(array: Any) -> int:
+    """Among how many devices writing a shard can be shared evenly: all that hold it, or one."""
+    if isinstance(array, np.ndarray):
+        return 1
+    shard = array.sharding.shard_shape(array.shape)
+    holders = array.sharding.num_devices * math.prod(shard) // array.size
+    return holders if any(size % holders == 0 for size in shard) else 1
+
+
+def _share_shape(array: Any, shares: int) -> tuple[int, ...]:
+    """The part of a shard that one of those that share it writes."""
+    shape = array.shape if isinstance(array, np.ndarray) else array.sharding.shard_shape(array.shape)
+    axis = next((axis for axis, size in enumerate(shape) if size % shares == 0), 0)
+    return tuple(size // shares if at == axis else size for at, size in enumerate(shape)) if shares > 1 else shape
+
+
+def _chunks(array: Any, chunks: tuple[int, ...], shares: int = 1) -> Iterator[tuple[Index, np.ndarray]]:
+    """The chunks of this process's shards, or of its shares of them, each on the host when it is asked for."""
     if isinstance(array, np.ndarray):
         if jax.process_index() == 0:
             yield from ((index, array[index]) for index in _grid(array.shape, chunks))
         return
-    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    shards = [shard for shard in array.addressable_shards if shard.replica_id < shares]
+    share = _share_shape(array, shares)
     if math.prod(chunks) * array.dtype.itemsize * len(shards) <= _CHUNK_BYTES and not _is_on_host(array):
         array.copy_to_host_async()
     for shard in shards:
         offsets = [part.indices(size)[0] for part, size in zip(shard.index, array.shape, strict=True)]
         for index in _grid(shard.data.shape, chunks):
+            if shares > 1 and _share_of(index, share) != shard.replica_id:
+                continue
             moved = tuple(
                 slice(part.start + offset, part.stop + offset) for part, offset in zip(index, offsets, strict=True)
             )
@@ -262,6 +286,11 @@ def _chunks(array: Array, chunks: tuple[int, ...]) -> Iterator[tuple[Index, np.n
             else:  # never the whole shard on the host
                 starts = [part.start for part in index]
                 yield moved, np.asarray(jax.lax.dynamic_slice(shard.data, starts, chunks))
+
+
+def _share_of(index: Index, share: tuple[int, ...]) -> int:
+    """Whose share of a shard a chunk of it belongs to: shares follow each other along one axis."""
+    return max((part.start // size for part, size in zip(index, share, strict=True)), default=0)
 
 
 def _is_on_host(array: Any) -> bool:
@@ -310,8 +339,12 @@ def _zarray_of(dtype: str) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- read
 
 
-def read(folder: str, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]], traffic: Traffic) -> dict[str, Array]:
+def read(
+    folder: str, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]], traffic: Traffic
+) -> dict[str, Array | FirstReplica]:
     """Read arrays, each into its sharding, or into a numpy array.
+
+    With `traffic.one_reads`, what several processes are to hold comes as a `FirstReplica`, for `replicas.broadcast`.
 
     Args:
         folder: the item's folder, local or a URI.
@@ -323,13 +356,33 @@ def read(folder: str, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]], tr
     """
     spec = tensorstore_utils.build_kvstore_tspec(folder)
     context = tensorstore_utils.get_ts_context(use_ocdbt=True)
-    small = {name: one for name, one in wanted.items() if one[0].nbytes <= _GATHERED_BYTES}
-    found = _read_small(ts.KvStore.open(spec, context=context).result(), small)
+    found: dict[str, Any] = {
+        name: FirstReplica(meta.shape, BY_NAME[meta.dtype], target, {})
+        for name, (meta, target) in wanted.items()
+        if isinstance(target, NamedSharding) and not _devices(meta, target, traffic)
+    }
+    small = {name: one for name, one in wanted.items() if one[0].nbytes <= _GATHERED_BYTES and name not in found}
+    if small:
+        found |= _read_small(ts.KvStore.open(spec, context=context).result(), small, traffic)
     _read_large(spec, context, {name: one for name, one in wanted.items() if name not in found}, traffic, found)
     return {name: found[name] for name in wanted}
 
 
-def _read_small(database: ts.KvStore, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]]) -> dict[str, Array]:
+def _devices(meta: LeafMeta, target: Sharding, traffic: Traffic) -> dict[Any, Index]:
+    """The devices of this process that get their part of an array from storage, and which part."""
+    devices = {device: index or () for device, index in target.addressable_devices_indices_map(meta.shape).items()}
+    if not _has_one_reader(target, meta, traffic):
+        return devices
+    return {device: index for device, index in devices.items() if device in first_devices(target)}
+
+
+def _has_one_reader(target: Sharding | None, meta: LeafMeta, traffic: Traffic) -> TypeGuard[NamedSharding]:
+    return traffic.one_reads and is_shared(target, BY_NAME[meta.dtype])
+
+
+def _read_small(
+    database: ts.KvStore, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]], traffic: Traffic
+) -> dict[str, Array | FirstReplica]:
     """Those leaves that are one plain key each; without what lies otherwise, which `_read_large` takes."""
     asked = {
         name: (database.read(f"{name}/.zarray"), database.read(f"{name}/{_first_chunk(len(meta.shape))}"))
@@ -349,8 +402,15 @@ def _read_small(database: ts.KvStore, wanted: Mapping[str, tuple[LeafMeta, Shard
     placed = [name for name in on_host if wanted[name][1] is not None]
     here = [name for name in placed if _is_here(wanted[name][1])]  # all at once
     arrays = jax.device_put([on_host[name] for name in here], [wanted[name][1] for name in here])
-    spread = {name: put(on_host[name], wanted[name][1]) for name in placed if not _is_here(wanted[name][1])}
+    spread = {name: _spread(on_host[name], *wanted[name], traffic) for name in placed if name not in here}
     return {**on_host, **dict(zip(here, arrays, strict=True)), **spread}
+
+
+def _spread(array: np.ndarray, meta: LeafMeta, target: Any, traffic: Traffic) -> Array | FirstReplica:
+    if not _has_one_reader(target, meta, traffic):
+        return put(array, target)
+    shards = {device: jax.device_put(array[index], device) for device, index in _devices(meta, target, traffic).items()}
+    return FirstReplica(meta.shape, array.dtype, target, shards)
 
 
 def _is_here(target: Sharding | None) -> bool:
@@ -362,7 +422,7 @@ def _read_large(
     context: ts.Context,
     wanted: Mapping[str, tuple[LeafMeta, Sharding | None]],
     traffic: Traffic,
-    found: dict[str, Array],
+    found: dict[str, Array | FirstReplica],
 ) -> None:
     opened = {
         name: ts.open(
@@ -379,7 +439,7 @@ def _read_large(
     def place_oldest() -> int:
         name, parts, reads, nbytes = reading.popleft()
         meta, target = wanted[name]
-        found[name] = _placed(meta, target, parts, [one.result() for one in reads])
+        found[name] = _placed(meta, target, parts, [one.result() for one in reads], traffic)
         return nbytes
 
     for name, (meta, target) in wanted.items():
@@ -423,20 +483,26 @@ def _parts(meta: LeafMeta, target: Sharding | None, traffic: Traffic) -> list[_P
     ):
         return [_Part((slice(None),) * len(meta.shape), (), meta.nbytes)]
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in target.addressable_devices_indices_map(meta.shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), meta.shape, strict=True))
+    for device, index in _devices(meta, target, traffic).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, meta.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     size = math.prod(target.shard_shape(meta.shape)) * BY_NAME[meta.dtype].itemsize
     return [_Part(tuple(slice(*one) for one in bounds), tuple(on), size) for bounds, on in devices.items()]
 
 
-def _placed(meta: LeafMeta, target: Sharding | None, parts: list[_Part], values: list[np.ndarray]) -> Array:
+def _placed(
+    meta: LeafMeta, target: Sharding | None, parts: list[_Part], values: list[np.ndarray], traffic: Traffic
+) -> Array | FirstReplica:
     if target is None:
         return values[0]
     if not parts[0].devices:
         placed: jax.Array = jax.device_put(values[0], target)
         return placed
-    shards = [
-        jax.device_put(value, device) for part, value in zip(parts, values, strict=True) for device in part.devices
-    ]
-    return jax.make_array_from_single_device_arrays(meta.shape, target, shards)
+    shards = {
+        device: jax.device_put(value, device)
+        for part, value in zip(parts, values, strict=True)
+        for device in part.devices
+    }
+    if _has_one_reader(target, meta, traffic):
+        return FirstReplica(meta.shape, BY_NAME[meta.dtype], target, shards)
+    return jax.make_array_from_single_device_arrays(meta.shape, target, list(shards.values()))

@@ -59,6 +59,10 @@ class Checkpointer:
         max_host_bytes: host memory for arrays on their way to storage or back, 64 MiB at least.
         save_on_exception: when an exception leaves the `with` block, save the last step that was complete. For that a
             snapshot is taken at every call of `save`, which costs what a save costs the loop, and its memory.
+        replicas: who writes what several devices hold: the first of them (over a mesh with an axis of slices, those of
+            the first slice), or all of them their share.
+        single_replica_restore: read what several processes hold once, by the first replica's processes, and send it to
+            the others over the devices' network, instead of reading it once for each.
         barrier_timeout_s: with several processes, how long to wait in one phase for the others before giving up with an
             error that names them.
 
@@ -84,6 +88,8 @@ class Checkpointer:
         compression: Literal["zstd"] | None = None,
         max_host_bytes: int = 1 << 30,
         save_on_exception: bool = False,
+        replicas: Literal["first", "all"] = "first",
+        single_replica_restore: bool = False,
         barrier_timeout_s: float = 600.0,
     ) -> None:
         self._processes = Processes(barrier_timeout_s)
@@ -98,7 +104,7 @@ class Checkpointer:
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
         self._items = items_of(self._state, rng=rng)
-        self._storage = Storage(path, traffic(compression, max_host_bytes))
+        self._storage = Storage(path, traffic(compression, max_host_bytes, replicas, single_replica_restore))
         self._steps = Steps(self._storage, self._open(), keep_policy)
         self._writer = Writer(self._storage, self._steps, self._processes)
         self._saver = Saver(self._storage.path, self._steps, self._writer)

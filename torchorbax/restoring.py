@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from torchorbax import integrity
+from torchorbax import integrity, replicas
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array, put
 from torchorbax.dtypes import BY_NAME, fits_on_device
@@ -20,6 +20,7 @@ from torchorbax.items import RNG
 from torchorbax.manifest import ItemMeta, Manifest
 from torchorbax.plan import Request, advice, with_suggestions
 from torchorbax.processes import Channel
+from torchorbax.replicas import FirstReplica
 from torchorbax.sharding import ShardingRules
 from torchorbax.state import Item, ItemPlan
 
@@ -80,7 +81,7 @@ def restore_step(
         ProcessError: another process cannot restore it.
     """
 
-    def loaded() -> tuple[Manifest, Plan, dict[str, dict[str, Array]], set[tuple[str, str]]]:
+    def loaded() -> tuple[Manifest, Plan, dict[str, dict[str, Any]], set[tuple[str, str]]]:
         manifest, own = storage.as_seen_by(storage.manifest(step), channel.processes.index)
         plan = planned(storage.path, manifest, items, rules, request)
         targets = {name: _loadable(manifest.items[name], one) for name, one in plan.items.items()}
@@ -103,6 +104,7 @@ def restore_step(
             items[name].apply(manifest.items[name], one, converted[name], undo)
 
     manifest, plan, arrays, own = _together(channel, "read", storage.path, step, loaded)
+    arrays = _together(channel, "broadcast", storage.path, step, lambda: _whole(arrays))
     if verify:
         to_check = {
             name: {leaf: array for leaf, array in one.items() if (name, leaf) not in own}  # their file has a SHA-256
@@ -157,6 +159,16 @@ def _together(channel: Channel, phase: str, path: str, step: int, action: Callab
         found = "; ".join(f"process {process} found: {told['damage']}" for process, told in failed.items())
         raise CorruptCheckpointError(path, {step: found})
     return result
+
+
+def _whole(arrays: Mapping[str, Mapping[str, Array | FirstReplica]]) -> dict[str, dict[str, Array]]:
+    """The arrays with all their replicas."""
+    flat = {(item, name): array for item, one in arrays.items() for name, array in one.items()}
+    broadcast = replicas.broadcast({key: array for key, array in flat.items() if isinstance(array, FirstReplica)})
+    whole: dict[str, dict[str, Array]] = {item: {} for item in arrays}
+    for key, array in flat.items():
+        whole[key[0]][key[1]] = broadcast[key] if isinstance(array, FirstReplica) else array
+    return whole
 
 
 def _tell_of_other_processes(path: str, manifest: Manifest, count: int) -> None:

@@ -42,6 +42,8 @@ def resume(
     compression: Literal["zstd"] | None = None,
     max_host_bytes: int = 1 << 30,
     save_on_exception: bool = False,
+    replicas: Literal["first", "all"] = "first",
+    single_replica_restore: bool = False,
     barrier_timeout_s: float = 600.0,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
@@ -71,6 +73,8 @@ def resume(
         compression: see `Checkpointer`.
         max_host_bytes: see `Checkpointer`.
         save_on_exception: see `Checkpointer`.
+        replicas: see `Checkpointer`.
+        single_replica_restore: see `Checkpointer`.
         barrier_timeout_s: see `Checkpointer`.
 
     Returns:
@@ -114,6 +118,8 @@ def resume(
         compression=compression,
         max_host_bytes=max_host_bytes,
         save_on_exception=save_on_exception,
+        replicas=replicas,
+        single_replica_restore=single_replica_restore,
         barrier_timeout_s=barrier_timeout_s,
     )
     try:

@@ -198,12 +198,14 @@ def _host_copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
 
 
 def _host_shards(array: jax.Array) -> HostShards:
-    """What this process will write of an array of several processes: all else is another's, or there already."""
-    shards = [
-        HostShard(shard.index, shard.replica_id, np.array(shard.data))
-        for shard in array.addressable_shards
-        if shard.replica_id == 0
-    ]
+    """What this process has of an array of several processes; what several of its devices have, once."""
+    copies: dict[Any, np.ndarray] = {}
+    shards = []
+    for shard in array.addressable_shards:
+        bounds = tuple((part.start, part.stop) for part in shard.index)
+        if bounds not in copies:
+            copies[bounds] = np.array(shard.data)
+        shards.append(HostShard(shard.index, shard.replica_id, copies[bounds]))
     return HostShards(tuple(array.shape), np.dtype(array.dtype), array.sharding, tuple(shards))
 
 
