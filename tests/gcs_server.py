@@ -47,11 +47,6 @@ from tests.gcs_server_store import Store
 
 HOST = "127.0.0.1"
 _REPOSITORY = Path(__file__).parent.parent
-_MESSAGES = {
-    403: "test@example.com does not have storage.objects access to the Google Cloud Storage object.",
-    429: "The rate of requests exceeds what is allowed.",
-    503: "Service Unavailable",
-}
 
 
 def environment(port: int, client: str | None = None) -> dict[str, str]:
@@ -164,6 +159,7 @@ class Server(Control):
         self.token = token
         self.stopping = threading.Event()
         self.entries: list[Entry] = []
+        self.errors: list[BaseException] = []  # of this code: they end the `with` block
         self._http = _HTTPServer(self, port)
         self.port = self._http.server_address[1]
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), name="gcs_server")
@@ -178,6 +174,8 @@ class Server(Control):
         self._http.close_connections()
         self._http.server_close()  # waits for the threads of the connections
         self._thread.join()
+        if self.errors:
+            raise self.errors[0]
 
     def add_faults(self, *rules: str) -> None:
         self.faults.add(*rules)
@@ -310,7 +308,9 @@ class _HTTPServer(ThreadingHTTPServer):
                     connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # clients come and go
+        error = sys.exception()
+        if error is not None and not isinstance(error, ConnectionError):  # clients come and go
+            self.owner.errors.append(error)
             super().handle_error(request, client_address)
 
 
@@ -374,7 +374,11 @@ class _Handler(BaseHTTPRequestHandler):
             if effect.what != "status":
                 return None
             status = int(effect.amount)
-            return _refused(request, call) if status == 401 else failure(status, _MESSAGES.get(status, "Backend Error"))
+            return (
+                _refused(request, call)
+                if status == 401
+                else failure(status, f"{http.client.responses[status]}, on purpose")
+            )
         token = self.server.owner.token
         if token is not None and request.headers.get("authorization") != f"Bearer {token}":
             return _refused(request, call)

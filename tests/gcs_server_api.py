@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.parser import BytesParser
+from email.parser import BytesParser, Parser
 from email.utils import format_datetime
 from http.client import responses
 from typing import Any
@@ -207,6 +207,8 @@ class Api:
         try:
             found = self.store.get(bucket, name, Conditions.of(request.query), request.number("generation"))
         except ApiError as error:
+            if error.status == 304:
+                raise
             # Cloud Storage answers those who ask for contents in plain words.
             return Response(error.status, error.message.encode(), {"Content-Type": "text/html; charset=UTF-8"})
         hashes = f"crc32c={found.crc32c}" + (f",md5={found.md5}" if found.md5 else "")
@@ -346,7 +348,7 @@ class Api:
             head = f"HTTP/1.1 {answer.status} {responses.get(answer.status, '')}\r\n".encode()
             fields = {**answer.headers, "Content-Length": str(len(answer.body))}
             head += "".join(f"{key}: {value}\r\n" for key, value in fields.items()).encode()
-            id = part.headers.get("content-id", "<>").replace("<", "<response-", 1)
+            id = part.headers["content-id"].replace("<", "<response-", 1)
             outer = f"--{boundary}\r\nContent-Type: application/http\r\nContent-ID: {id}\r\n\r\n".encode()
             parts.append(outer + head + b"\r\n" + answer.body + b"\r\n")
         body = b"".join(parts) + f"--{boundary}--\r\n".encode()
@@ -374,7 +376,7 @@ def _resource(found: Object, base: str) -> dict[str, Any]:
         "bucket": found.bucket,
         "generation": str(found.generation),
         "metageneration": str(found.metageneration),
-        "size": str(len(found.data)),
+        "size": str(found.size),
         "crc32c": found.crc32c,
         "etag": found.etag,
         "storageClass": "STANDARD",
@@ -482,18 +484,17 @@ def _without_headers(part: bytes, end_of_line: bytes) -> tuple[str, bytes]:
 
 def _mixed(request: Request) -> list[Request]:
     """The requests in a batch."""
-    body = b"Content-Type: " + request.headers["content-type"].encode() + b"\r\n\r\n" + request.body
-    parts = BytesParser().parsebytes(body).get_payload()
-    if not isinstance(parts, list) or len(parts) > 100:
-        raise ApiError(400, "badRequest", "A batch is of at most 100 requests")
+    head = f"Content-Type: {request.headers.get('content-type', '')}\r\n\r\n".encode()
+    parts = list(BytesParser().parsebytes(head + request.body).walk())[1:]
+    if not 1 <= len(parts) <= 100:
+        raise ApiError(400, "badRequest", f"A batch of {len(parts)} requests; between 1 and 100 are allowed.")
     found = []
     for part in parts:
-        inner = part.get_payload(decode=True)  # type: ignore[union-attr]  # the parts of a multipart message
-        first, _, rest = inner.lstrip().partition(b"\n")  # type: ignore[union-attr]
-        method, target, _ = first.decode().split()
-        message = BytesParser().parsebytes(rest)
-        headers = {key.lower(): value for key, value in message.items()}
-        headers["content-id"] = part["Content-ID"]  # type: ignore[index]
-        target = target.removeprefix(request.base)
-        found.append(Request(method, target, headers, str(message.get_payload()).encode(), request.base))
+        first, _, rest = str(part.get_payload()).lstrip().partition("\n")
+        method, target = first.split()[:2]
+        inner = Parser().parsestr(rest)
+        headers = {key.lower(): value for key, value in inner.items()}
+        headers["content-id"] = part.get("Content-ID", "<>")
+        body = str(inner.get_payload()).encode()
+        found.append(Request(method, target.removeprefix(request.base), headers, body, request.base))
     return found

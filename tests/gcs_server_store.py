@@ -38,6 +38,7 @@ class Object:
     bucket: str
     name: str
     data: bytes = field(repr=False)
+    size: int
     generation: int  # microseconds since 1970, as in Cloud Storage, and thus the time of creation, too
     metageneration: int
     updated: int
@@ -175,7 +176,9 @@ class Store:
         with self._lock:
             conditions.check(self.objects(bucket).get(name))
             new = self._next_generation()
-            made = Object(bucket, name, data, new, 1, new, crc32c, None if composed else md5, dict(attributes))
+            made = Object(
+                bucket, name, data, len(data), new, 1, new, crc32c, None if composed else md5, dict(attributes)
+            )
             self._keep(made)
             return made
 
