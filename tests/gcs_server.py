@@ -158,7 +158,8 @@ class Server(Control):
         self.faults = Faults(faults)
         self.token = token
         self.stopping = threading.Event()
-        self.entries: list[Entry] = []
+        self._entries: list[Entry] = []
+        self._logged = threading.Condition()
         self.errors: list[BaseException] = []  # of this code: they end the `with` block
         self._http = _HTTPServer(self, port)
         self.port = self._http.server_address[1]
@@ -187,10 +188,24 @@ class Server(Control):
         return self.faults.matches()
 
     def log(self) -> list[Entry]:
-        return list(self.entries)
+        with self._logged:
+            return list(self._entries)
 
     def clear_log(self) -> None:
-        self.entries.clear()
+        with self._logged:
+            self._entries.clear()
+
+    def append(self, entry: Entry) -> None:
+        """Log a request."""
+        with self._logged:
+            self._entries.append(entry)
+            self._logged.notify_all()
+
+    def wait_for(self, count: int = 1, kind: str | None = None, name: str = "", timeout: float = 60) -> None:
+        """Wait until the log has so many such requests."""
+        with self._logged:
+            if not self._logged.wait_for(lambda: len(self.requests(kind, name)) >= count, timeout):
+                raise TimeoutError(f"there were not {count} requests of kind {kind} and name {name!r} in {timeout} s")
 
 
 class ServerProcess(Control):
@@ -348,7 +363,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer.written if answer else 0,
             effect.what if effect else "",
         )
-        self.server.owner.entries.append(entry)
+        self.server.owner.append(entry)
         self._finish(answer, sent, effect)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # the names that http.server looks for
