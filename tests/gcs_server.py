@@ -370,18 +370,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            length = int(self.headers.get("Content-Length", 0))
-            body = self.rfile.read(length)
-            if len(body) < length:
-                raise ConnectionError("the client went away")
-            return body
+            return self._read(int(self.headers.get("Content-Length", 0)))
         parts = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        while self.rfile.readline().strip():
+        while size := int(self._line().split(b";")[0], 16):
+            parts.append(self._read(size))
+            self._line()
+        while self._line().strip():
             pass  # trailers
         return b"".join(parts)
+
+    def _read(self, size: int) -> bytes:
+        """That many bytes; what a killed client sent the half of is not acted on."""
+        found = self.rfile.read(size)
+        if len(found) < size:
+            raise ConnectionError("the client went away")
+        return found
+
+    def _line(self) -> bytes:
+        found = self.rfile.readline()
+        if not found.endswith(b"\n"):
+            raise ConnectionError("the client went away")
+        return found
 
     def _answer(self, request: Request, call: Call, effect: Effect | None) -> Response | None:
         """The answer, acted on or not; None where there will be none."""
@@ -389,11 +398,9 @@ class _Handler(BaseHTTPRequestHandler):
             if effect.what != "status":
                 return None
             status = int(effect.amount)
-            return (
-                _refused(request, call)
-                if status == 401
-                else failure(status, f"{http.client.responses[status]}, on purpose")
-            )
+            if status == 401:
+                return _refused(request, call)
+            return failure(status, f"{http.client.responses[status]}, on purpose")
         token = self.server.owner.token
         if token is not None and request.headers.get("authorization") != f"Bearer {token}":
             return _refused(request, call)
