@@ -13,6 +13,7 @@ from torchorbax.errors import (
     MismatchError,
     ProcessError,
     SaveError,
+    StorageError,
     TorchorbaxError,
     UnsupportedLeafError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "OptaxOptimizer",
     "ProcessError",
     "SaveError",
+    "StorageError",
     "TorchorbaxError",
     "UnsupportedLeafError",
     "assign_",

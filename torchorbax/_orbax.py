@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import math
@@ -30,7 +29,7 @@ from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers as orbax_policies
 from orbax.checkpoint.path import step as orbax_steps
 
-from torchorbax import _orbax_arrays, _orbax_save, fingerprint, hoststate
+from torchorbax import _gcs, _orbax_arrays, _orbax_save, fingerprint, hoststate
 from torchorbax._orbax_arrays import LEAST_HOST_BYTES, Traffic
 from torchorbax._orbax_save import MANIFEST
 from torchorbax.adapter import Array, put
@@ -47,6 +46,7 @@ BASE = "base"
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
 _NAMES = orbax_steps.standard_name_format()
+_COMMITTED = "commit_success.txt"
 _DAMAGED = ".torchorbax-damaged"
 _DELETED = ".torchorbax-deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -72,7 +72,11 @@ def _one_process() -> ocp.options.MultiprocessingOptions:
 
 
 def traffic(
-    compression: str | None, max_host_bytes: int, replicas: str = "first", single_replica_restore: bool = False
+    compression: str | None,
+    max_host_bytes: int,
+    replicas: str = "first",
+    single_replica_restore: bool = False,
+    storage_timeout_s: float = Traffic.timeout_s,
 ) -> Traffic:
     """How arrays travel, in a user's words.
 
@@ -85,7 +89,28 @@ def traffic(
         raise ConfigError(f"max_host_bytes must be an int of at least {LEAST_HOST_BYTES}, not {max_host_bytes!r}")
     if replicas not in ("first", "all"):
         raise ConfigError(f"replicas must be 'first' or 'all', not {replicas!r}")
-    return Traffic(compression is not None, max_host_bytes, replicas == "all", single_replica_restore)
+    if (
+        isinstance(storage_timeout_s, bool)
+        or not isinstance(storage_timeout_s, int | float)
+        or not storage_timeout_s > 0
+    ):
+        raise ConfigError(f"storage_timeout_s must be a positive number of seconds, not {storage_timeout_s!r}")
+    all_write = replicas == "all"
+    return Traffic(compression is not None, max_host_bytes, all_write, single_replica_restore, float(storage_timeout_s))
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _answered(method: Method) -> Method:
+    """The method, which raises StorageError if the storage does not answer."""
+
+    @functools.wraps(method)
+    def asked(self: Storage, *args: Any, **kwargs: Any) -> Any:
+        with _gcs.answering(self.path):
+            return method(self, *args, **kwargs)
+
+    return asked  # type: ignore[return-value]
 
 
 class Storage:
@@ -103,6 +128,8 @@ class Storage:
         self.path = _absolute(path)
         self._traffic = traffic
         self._root = epath.Path(self.path)
+        if _gcs.is_uri(self.path):
+            _gcs.limit(traffic.timeout_s)
 
     def check(self) -> None:
         """Raise ConfigError if the path is a file or holds something that is no run."""
@@ -129,16 +156,19 @@ class Storage:
             probe = self._root / ".torchorbax-write-probe"
             probe.write_text("")
             probe.unlink()
+        if _gcs.is_uri(self.path):
+            _gcs.check_access(self.path, self._traffic.timeout_s)
 
     def check_visible(self) -> None:
         """Raise ConfigError if the folder, which process 0 has made, is not there."""
         with _as_config_error(self.path):
-            if "://" not in self.path and not self._root.is_dir():
+            if not _gcs.is_uri(self.path) and not self._root.is_dir():
                 raise ConfigError(
                     f"{self.path} was made by another process of this run and cannot be seen here; several processes "
                     "need a folder that all of them share, or gs://"
                 )
 
+    @_answered
     def remove_leftovers(self) -> None:
         """Delete what interrupted saves and deletions left behind. Call it before the first save."""
         if not self._root.exists():
@@ -146,16 +176,22 @@ class Storage:
         if (self._root / BASE).exists():
             self._base_area().remove_leftovers()
         for entry in self._root.iterdir():
-            if _TEMPORARY in entry.name or entry.name.startswith(_DELETED):
+            if _TEMPORARY in entry.name or entry.name.startswith(_DELETED) or self._is_half_written(entry):
                 _logger.info("removing %s, left behind by an interrupted run", entry)
                 entry.rmtree()
 
+    def _is_half_written(self, entry: Any) -> bool:
+        """Without an atomic rename, a step that is being written or deleted lies where a committed one would."""
+        return _gcs.is_uri(self.path) and entry.name.isdecimal() and not (entry / _COMMITTED).exists()
+
+    @_answered
     def steps(self) -> list[int]:
         """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged."""
         if not self._root.exists():
             return []
         return sorted(found.step for found in _NAMES.find_all(self._root) if self._is_step(found))
 
+    @_answered
     def existing_steps(self) -> list[int]:
         """`steps`, of which there must be some.
 
@@ -176,7 +212,7 @@ class Storage:
 
     def _is_step(self, found: Any) -> bool:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
-        return found.path.name == _NAMES.build_name(found.step) and ("://" in self.path or found.path.is_dir())
+        return found.path.name == _NAMES.build_name(found.step) and (_gcs.is_uri(self.path) or found.path.is_dir())
 
     def write(
         self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]], channel: Channel | None = None
@@ -324,6 +360,7 @@ class Storage:
         (epath.Path(folder) / _own_name(process)).write_text(text)
         return hoststate.digest_of(text)
 
+    @_answered
     def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, dict[str, HostItem]]:
         """A step as a process finds it, and what that process has of it for itself.
 
@@ -345,7 +382,7 @@ class Storage:
         TensorStore flushes its own files; Orbax does not flush its metadata, nor anybody the folders. Object storage
         needs none of it.
         """
-        if "://" in self.path:
+        if _gcs.is_uri(self.path):
             return
         for place, _, files in os.walk(folder):
             for path in (*(os.path.join(place, file) for file in files), place):
@@ -361,6 +398,7 @@ class Storage:
         except OSError as error:
             _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, error)
 
+    @_answered
     def manifest(self, step: int) -> Manifest:
         """What the step says about itself.
 
@@ -392,6 +430,7 @@ class Storage:
             if file.exists() and file.stat().length > _MOST_METADATA_BYTES:
                 raise ValueError(f"{name} has {file.stat().length} bytes; metadata has {_MOST_METADATA_BYTES} at most")
 
+    @_answered
     def read(
         self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
     ) -> dict[str, dict[str, Any]]:
@@ -438,13 +477,14 @@ class Storage:
                     name: read[name] if name in read else _empty(meta[name], target) for name, target in leaves.items()
                 }
             except Exception as error:  # TensorStore and the file system raise whatever they like on damaged files
-                if _is_shortage(error):
+                if _is_shortage(error) or (_gcs.is_uri(self.path) and _gcs.is_unanswered(error)):
                     raise
-                reasons.append(f"item {item}: {_told(error)}")
+                reasons.append(f"item {item}: {_gcs.told(error)}")
         if reasons:
             raise CorruptCheckpointError(self.path, {step: "; ".join(reasons)})
         return arrays
 
+    @_answered
     def set_aside(self, step: int) -> None:
         """Rename a damaged step, so that another can take its place and nothing is lost that might be repaired."""
         folder = self._folder(step)
@@ -454,15 +494,17 @@ class Storage:
         folder.rename(aside)
         _logger.warning("%s: damaged step %d is now %s", self.path, step, aside.name)
 
+    @_answered
     def has_set_aside(self) -> bool:
         """Is there a damaged step that was renamed?"""
         return any(_DAMAGED in entry.name for entry in self._root.iterdir())
 
+    @_answered
     def delete(self, step: int) -> None:
         """Delete a step so that it is never listed half deleted."""
         folder = self._folder(step)
-        if "://" in self.path:  # no atomic rename there: take the commit marker away first
-            (folder / "commit_success.txt").unlink(missing_ok=True)
+        if _gcs.is_uri(self.path):  # no atomic rename there: take the commit marker away first
+            (folder / _COMMITTED).unlink(missing_ok=True)
             folder.rmtree()
         else:
             hidden = self._root / f"{_DELETED}-{step}"
@@ -473,6 +515,7 @@ class Storage:
         """Where frozen parameters lie, as steps with numbers of their own."""
         return Storage(f"{self.path}/{BASE}", self._traffic)
 
+    @_answered
     def bases(self) -> set[int]:
         """The numbers of the bases there are."""
         return set(self._base_area().steps())
@@ -481,6 +524,7 @@ class Storage:
         """The number of a base that is not there yet."""
         return max(self.bases(), default=-1) + 1
 
+    @_answered
     def delete_base(self, base: int) -> None:
         """Delete a base that no step needs."""
         self._base_area().delete(base)
@@ -495,9 +539,9 @@ class Storage:
         except (CheckpointNotFoundError, CorruptCheckpointError):
             raise
         except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
-            if _is_shortage(error):
+            if _is_shortage(error) or (_gcs.is_uri(self.path) and _gcs.is_unanswered(error)):
                 raise
-            raise CorruptCheckpointError(self.path, {step: _told(error)}) from error
+            raise CorruptCheckpointError(self.path, {step: _gcs.told(error)}) from error
 
 
 def _attempted(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -541,11 +585,6 @@ def _is_shortage(error: Exception) -> bool:
     )
 
 
-def _told(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
-
-
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
@@ -559,33 +598,28 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise ConfigError(f"a path must be a string or a Path, not {path!r}")
     path = str(path)
-    if "://" not in path:
+    if not _gcs.is_uri(path):
         if re.match(r"[a-z0-9]+:/", path):
             raise ConfigError(f"{path}: a URI has two slashes: {path.replace(':/', '://', 1)}")
         try:
             return str(Path(path).expanduser().absolute())
         except RuntimeError as error:
             raise ConfigError(f"{path}: {error}") from error
-    if path.startswith("gs://"):
-        for module in ("gcsfs", "google.cloud.storage"):
-            if not _installed(module):
-                raise ConfigError(f"{path}: gs:// needs {module}: pip install 'torchorbax[gcs]'")
-        return path
-    raise ConfigError(f"{path}: only local folders and gs:// are supported")
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
-        return False
+    _gcs.check_supported(path)
+    return path.rstrip("/")
 
 
 @contextmanager
 def _as_config_error(path: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # gcsfs and google-auth have errors of their own
+        if _gcs.is_uri(path):
+            raise _gcs.refused(path, error) from error
+        if not isinstance(error, OSError):
+            raise
         raise ConfigError(f"{path} cannot be used for a run: {type(error).__name__}: {error}") from error
 
 
@@ -598,4 +632,4 @@ def _belongs_to_run(entry: Any) -> bool:
 
 
 def _is_checkpoint(folder: Any) -> bool:
-    return any((folder / name).exists() for name in ("_CHECKPOINT_METADATA", MANIFEST, "commit_success.txt"))
+    return any((folder / name).exists() for name in ("_CHECKPOINT_METADATA", MANIFEST, _COMMITTED))

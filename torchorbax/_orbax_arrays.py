@@ -22,7 +22,7 @@ import tensorstore as ts
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_utils  # private, as Orbax's options are
 
-from torchorbax import fingerprint
+from torchorbax import _gcs, fingerprint
 from torchorbax.adapter import Array, HostShards, put
 from torchorbax.dtypes import BY_NAME
 from torchorbax.fingerprint import Sums
@@ -54,6 +54,7 @@ class Traffic:
         compressed: zstd, level 1. Costs far more time than it saves bytes, for trained weights.
         max_host_bytes: host memory for copies on their way, per save or restore; one chunk at least (64 MiB).
         all_write: of a part that several devices hold, each writes its share; else the first one writes all of it.
+        timeout_s: how long to wait for a URI's storage.
         one_reads: what several processes hold is read by the first replica's alone (`torchorbax.replicas`).
     """
 
@@ -61,6 +62,17 @@ class Traffic:
     max_host_bytes: int = 1 << 30
     all_write: bool = False
     one_reads: bool = False
+    timeout_s: float = 300.0
+
+
+def _context(folder: str, traffic: Traffic) -> ts.Context:
+    context = tensorstore_utils.get_ts_context(use_ocdbt=True)
+    return _gcs.context(context.spec.to_json(), traffic.timeout_s) if _gcs.is_uri(folder) else context
+
+
+def _wait_s(folder: str, traffic: Traffic) -> float | None:
+    """How long to wait for one answer. Local disks always answer."""
+    return traffic.timeout_s if _gcs.is_uri(folder) else None
 
 
 def is_gathered(array: Array) -> bool:
@@ -90,9 +102,10 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
     spec = tensorstore_utils.build_kvstore_tspec(
         folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
     )
-    context = tensorstore_utils.get_ts_context(use_ocdbt=True)
-    at_once = traffic.max_host_bytes if "://" in folder else _LOCAL_BATCHES * _BATCH_BYTES
-    out = _Batches(ts.KvStore.open(spec, context=context).result(), spec, context, traffic, at_once)
+    context = _context(folder, traffic)
+    at_once = traffic.max_host_bytes if _gcs.is_uri(folder) else _LOCAL_BATCHES * _BATCH_BYTES
+    wait_s = _wait_s(folder, traffic)
+    out = _Batches(ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s)
     started: dict[str, Callable[[], Sums]] = {}
     try:
         small = {name: arrays.pop(name) for name in names if is_gathered(arrays[name])}
@@ -166,8 +179,15 @@ class _Batches:
     """Transactions that are filled, committed and waited for, with a bound on the bytes of all that are open."""
 
     def __init__(
-        self, database: ts.KvStore, spec: Any, context: ts.Context, traffic: Traffic, at_once_bytes: int
+        self,
+        database: ts.KvStore,
+        spec: Any,
+        context: ts.Context,
+        traffic: Traffic,
+        at_once_bytes: int,
+        wait_s: float | None,
     ) -> None:
+        self._wait_s = wait_s
         self._database = database
         self._spec = spec
         self._context = context
@@ -192,7 +212,7 @@ class _Batches:
         spec = {"driver": "zarr", "kvstore": {**self._spec, "path": f"{name}/"}, "metadata": json.loads(zarray)}
         # A chunk of zeros is data as well; Orbax, too, says in its metadata that such chunks are stored.
         spec["store_data_equal_to_fill_value"] = True
-        store = ts.open(spec, context=self._context, open=True, assume_metadata=True).result()
+        store = ts.open(spec, context=self._context, open=True, assume_metadata=True).result(self._wait_s)
         if jax.process_index() == 0:
             self._room_for(0)
             self._database.with_transaction(self._batch.transaction)[f"{name}/.zarray"] = zarray
@@ -231,16 +251,16 @@ class _Batches:
 
     def _commit(self) -> None:
         for written in self._batch.copies:
-            written.copy.result()
+            written.copy.result(self._wait_s)
         self._batch.commit = self._batch.transaction.commit_async()
         self._committing.append(self._batch)
         self._batch = self._new()
 
     def _wait_for_oldest(self) -> None:
         batch = self._committing.popleft()
-        batch.commit.result()
+        batch.commit.result(self._wait_s)
         for written in batch.copies:
-            written.result()
+            written.result(self._wait_s)
         for then in batch.written:
             then()
 
@@ -355,7 +375,7 @@ def read(
         ValueError: one is missing, or of another shape or dtype. TensorStore raises what it likes for damaged files.
     """
     spec = tensorstore_utils.build_kvstore_tspec(folder)
-    context = tensorstore_utils.get_ts_context(use_ocdbt=True)
+    context, wait_s = _context(folder, traffic), _wait_s(folder, traffic)
     found: dict[str, Any] = {
         name: FirstReplica(meta.shape, BY_NAME[meta.dtype], target, {})
         for name, (meta, target) in wanted.items()
@@ -363,8 +383,9 @@ def read(
     }
     small = {name: one for name, one in wanted.items() if one[0].nbytes <= _GATHERED_BYTES and name not in found}
     if small:
-        found |= _read_small(ts.KvStore.open(spec, context=context).result(), small, traffic)
-    _read_large(spec, context, {name: one for name, one in wanted.items() if name not in found}, traffic, found)
+        found |= _read_small(ts.KvStore.open(spec, context=context).result(wait_s), small, traffic, wait_s)
+    large = {name: one for name, one in wanted.items() if name not in found}
+    _read_large(spec, context, large, traffic, wait_s, found)
     return {name: found[name] for name in wanted}
 
 
@@ -381,7 +402,10 @@ def _has_one_reader(target: Sharding | None, meta: LeafMeta, traffic: Traffic) -
 
 
 def _read_small(
-    database: ts.KvStore, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]], traffic: Traffic
+    database: ts.KvStore,
+    wanted: Mapping[str, tuple[LeafMeta, Sharding | None]],
+    traffic: Traffic,
+    wait_s: float | None,
 ) -> dict[str, Array | FirstReplica]:
     """Those leaves that are one plain key each; without what lies otherwise, which `_read_large` takes."""
     asked = {
@@ -392,11 +416,11 @@ def _read_small(
     for name, (zarray, chunk) in asked.items():
         meta = wanted[name][0]
         expected = json.loads(_zarray(BY_NAME[meta.dtype], meta.shape, meta.shape, False))
-        raw = chunk.result().value
+        raw = chunk.result(wait_s).value
         if (
             len(raw) == meta.nbytes
-            and zarray.result().state == "value"
-            and json.loads(zarray.result().value) == expected
+            and zarray.result(wait_s).state == "value"
+            and json.loads(zarray.result(wait_s).value) == expected
         ):
             on_host[name] = np.frombuffer(bytearray(raw), BY_NAME[meta.dtype]).reshape(meta.shape)
     placed = [name for name in on_host if wanted[name][1] is not None]
@@ -422,6 +446,7 @@ def _read_large(
     context: ts.Context,
     wanted: Mapping[str, tuple[LeafMeta, Sharding | None]],
     traffic: Traffic,
+    wait_s: float | None,
     found: dict[str, Array | FirstReplica],
 ) -> None:
     opened = {
@@ -439,11 +464,11 @@ def _read_large(
     def place_oldest() -> int:
         name, parts, reads, nbytes = reading.popleft()
         meta, target = wanted[name]
-        found[name] = _placed(meta, target, parts, [one.result() for one in reads], traffic)
+        found[name] = _placed(meta, target, parts, [one.result(wait_s) for one in reads], traffic)
         return nbytes
 
     for name, (meta, target) in wanted.items():
-        store = _opened(name, meta, opened.pop(name))
+        store = _opened(name, meta, opened.pop(name), wait_s)
         parts = _parts(meta, target, traffic)
         nbytes = sum(part.nbytes for part in parts)
         while reading and on_the_way + nbytes > min(_BATCH_BYTES, traffic.max_host_bytes // 2):
@@ -454,9 +479,9 @@ def _read_large(
         place_oldest()
 
 
-def _opened(name: str, meta: LeafMeta, future: Any) -> ts.TensorStore:
+def _opened(name: str, meta: LeafMeta, future: Any, wait_s: float | None) -> ts.TensorStore:
     try:
-        store = future.result()
+        store = future.result(wait_s)
     except ValueError as error:
         if "NOT_FOUND" in str(error):
             raise ValueError(f"{name} is missing from the array data") from error

@@ -63,6 +63,7 @@ class Checkpointer:
             the first slice), or all of them their share.
         single_replica_restore: read what several processes hold once, by the first replica's processes, and send it to
             the others over the devices' network, instead of reading it once for each.
+        storage_timeout_s: how long to try again and wait when gs:// does not answer, before a save or restore fails.
         barrier_timeout_s: with several processes, how long to wait in one phase for the others before giving up with an
             error that names them.
 
@@ -90,6 +91,7 @@ class Checkpointer:
         save_on_exception: bool = False,
         replicas: Literal["first", "all"] = "first",
         single_replica_restore: bool = False,
+        storage_timeout_s: float = 300.0,
         barrier_timeout_s: float = 600.0,
     ) -> None:
         self._processes = Processes(barrier_timeout_s)
@@ -104,7 +106,8 @@ class Checkpointer:
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
         self._items = items_of(self._state, rng=rng)
-        self._storage = Storage(path, traffic(compression, max_host_bytes, replicas, single_replica_restore))
+        how = traffic(compression, max_host_bytes, replicas, single_replica_restore, storage_timeout_s)
+        self._storage = Storage(path, how)
         self._steps = Steps(self._storage, self._open(), keep_policy)
         self._writer = Writer(self._storage, self._steps, self._processes)
         self._saver = Saver(self._storage.path, self._steps, self._writer)

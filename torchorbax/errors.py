@@ -9,7 +9,8 @@ TorchorbaxError
 ├── UnsupportedLeafError     a value that a checkpoint cannot hold, or a device cannot
 ├── DeletedArrayError        a live tensor whose buffer was donated to a jitted function
 ├── ProcessError             other processes of the run have failed, left or not come in time; `.processes`, `.phase`
-└── SaveError                a save failed; `.step` says which
+├── SaveError                a save failed; `.step` says which
+└── StorageError             the storage does not answer or refuses; `.path`
 ```
 
 Errors of Orbax, TensorStore and the file system arrive as one of these, with the original as `__cause__`.
@@ -174,6 +175,18 @@ class DeletedArrayError(TorchorbaxError, RuntimeError):
             "torchorbax.assign_, or let torchorbax.train_step run the step."
         )
         self.names = tuple(names)
+
+
+class StorageError(TorchorbaxError, OSError):
+    """The storage does not answer, or refuses; it says nothing about the checkpoints there.
+
+    Attributes:
+        path: the run's URI.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: the storage does not answer: {reason}")
+        self.path = path
 
 
 class ProcessError(TorchorbaxError, RuntimeError):

@@ -44,6 +44,7 @@ def resume(
     save_on_exception: bool = False,
     replicas: Literal["first", "all"] = "first",
     single_replica_restore: bool = False,
+    storage_timeout_s: float = 300.0,
     barrier_timeout_s: float = 600.0,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
@@ -75,6 +76,7 @@ def resume(
         save_on_exception: see `Checkpointer`.
         replicas: see `Checkpointer`.
         single_replica_restore: see `Checkpointer`.
+        storage_timeout_s: see `Checkpointer`.
         barrier_timeout_s: see `Checkpointer`.
 
     Returns:
@@ -120,6 +122,7 @@ def resume(
         save_on_exception=save_on_exception,
         replicas=replicas,
         single_replica_restore=single_replica_restore,
+        storage_timeout_s=storage_timeout_s,
         barrier_timeout_s=barrier_timeout_s,
     )
     try:
