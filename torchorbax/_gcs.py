@@ -1,8 +1,8 @@
 """What is different about gs://: who is asked, for how long, and what their errors mean.
 
 Array data goes through TensorStore, all else through gcsfs (by way of etils). Both try again when a request fails with
-408, 429 or 5xx or the connection breaks: TensorStore 32 times, for a quarter of an hour; gcsfs 6 times, for half a minute,
-but it waits for a silent server for five minutes each time.
+408, 429 or 5xx or the connection breaks: TensorStore 32 times, for a quarter of an hour; gcsfs 6 times, for half a
+minute, but for a server that is silent it waits for ever.
 """
 
 from __future__ import annotations
@@ -60,14 +60,23 @@ def _installed(module: str) -> bool:
         return False
 
 
-def limit(timeout_s: float) -> None:
-    """Let no request of gcsfs last longer, its repetitions included.
+def prepare(path: str, timeout_s: float) -> None:
+    """Let no request of gcsfs last longer, its repetitions included, and let it remember no listing.
 
-    That is of the instance of `GCSFileSystem` which etils uses, for the whole process; gcsfs has no option for it.
+    It would never learn of a step that another process has saved, for what it remembers never expires. All this is
+    about the instance of `GCSFileSystem` that etils uses, for the whole process.
+
+    Raises:
+        ConfigError: there are no credentials.
     """
     import fsspec
 
-    system: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # as etils asks for it: fsspec keeps instances
+    try:
+        system: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # as etils asks for it: fsspec keeps instances
+    except Exception as error:  # google-auth has errors of its own
+        raise refused(path, error) from error
+    system.dircache.use_listings_cache = False
+    system.invalidate_cache()
 
     async def request(*args: Any, **kwargs: Any) -> Any:
         return await asyncio.wait_for(type(system)._request(system, *args, **kwargs), timeout_s)
@@ -123,6 +132,8 @@ def answering(path: str) -> Iterator[None]:
 
 def told(error: BaseException) -> str:
     """An error in one line."""
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return "no answer in time (storage_timeout_s)"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 

@@ -129,7 +129,7 @@ class Storage:
         self._traffic = traffic
         self._root = epath.Path(self.path)
         if _gcs.is_uri(self.path):
-            _gcs.limit(traffic.timeout_s)
+            _gcs.prepare(self.path, traffic.timeout_s)
 
     def check(self) -> None:
         """Raise ConfigError if the path is a file or holds something that is no run."""
