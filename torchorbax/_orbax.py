@@ -389,7 +389,11 @@ class Storage:
                 raise ValueError(f"{name} has {file.stat().length} bytes; metadata has {_MOST_METADATA_BYTES} at most")
 
     def read(
-        self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
+        self,
+        step: int,
+        items: Mapping[str, ItemMeta],
+        targets: Mapping[str, Mapping[str, Sharding | None]],
+        then: Callable[[str, str, Array], object] | None = None,
     ) -> dict[str, dict[str, Array]]:
         """Load leaves of a step.
 
@@ -397,6 +401,7 @@ class Storage:
             step: which.
             items: what the manifest says about them.
             targets: by item and leaf, the sharding to load into, or None for a numpy array.
+            then: called with each leaf that has data as soon as it is there, while others are still being read.
 
         Raises:
             CorruptCheckpointError: something is missing, unreadable, or not what the manifest says.
@@ -404,7 +409,7 @@ class Storage:
         arrays: dict[str, dict[str, Array]] = {item: {} for item in targets}
         for base, part in _by_base(items, targets).items():
             if base is None:
-                found = self._read(step, items, part)
+                found = self._read(step, items, part, then)
             else:
                 area = self._base_area()
                 if not area._folder(base).exists():
@@ -413,7 +418,7 @@ class Storage:
                     )
                     raise CorruptCheckpointError(self.path, {step: reason})
                 try:
-                    found = area._read(base, items, part)
+                    found = area._read(base, items, part, then)
                 except CorruptCheckpointError as error:
                     raise CorruptCheckpointError(self.path, {step: f"base {base}: {error.reasons[base]}"}) from error
             for item, one in found.items():
@@ -421,7 +426,11 @@ class Storage:
         return arrays
 
     def _read(
-        self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
+        self,
+        step: int,
+        items: Mapping[str, ItemMeta],
+        targets: Mapping[str, Mapping[str, Sharding | None]],
+        then: Callable[[str, str, Array], object] | None,
     ) -> dict[str, dict[str, Array]]:
         arrays: dict[str, dict[str, Array]] = {}
         reasons = []
@@ -429,7 +438,8 @@ class Storage:
             meta = items[item].leaves
             wanted = {name: (meta[name], target) for name, target in leaves.items() if not meta[name].is_empty}
             try:
-                read = _orbax_arrays.read(f"{self._folder(step)}/{item}", wanted, self._traffic) if wanted else {}
+                folder, placed = f"{self._folder(step)}/{item}", None if then is None else functools.partial(then, item)
+                read = _orbax_arrays.read(folder, wanted, self._traffic, placed) if wanted else {}
                 arrays[item] = {
                     name: read[name] if name in read else _empty(meta[name], target) for name, target in leaves.items()
                 }
