@@ -40,7 +40,7 @@ LEAST_HOST_BYTES = _CHUNK_BYTES
 _LOCAL_BATCHES = 2
 """Transactions that are committed at once on a local disk, which more of them only slow down."""
 _LOCAL_READ_BYTES = 32 << 20
-"""What is read at once from a local disk: enough to keep it busy; a restore needs it beside the state, several times."""
+"""What is read at once from a local disk: it keeps the disk busy, and a restore needs some multiple of it."""
 _BATCH_BYTES = 128 << 20
 """What goes into one data file: large enough for object storage, small enough to let memory go early."""
 
