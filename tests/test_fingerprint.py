@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -37,15 +38,29 @@ def by_definition(array: np.ndarray) -> str:
     size = min(array.dtype.itemsize, 4)
     data = array.tobytes()
     words = [int.from_bytes(data[start : start + size], "little") for start in range(0, len(data), size)]
+    shape = array.shape or (1,)
+    if array.dtype.itemsize > size:
+        shape = (*shape, array.dtype.itemsize // size)
+    axes = 0  # so many count columns
+    while axes < len(shape) - 1 and math.prod(shape[len(shape) - axes :]) < 128:
+        if math.prod(shape[len(shape) - axes - 1 :]) > 2**17:
+            break
+        axes += 1
+    columns = math.prod(shape[len(shape) - axes :])
 
-    def weight(index: int, seed: int) -> int:
+    def hashed(index: int, seed: int) -> int:
         mixed = (index * 0x9E3779B97F4A7C15 + seed) & MASK
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
-        return (mixed ^ (mixed >> 31)) | 1
+        return mixed ^ (mixed >> 31)
 
-    sums = [sum(word * weight(index, seed) for index, word in enumerate(words)) & MASK for seed in fingerprint._SEEDS]
-    return "".join(f"{lane:016x}" for lane in sums)
+    sums = [0, 0]
+    for lane, (shift, seed) in enumerate([(32, 0x13198A2E03707344), (0, 0xA4093822299F31D0)]):
+        for index, word in enumerate(words):
+            row, column = divmod(index, columns)
+            of_column = hashed(column, 0x243F6A8885A308D3) >> shift & 0xFFFFFFFF | 1
+            sums[lane] += word * of_column * (hashed(row, seed) | 1)
+    return "".join(f"{lane & MASK:016x}" for lane in sums)
 
 
 @given(tensors())
@@ -93,16 +108,47 @@ def test_one_device_another_device_and_several_meshes(mesh: Mesh, mesh_2d: Mesh)
     assert {fingerprint_of(one) for one in placed} == {by_definition(array)}
 
 
-@pytest.mark.parametrize(
-    "size", [fingerprint._BLOCK_WORDS - 1, fingerprint._BLOCK_WORDS, 2 * fingerprint._BLOCK_WORDS + 7]
-)
+SHAPES = {
+    "vector": ((4096,), P("fsdp"), 1),
+    "matrix": ((64, 96), P("tp", "fsdp"), 1),
+    "kernels: columns are several axes": ((8, 16, 3, 3), P("fsdp", "tp"), 1),
+    "a stack of matrices": ((4, 8, 160), P("fsdp", None, "tp"), 2),
+    "trailing axes too long for a table together": ((4, 2**14, 16), P(None, "fsdp"), 2),
+    "a last axis too long for a table": ((2, 2**17 + 8), P("tp", "fsdp"), 2),
+    "no trailing axis": ((128, 1), P("fsdp"), 1),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_and_columns_of_every_shape(name: str, mesh_2d: Mesh) -> None:
+    shape, spec, split = SHAPES[name]
+    assert fingerprint._split(shape) == split
+    array = np.random.default_rng(0).integers(0, 2**16, shape, np.uint16)
+    found = {fingerprint_of(array), fingerprint_of(jax.device_put(array, NamedSharding(mesh_2d, spec)))}
+    assert found == {by_definition(array)}
+
+
+@pytest.mark.parametrize(("blocks", "more"), [(0, 3), (1, 0), (1, 1), (3, 7)])
+@pytest.mark.parametrize("columns", [1, 5, 256])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
-def test_large_host_arrays_in_blocks(size: int, dtype: Any, mesh: Mesh) -> None:
-    array = np.random.default_rng(0).integers(0, 200, size).astype(dtype)
-    words = fingerprint._words(array)
-    assert fingerprint_of(array) == fingerprint.text(fingerprint._word_sums(words, 0))
-    if dtype is np.float32:
-        assert fingerprint_of(array) == fingerprint_of(jax.device_put(array))
+def test_large_host_arrays_in_blocks(
+    blocks: int, more: int, columns: int, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is summed by a program and whatever by numpy."""
+    monkeypatch.setattr(fingerprint, "_BLOCK_WORDS", 1 << 10)
+    monkeypatch.setattr(fingerprint, "_CACHED_WORDS", 1 << 6)
+    height = (1 << 10) // columns
+    array = np.random.default_rng(0).integers(0, 200, (blocks * height + more, columns)).astype(dtype)
+    assert fingerprint_of(array) == by_definition(array)
+
+
+def test_no_weight_of_a_table_is_even() -> None:
+    """And all pairs of them differ, so no two columns can be swapped unseen."""
+    weights = fingerprint._column_weights((0,), (fingerprint._MOST_COLUMNS,), (fingerprint._MOST_COLUMNS,))
+    assert weights.shape == (2, fingerprint._MOST_COLUMNS)
+    assert weights.dtype == np.uint32
+    assert (weights & 1).all()
+    assert len(np.unique(weights, axis=1).T) == fingerprint._MOST_COLUMNS
 
 
 @given(st.data(), tensors())
@@ -126,31 +172,66 @@ def test_every_single_bit_of_an_array_on_devices(mesh: Mesh) -> None:
         assert fingerprint_of(damaged) != before
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
-def test_damage_of_several_words(value: float) -> None:
-    """Structured damage that simple sums miss: flipped signs, swapped rows, moved blocks, opposite changes."""
-    array = np.full((64, 32), value, np.float32)
-    array[::3] = np.random.default_rng(0).standard_normal((22, 32), np.float32)
-    word = array.view(np.uint32)
-    damages = {"none": word.copy()}
+def damages(word: np.ndarray) -> dict[str, np.ndarray]:
+    """Structured damage of a `uint32[64, 32]` that simple sums miss."""
+    sign = np.uint32(1 << 31)
+    found = {"none": word.copy(), "all signs": word ^ sign}
     for other in range(1, 32):
-        damages[f"two signs {other}"] = flipped = word.copy()
-        flipped[0, 0] ^= np.uint32(1 << 31)
-        flipped[0, other] ^= np.uint32(1 << 31)
-    damages["four signs in a rectangle"] = flipped = word.copy()
-    flipped[np.ix_([0, 1], [0, 1])] ^= np.uint32(1 << 31)
-    damages["all signs"] = word ^ np.uint32(1 << 31)
-    damages["swapped rows"] = word[[1, 0, *range(2, 64)]]
-    damages["shifted"] = np.roll(word, 1, axis=0)
-    damages["transposed block"] = swapped = word.copy()
+        found[f"two signs of a row {other}"] = flipped = word.copy()
+        flipped[0, [0, other]] ^= sign
+        found[f"two signs of a column {other}"] = flipped = word.copy()
+        flipped[[0, other], 0] ^= sign
+        found[f"four signs in a rectangle {other}"] = flipped = word.copy()
+        flipped[np.ix_([0, other], [0, other])] ^= sign
+        found[f"opposite changes in a rectangle {other}"] = moved = word.copy()
+        moved[np.ix_([0, other], [0, other])] += np.array([[1, 0xFFFFFFFF], [0xFFFFFFFF, 1]], np.uint32)
+    orders = {"swapped": [1, 0, *range(2, 32)], "reversed": [*reversed(range(32))], "shifted": [31, *range(31)]}
+    for name, order in orders.items():
+        found[f"{name} rows"] = word[[*order, *range(32, 64)]]
+        found[f"{name} columns"] = word[:, order]
+    found["shifted by a row"] = np.roll(word, 1, axis=0)
+    found["shifted by a word"] = np.roll(word.reshape(-1), 1).reshape(word.shape)
+    found["transposed block"] = swapped = word.copy()
     swapped[:32] = word[:32].T
-    damages["lost half"] = lost = word.copy()
+    found["swapped blocks"] = word[[*range(32, 64), *range(32)]]
+    found["lost half"] = lost = word.copy()
     lost[32:] = 0
-    damages["plus and minus one"] = moved = word.copy()
+    found["zeros and data swapped"] = lost[[*range(32, 64), *range(32)]]
+    found["plus and minus one"] = moved = word.copy()
     moved[0, 0] += np.uint32(1)
     moved[0, 1] -= np.uint32(1)
-    found = {name: fingerprint_of(damaged) for name, damaged in damages.items()}
-    assert len(set(found.values())) == len(damages), found
+    return found
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
+@pytest.mark.parametrize("columns", [1, 32, 2048], ids="{} columns".format)
+def test_damage_of_several_words(value: float, columns: int) -> None:
+    array = np.full((64, 32), value, np.float32)
+    array[::3] = np.random.default_rng(0).standard_normal((22, 32), np.float32)
+    array[::3, 7] = array[::3, 1] + 1  # no column is like another
+    shape = {1: (2048,), 32: (16, 4, 1, 32), 2048: (1, 2048)}[columns]
+    cut = {32: 1 << 6}.get(columns, fingerprint._MOST_COLUMNS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint, "_MOST_COLUMNS", cut)
+        assert math.prod(shape[fingerprint._split(shape) :]) == columns
+        found = {name: fingerprint_of(one.reshape(shape)) for name, one in damages(array.view(np.uint32)).items()}
+    assert len(set(found.values())) == len(found), found
+
+
+@pytest.mark.parametrize("lane", [0, 1])
+@pytest.mark.parametrize("bit", [0, 31], ids=["lowest bits", "signs"])
+def test_each_sum_alone_misses_no_more_than_chance(lane: int, bit: int) -> None:
+    """A hundred thousand random small changes of the worst kind; the bound for one sum is 2**-25 each."""
+    rng = np.random.default_rng(lane)
+    rows, columns = rng.integers(0, 1 << 20, (2, 100_000, 4), np.uint64)
+    rows[:, 1], rows[:, 3] = rows[:, 0], rows[:, 2]  # rectangles
+    columns %= fingerprint._MOST_COLUMNS
+    columns[:, 2:] = columns[:, :2]
+    used = (rows[:, 0] != rows[:, 2]) & (columns[:, 0] != columns[:, 1])
+    table = fingerprint._column_weights((0,), (fingerprint._MOST_COLUMNS,), (fingerprint._MOST_COLUMNS,))
+    weights = table[lane].astype(np.uint64)[columns] * fingerprint._row_weights(rows, fingerprint._ROW_SEEDS[lane])
+    changes = rng.choice(np.array([1 << bit, -(1 << bit)]), rows.shape)
+    assert np.all(np.sum(weights * changes.astype(np.uint64), axis=1, dtype=np.uint64)[used] != 0)
 
 
 @pytest.mark.parametrize("spec", LAYOUTS[:5], ids=str)
@@ -185,9 +266,8 @@ def test_one_program_for_all_layouts_of_a_shard(mesh: Mesh, mesh_2d: Mesh, compi
 def test_the_devices_are_not_made_to_talk(mesh_2d: Mesh) -> None:
     mesh = Mesh(mesh_2d.devices.reshape(-1), (fingerprint._AXIS,))
     with jax.enable_x64(True):
-        lowered = fingerprint._sums_by_shard(mesh).lower(
-            jax.ShapeDtypeStruct((16, 4), np.float32), np.zeros(8, np.uint64), np.ones(2, np.uint64)
-        )
+        places = fingerprint._places(mesh, (16, 4), (2, 4), tuple((2 * shard, 0) for shard in range(8)))
+        lowered = fingerprint._sums_by_shard(mesh).lower(jax.ShapeDtypeStruct((16, 4), np.float32), *places)
     text = lowered.compile().as_text()
     assert "reduce" in text
     for collective in ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter"):

@@ -184,6 +184,28 @@ def test_a_wrong_byte_is_never_restored(way: str, run_path: Path, mesh: Mesh) ->
     run.close()
 
 
+@pytest.mark.parametrize("way", ["restore", "load", "verify"])
+def test_what_was_summed_while_it_was_read_is_not_summed_again(
+    way: str, run_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only empty leaves, of which nothing is read, are left for the end."""
+    started: list[Any] = []
+    left: list[Any] = []
+    start, fingerprints = integrity.start, integrity.fingerprints
+    monkeypatch.setattr(integrity, "start", lambda array: started.append(array.shape) or start(array))
+    monkeypatch.setattr(integrity, "fingerprints", lambda arrays: left.extend(arrays) or fingerprints(arrays))
+    step = verify(run_path)[-1] if way != "verify" else None
+    del started[:], left[:]
+    actions: dict[str, Callable[[], Any]] = {
+        "restore": lambda: resumed(run_path)[1].close(),
+        "load": lambda: [torchorbax.load(run_path, step, item) for item in ("tensors", "arrays", "weights")],
+        "verify": lambda: verify(run_path),
+    }
+    actions[way]()
+    assert len(started) > 3
+    assert set(left) <= {("arrays", "empty")}
+
+
 def test_verification_can_be_turned_off(run_path: Path) -> None:
     flip_in(run_path / "1", "sharded")
     _, run = resumed(run_path, verify=False)

@@ -189,6 +189,31 @@ def test_a_missing_chunk_is_not_taken_for_zeros(mesh: Mesh, tmp_path: Path) -> N
         read(storage, {"large": None})
 
 
+def test_leaves_are_handed_on_while_others_are_read(
+    mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than `_LOCAL_READ_BYTES` are on their way when a leaf is handed on, and each of them comes once."""
+    monkeypatch.setattr(_orbax_arrays, "_LOCAL_READ_BYTES", 512 << 10)
+    arrays = {f"large {index}": random((256, 256)) for index in range(8)} | {"small": random((2, 3))}
+    storage = write(tmp_path, arrays)
+    asked, handed, ahead = [], [], []
+    parts = _orbax_arrays._parts
+    monkeypatch.setattr(_orbax_arrays, "_parts", lambda *args: asked.append(args[0]) or parts(*args))
+
+    def then(item: str, name: str, array: Any) -> None:
+        assert item == "state"
+        np.testing.assert_array_equal(np.asarray(array), arrays[name])
+        handed.append(name)
+        ahead.append(len(asked) - sum(one.startswith("large") for one in handed))
+
+    targets = {name: NamedSharding(mesh, P("fsdp")) if index % 2 else None for index, name in enumerate(arrays)}
+    targets["small"] = None
+    found = storage.read(0, {"state": ItemMeta("pytree", metas(arrays))}, {"state": targets}, then)
+    assert handed == ["small", *(name for name in arrays if name != "small")]
+    assert found["state"].keys() == arrays.keys()
+    assert max(ahead) == 2
+
+
 def test_memory_is_let_go_leaf_by_leaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last leaf is being read from its device, all but those of the last two batches are gone."""
     monkeypatch.setattr(_orbax_arrays, "_BATCH_BYTES", 256 << 10)

@@ -432,7 +432,11 @@ class Storage:
 
     @_answered
     def read(
-        self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
+        self,
+        step: int,
+        items: Mapping[str, ItemMeta],
+        targets: Mapping[str, Mapping[str, Sharding | None]],
+        then: Callable[[str, str, Any], object] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Load leaves of a step.
 
@@ -440,6 +444,7 @@ class Storage:
             step: which.
             items: what the manifest says about them.
             targets: by item and leaf, the sharding to load into, or None for a numpy array.
+            then: called with each leaf that has data as soon as it is there, while others are still being read.
 
         Raises:
             CorruptCheckpointError: something is missing, unreadable, or not what the manifest says.
@@ -447,7 +452,7 @@ class Storage:
         arrays: dict[str, dict[str, Any]] = {item: {} for item in targets}
         for base, part in _by_base(items, targets).items():
             if base is None:
-                found = self._read(step, items, part)
+                found = self._read(step, items, part, then)
             else:
                 area = self._base_area()
                 if not area._folder(base).exists():
@@ -456,7 +461,7 @@ class Storage:
                     )
                     raise CorruptCheckpointError(self.path, {step: reason})
                 try:
-                    found = area._read(base, items, part)
+                    found = area._read(base, items, part, then)
                 except CorruptCheckpointError as error:
                     raise CorruptCheckpointError(self.path, {step: f"base {base}: {error.reasons[base]}"}) from error
             for item, one in found.items():
@@ -464,7 +469,11 @@ class Storage:
         return arrays
 
     def _read(
-        self, step: int, items: Mapping[str, ItemMeta], targets: Mapping[str, Mapping[str, Sharding | None]]
+        self,
+        step: int,
+        items: Mapping[str, ItemMeta],
+        targets: Mapping[str, Mapping[str, Sharding | None]],
+        then: Callable[[str, str, Any], object] | None,
     ) -> dict[str, dict[str, Any]]:
         arrays: dict[str, dict[str, Any]] = {}
         reasons = []
@@ -472,7 +481,8 @@ class Storage:
             meta = items[item].leaves
             wanted = {name: (meta[name], target) for name, target in leaves.items() if not meta[name].is_empty}
             try:
-                read = _orbax_arrays.read(f"{self._folder(step)}/{item}", wanted, self._traffic) if wanted else {}
+                folder, placed = f"{self._folder(step)}/{item}", None if then is None else functools.partial(then, item)
+                read = _orbax_arrays.read(folder, wanted, self._traffic, placed) if wanted else {}
                 arrays[item] = {
                     name: read[name] if name in read else _empty(meta[name], target) for name, target in leaves.items()
                 }

@@ -40,6 +40,8 @@ _CHUNK_BYTES = 64 << 20
 LEAST_HOST_BYTES = _CHUNK_BYTES
 _LOCAL_BATCHES = 2
 """Transactions that are committed at once on a local disk, which more of them only slow down."""
+_LOCAL_READ_BYTES = 32 << 20
+"""What is read at once from a local disk: it keeps the disk busy, and a restore needs some multiple of it."""
 _BATCH_BYTES = 128 << 20
 """What goes into one data file: large enough for object storage, small enough to let memory go early."""
 
@@ -360,7 +362,10 @@ def _zarray_of(dtype: str) -> dict[str, Any]:
 
 
 def read(
-    folder: str, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]], traffic: Traffic
+    folder: str,
+    wanted: Mapping[str, tuple[LeafMeta, Sharding | None]],
+    traffic: Traffic,
+    then: Callable[[str, Any], object] | None = None,
 ) -> dict[str, Array | FirstReplica]:
     """Read arrays, each into its sharding, or into a numpy array.
 
@@ -370,6 +375,7 @@ def read(
         folder: the item's folder, local or a URI.
         wanted: by name, what is expected and where it goes; none is empty.
         traffic: how; of compression the data itself tells.
+        then: called with each as soon as it is where it goes, while others are still being read.
 
     Raises:
         ValueError: one is missing, or of another shape or dtype. TensorStore raises what it likes for damaged files.
@@ -384,8 +390,15 @@ def read(
     small = {name: one for name, one in wanted.items() if one[0].nbytes <= _GATHERED_BYTES and name not in found}
     if small:
         found |= _read_small(ts.KvStore.open(spec, context=context).result(wait_s), small, traffic, wait_s)
+    for name, array in found.items():
+        if then is not None:
+            then(name, array)
     large = {name: one for name, one in wanted.items() if name not in found}
-    _read_large(spec, context, large, traffic, wait_s, found)
+    most_bytes = min(_BATCH_BYTES if _gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2)
+    for name, array in _read_large(spec, context, large, traffic, most_bytes, wait_s):
+        found[name] = array
+        if then is not None:
+            then(name, array)
     return {name: found[name] for name in wanted}
 
 
@@ -446,9 +459,10 @@ def _read_large(
     context: ts.Context,
     wanted: Mapping[str, tuple[LeafMeta, Sharding | None]],
     traffic: Traffic,
+    most_bytes: int,
     wait_s: float | None,
-    found: dict[str, Array | FirstReplica],
-) -> None:
+) -> Iterator[tuple[str, Array | FirstReplica]]:
+    """Leaves in their order, each when it is placed, while at most so many bytes of those after it are read."""
     opened = {
         name: ts.open(
             {"driver": "zarr", "kvstore": {**spec, "path": f"{name}/"}, "fill_missing_data_reads": False},
@@ -461,22 +475,23 @@ def _read_large(
     reading: deque[tuple[str, list[_Part], list[Any], int]] = deque()
     on_the_way = 0
 
-    def place_oldest() -> int:
+    def placed_oldest() -> tuple[str, Array | FirstReplica]:
+        nonlocal on_the_way
         name, parts, reads, nbytes = reading.popleft()
+        on_the_way -= nbytes
         meta, target = wanted[name]
-        found[name] = _placed(meta, target, parts, [one.result(wait_s) for one in reads], traffic)
-        return nbytes
+        return name, _placed(meta, target, parts, [one.result(wait_s) for one in reads], traffic)
 
     for name, (meta, target) in wanted.items():
         store = _opened(name, meta, opened.pop(name), wait_s)
         parts = _parts(meta, target, traffic)
         nbytes = sum(part.nbytes for part in parts)
-        while reading and on_the_way + nbytes > min(_BATCH_BYTES, traffic.max_host_bytes // 2):
-            on_the_way -= place_oldest()
+        while reading and on_the_way + nbytes > most_bytes:
+            yield placed_oldest()
         reading.append((name, parts, [store[part.index].read(order="C") for part in parts], nbytes))
         on_the_way += nbytes
     while reading:
-        place_oldest()
+        yield placed_oldest()
 
 
 def _opened(name: str, meta: LeafMeta, future: Any, wait_s: float | None) -> ts.TensorStore:

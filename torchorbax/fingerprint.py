@@ -1,29 +1,42 @@
 """Fingerprints of arrays that do not depend on how they are laid out over devices.
 
-An array is read as a sequence of words in row-major order: elements of 1, 2 or 4 bytes are a word each, larger ones
-several words of 4 bytes. With `b_i` the bits of word `i`, a fingerprint is the two sums
+An array is read as words: elements of 1, 2 or 4 bytes are a word each, larger ones several words of 4 bytes, along an
+axis of their own. Its trailing axes count columns `c`, the leading ones rows `r`, each in row-major order (where they
+part, `_split` says by the shape alone). With `b_rc` the bits of a word, a fingerprint is the two sums
 
-    s_k = sum_i b_i * w_k(i)  mod 2**64,    w_k(i) = splitmix64(i, seed_k) | 1,    k = 0, 1.
+    s_k = sum_r u_k(r) * (sum_c b_rc * v_k(c))  mod 2**64,    k = 0, 1,
+
+of odd weights, hashed from the index: `u_0`, `u_1` of 64 bits, `v_0` and `v_1` of 32 bits, the halves of one hash. So a
+word costs two products of 32 bits each, and no hash: those of columns are a table, those of rows come once a row.
 
 A sum over parts of an array is the sum of the parts, whatever the parts are, so every shard is summed where it is, from
-its words' indices in the whole array, and no device talks to another.
+its rows' and columns' indices in the whole array, and no device talks to another.
 
-**Any change within one word is found with certainty**, a flipped bit among them: it adds `d * w` with `0 < |d| < 2**32`
-and an odd `w`, which is never 0 modulo 2**64.
+**Any change within one word is found with certainty**, a flipped bit among them: it adds `d * v * u`, where
+`0 < |d * v| < 2**64`, which an odd `u` never makes 0 modulo 2**64.
 
-**Any other change is found with a probability of at least 1 - 2**-64**, with the weights taken as independent random
-odd numbers. Proof: let `2**v`, `v <= 31`, be the highest power of two that divides all the differences `d_i`, and `d_j`
-one that `2**(v+1)` does not divide. Whatever the other weights are, `sum_i d_i w_k(i) = 0` then fixes `w_k(j)` modulo
-`2**(64 - v)`, that is at least 32 of its 63 random bits, and does so for both `k`. (The bound is reached by differences
-in the top bits of words only, such as flipped signs; 2**-126 is usual. Sums modulo 2**32 would always miss two flipped
-signs.) The weights are no secret, so this is no defence against somebody who wants to forge an array.
+**Any other change is missed with a probability of less than 2**-50**, with the weights taken as independent random odd
+numbers. Proof, for one sum: let `2**z`, `z <= 31`, be the highest power of two that divides all the differences `d_rc`,
+and `d_rj` one that `2**(z+1)` does not divide. What row `r` adds is `u(r) * X`, `X = sum_c d_rc v(c)`.
 
-splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+- For `z < t <= 64`, `2**t` divides `X` with probability at most `2**(1 - min(t - z, 32))`: whatever the other weights
+  are, `v(j)` is then fixed modulo `2**min(t - z, 32)`, and all but one of those bits are random.
+- If `2**t` is the highest power that divides `X`, `t < 64`, the sum is 0 with probability at most `2**(t - 63)`:
+  whatever the other rows add, `u(r)` is then fixed modulo `2**(64 - t)`.
+
+So the change is missed with probability at most `sum_{t=z..63} P(2**t divides X) * 2**(t - 63) + P(X = 0)`, which is
+largest for `z = 31`: `2**-32 + 32 * 2**-31 + 2**-31 < 2**-25`. The two sums have no weights in common, so both miss it
+with less than `2**-50`. (This is the bound of differences in the top bits of words only, such as flipped signs, which
+sums modulo 2**32 would always miss; if any difference is odd, it is `2**-58`.) The weights are no secret, so this is no
+defence against somebody who wants to forge an array.
+
+The hash is splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,9 +52,13 @@ Key = TypeVar("Key", bound=Hashable)
 Sums = np.ndarray
 """`uint64[2]`: `s_0` and `s_1` of an array, or of a part of it."""
 
-_SEEDS = (0x243F6A8885A308D3, 0x13198A2E03707344)  # the first digits of pi's fraction
+_COLUMN_SEED, *_ROW_SEEDS = 0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0  # the digits of pi's fraction
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_LEAST_COLUMNS = 128
+"""So many words share the hash of their row, if the trailing axes have them."""
+_MOST_COLUMNS = 1 << 17
+"""A table of their weights is a megabyte; where the last axis is longer, each word is a row."""
 _BLOCK_WORDS = 1 << 20
 _CACHED_WORDS = 1 << 15
 _SMALL_BYTES = 64 << 10
@@ -71,7 +88,7 @@ def sums(fingerprint: str) -> Sums:
 
 def total(parts: Any) -> Sums:
     """The sums of an array, from those of its parts."""
-    added: Sums = np.asarray(parts, np.uint64).reshape(-1, len(_SEEDS)).sum(axis=0, dtype=np.uint64)
+    added: Sums = np.asarray(parts, np.uint64).reshape(-1, len(_ROW_SEEDS)).sum(axis=0, dtype=np.uint64)
     return added
 
 
@@ -97,36 +114,42 @@ def start_parts(array: jax.Array) -> Callable[[], dict[int, Sums]]:
 
 def _start_shards(array: Array, shards: Sequence[Any]) -> Callable[[], np.ndarray]:
     """The same of some shards; gives `uint64[shards, 2]`."""
-    strides = np.array([int(np.prod(array.shape[axis + 1 :])) for axis in range(array.ndim)], np.uint64)
-    starts = [_first_index(shard.index, array.shape) for shard in shards]
     on_host = bool(shards) and isinstance(shards[0].data, np.ndarray)
     if not shards or array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype) or on_host:
-        parts = [
-            _host_sums(np.asarray(shard.data), start, strides) for shard, start in zip(shards, starts, strict=True)
-        ]
-        return lambda: np.asarray(parts, np.uint64).reshape(-1, len(_SEEDS))
+        parts = [_host_sums(np.asarray(shard.data), shard.index, array.shape) for shard in shards]
+        return lambda: np.asarray(parts, np.uint64).reshape(-1, len(_ROW_SEEDS))
     mesh = Mesh(np.array([shard.device for shard in shards]), (_AXIS,))
-    rows = NamedSharding(mesh, PartitionSpec(_AXIS))
     local = shards[0].data.shape
     stacked = jax.make_array_from_single_device_arrays(
-        (len(shards) * local[0], *local[1:]), rows, [shard.data for shard in shards]
+        (len(shards) * local[0], *local[1:]),
+        NamedSharding(mesh, PartitionSpec(_AXIS)),
+        [shard.data for shard in shards],
     )
+    firsts = tuple(_starts(shard.index, array.shape) for shard in shards)
     with jax.enable_x64(True):  # of this thread only
-        result = _sums_by_shard(mesh)(stacked, np.array(starts, np.uint64), strides)
+        result = _sums_by_shard(mesh)(stacked, *_places(mesh, array.shape, local, firsts))
     return lambda: np.asarray(result)
 
 
 def _start_on_host(array: np.ndarray) -> Callable[[], Sums]:
-    flat = _words(array)
-    blocks = len(flat) // _BLOCK_WORDS
+    words = _words(array)
+    if words.size == 0:
+        return lambda: total([])
+    split = _split(words.shape)
+    grid = words.reshape(math.prod(words.shape[:split]), -1)
+    columns = grid.shape[1]
+    weights = _column_weights((0,), (columns,), (columns,))
+    height = _BLOCK_WORDS // columns
+    blocks = len(grid) // height
     results = []
     if blocks:
         mesh = Mesh(np.array([_computing_device()]), (_AXIS,))
+        table, _, strides = _places(mesh, grid.shape, grid.shape, ((0, 0),))
         with jax.enable_x64(True):
-            for start in range(0, blocks * _BLOCK_WORDS, _BLOCK_WORDS):
-                block = jax.device_put(flat[start : start + _BLOCK_WORDS], mesh.devices.flat[0])
-                results.append(_sums_by_shard(mesh)(block, np.array([start], np.uint64), np.ones(1, np.uint64)))
-    rest = _word_sums(flat[blocks * _BLOCK_WORDS :], blocks * _BLOCK_WORDS)
+            for start in range(0, blocks * height, height):
+                block = jax.device_put(grid[start : start + height], mesh.devices.flat[0])
+                results.append(_sums_by_shard(mesh)(block, table, np.array([start], np.uint64), strides))
+    rest = _grid_sums(grid[blocks * height :], np.arange(blocks * height, len(grid), dtype=np.uint64), weights)
     return lambda: total([rest, *(np.asarray(result)[0] for result in results)])
 
 
@@ -139,10 +162,32 @@ def _computing_device() -> jax.Device:
     return device
 
 
+def _split(shape: tuple[int, ...]) -> int:
+    """The axis from which on columns are counted: never the first, and all of them few enough for a table."""
+    split, columns = len(shape), 1
+    while split > 1 and columns < _LEAST_COLUMNS and columns * shape[split - 1] <= _MOST_COLUMNS:
+        split -= 1
+        columns *= shape[split]
+    return split
+
+
 def _first_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
     """The row-major index, in the whole array, of the first element of a part."""
-    starts = [part.indices(size)[0] for part, size in zip(index, shape, strict=True)]
-    return int(np.ravel_multi_index(starts, shape)) if 0 not in shape and shape else 0
+    return _flat(_starts(index, shape), shape)
+
+
+def _starts(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(part.indices(size)[0] for part, size in zip(index, shape, strict=True))
+
+
+def _flat(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """The row-major index of an element."""
+    return sum(one * int(stride) for one, stride in zip(index, _strides(shape), strict=True))
+
+
+def _strides(shape: tuple[int, ...]) -> np.ndarray:
+    """In elements."""
+    return np.array([math.prod(shape[axis + 1 :]) for axis in range(len(shape))], np.uint64)
 
 
 def _one_word_each(dtype: np.dtype) -> bool:
@@ -155,65 +200,122 @@ def _one_word_each(dtype: np.dtype) -> bool:
 
 @functools.cache
 def _sums_by_shard(mesh: Mesh) -> Callable[..., jax.Array]:
-    """`(stacked shards, first index of each, strides of the whole array) -> uint64[shards, 2]`; no communication."""
+    """`(stacked shards, weights of their columns, first row of each, strides of rows) -> uint64[shards, 2]`; no
+    communication."""
     parts = PartitionSpec(_AXIS)
-    return jax.jit(jax.shard_map(_shard_sums, mesh=mesh, in_specs=(parts, parts, PartitionSpec()), out_specs=parts))
+    return jax.jit(
+        jax.shard_map(_shard_sums, mesh=mesh, in_specs=(parts, parts, parts, PartitionSpec()), out_specs=parts)
+    )
 
 
-def _shard_sums(shard: jax.Array, first: jax.Array, strides: jax.Array) -> jax.Array:
+def _shard_sums(shard: jax.Array, weights: jax.Array, first: jax.Array, strides: jax.Array) -> jax.Array:
     word = _UNSIGNED[shard.dtype.itemsize]
     bits = shard.astype(word) if shard.dtype == np.bool_ else lax.bitcast_convert_type(shard, word)
     bits = bits.astype(np.uint64)
+    split = len(strides)
+    columns = tuple(range(split, shard.ndim))
+    weights = weights[0].astype(np.uint64)
+    # One reduction for both sums, so that the array is read once. XLA makes 64-bit products of two 32-bit ones.
+    in_rows = _both_sums([bits * lax.broadcast_in_dim(lane, shard.shape, columns) for lane in weights], columns)
     index = first[0]
-    for axis in range(shard.ndim):
-        index = index + lax.broadcasted_iota(np.uint64, shard.shape, axis) * strides[axis]
-    terms = tuple(bits * _weight(index, seed) for seed in _SEEDS)
-    zeros = tuple(np.zeros((), np.uint64) for _ in _SEEDS)
-    # One reduction of both sums reads the array once, which is what this costs.
-    return jnp.stack(lax.reduce(terms, zeros, _add_both, tuple(range(shard.ndim))))[None]
+    for axis in range(split):
+        index = index + lax.broadcasted_iota(np.uint64, shard.shape[:split], axis) * strides[axis]
+    weighted = [lane * _row_weights(index, seed) for lane, seed in zip(in_rows, _ROW_SEEDS, strict=True)]
+    return jnp.stack(_both_sums(weighted, tuple(range(split))))[None]
+
+
+def _both_sums(terms: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:
+    if not axes:
+        return terms
+    sums: Sequence[jax.Array] = lax.reduce(tuple(terms), (np.uint64(0), np.uint64(0)), _add_both, axes)
+    return sums
 
 
 def _add_both(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(one + other for one, other in zip(left, right, strict=True))
 
 
-def _weight(index: Any, seed: int) -> Any:
-    """The odd weight of a word; of a `uint64` array by jax or numpy."""
+@functools.lru_cache(maxsize=64)
+def _places(
+    mesh: Mesh, shape: tuple[int, ...], local: tuple[int, ...], firsts: tuple[tuple[int, ...], ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `_sums_by_shard` needs to know of where shards lie in an array, on the devices: that costs as much as a sum.
+
+    The weights of columns are among it, for within the sums XLA would hash them again in every row.
+    """
+    split = _split(shape)
+    tables = np.stack([_column_weights(first[split:], shape[split:], local[split:]) for first in firsts])
+    rows = np.array([_flat(first[:split], shape[:split]) for first in firsts], np.uint64)
+    parts = NamedSharding(mesh, PartitionSpec(_AXIS))
+    with jax.enable_x64(True):
+        table, first_rows = jax.device_put((tables, rows), parts)
+        return table, first_rows, jax.device_put(_strides(shape[:split]), NamedSharding(mesh, PartitionSpec()))
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def _hash(index: Any, seed: int) -> Any:
+    """splitmix64 of a `uint64` array by jax or numpy."""
     number = np.uint64
     mixed = index * number(_GAMMA) + number(seed)
     mixed = (mixed ^ (mixed >> number(30))) * number(_MIX_1)
     mixed = (mixed ^ (mixed >> number(27))) * number(_MIX_2)
-    return (mixed ^ (mixed >> number(31))) | number(1)
+    return mixed ^ (mixed >> number(31))
+
+
+def _row_weights(index: Any, seed: int) -> Any:
+    """`uint64`, odd; of a `uint64` array by jax or numpy."""
+    return _hash(index, seed) | np.uint64(1)
+
+
+@functools.lru_cache(maxsize=64)
+def _column_weights(first: tuple[int, ...], shape: tuple[int, ...], local: tuple[int, ...]) -> np.ndarray:
+    """`uint32[2, *local]`: the weights of a part of the columns, given the indices of its first one."""
+    hashed = _hash(_indices(first, shape, local).reshape(-1), _COLUMN_SEED).reshape(local)
+    return np.stack([hashed >> np.uint64(32), hashed & np.uint64(0xFFFFFFFF)]).astype(np.uint32) | np.uint32(1)
+
+
+def _indices(first: tuple[int, ...], shape: tuple[int, ...], local: tuple[int, ...]) -> np.ndarray:
+    """The row-major indices, in the whole, of a part of the shape `local`."""
+    index: np.ndarray = np.full(local, _flat(first, shape), np.uint64)
+    for axis, stride in enumerate(_strides(shape)):
+        steps = np.arange(local[axis], dtype=np.uint64) * stride
+        index = index + steps.reshape([-1 if other == axis else 1 for other in range(len(local))])
+    return index
 
 
 # --------------------------------------------------------------------------------------------------------- on the host
 
 
 def _words(array: np.ndarray) -> np.ndarray:
-    """All words of a numpy array, in order."""
-    flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(_UNSIGNED.get(flat.dtype.itemsize, np.uint32))
+    """All words of a numpy array, those of large elements along an axis of their own; there is at least one axis."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.itemsize in _UNSIGNED:
+        return array.view(_UNSIGNED[array.dtype.itemsize])
+    return array.reshape(*array.shape, 1).view(np.uint32)
 
 
-def _host_sums(part: np.ndarray, first: int, strides: np.ndarray) -> Sums:
-    """The sums of a part of an array, given the index of its first element and the strides, in elements."""
-    if part.size == 0:
-        return np.zeros(len(_SEEDS), np.uint64)
-    index: np.ndarray = np.full(part.shape, first, np.uint64)
-    for axis, stride in enumerate(strides):
-        steps = np.arange(part.shape[axis], dtype=np.uint64) * stride
-        index = index + steps.reshape([-1 if other == axis else 1 for other in range(part.ndim)])
-    words = _words(part).reshape(part.size, -1)
-    per_element = words.shape[1]
-    index = index.reshape(-1, 1) * np.uint64(per_element) + np.arange(per_element, dtype=np.uint64)
-    return total([np.sum(words * _weight(index, seed), dtype=np.uint64) for seed in _SEEDS])
+def _host_sums(part: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> Sums:
+    """The sums of a part of an array."""
+    words = _words(part)
+    if words.size == 0:
+        return total([])
+    added = words.shape[len(shape) :]  # axes, of which every part has all
+    first, shape = (*_starts(index, shape), *(0 for _ in added)), (*shape, *added)
+    split = _split(shape)
+    rows = _indices(first[:split], shape[:split], words.shape[:split]).reshape(-1)
+    weights = _column_weights(first[split:], shape[split:], words.shape[split:])
+    return _grid_sums(words.reshape(len(rows), -1), rows, weights.reshape(len(weights), -1))
 
 
-def _word_sums(words: np.ndarray, first: int) -> Sums:
-    """The sums of consecutive words, in pieces that stay in the processor's cache."""
+def _grid_sums(grid: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Sums:
+    """The sums of rows of words, given the rows' indices, in pieces that stay in the processor's cache."""
     parts: list[Sums] = []
-    for start in range(0, len(words), _CACHED_WORDS):
-        piece = words[start : start + _CACHED_WORDS].astype(np.uint64)
-        index = np.arange(first + start, first + start + len(piece), dtype=np.uint64)
-        parts.append(total([np.sum(piece * _weight(index, seed), dtype=np.uint64) for seed in _SEEDS]))
+    height = max(1, _CACHED_WORDS // grid.shape[1])
+    for start in range(0, len(grid), height):
+        piece, index = grid[start : start + height].astype(np.uint64), rows[start : start + height]
+        in_rows = [np.einsum("rc,c->r", piece, lane.astype(np.uint64)) for lane in weights]
+        weighted = [lane * _row_weights(index, seed) for lane, seed in zip(in_rows, _ROW_SEEDS, strict=True)]
+        parts.append(np.array([np.sum(lane, dtype=np.uint64) for lane in weighted]))
     return total(parts)

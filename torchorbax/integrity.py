@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.errors import CorruptCheckpointError
-from torchorbax.fingerprint import fingerprints, start_parts, text, total
+from torchorbax.fingerprint import Sums, fingerprints, start, start_parts, text, total
 from torchorbax.fingerprint import sums as to_sums
 from torchorbax.hoststate import is_global
 from torchorbax.manifest import ItemMeta, Manifest
@@ -22,7 +22,31 @@ _BATCH_BYTES = 256 << 20
 _SHOWN = 5
 
 
-def check(path: str, step: int, items: Mapping[str, ItemMeta], arrays: Arrays, channel: Channel | None = None) -> None:
+class Ahead:
+    """Fingerprints of arrays that are summed while others are still being read."""
+
+    def __init__(self) -> None:
+        self._started: dict[Key, Callable[[], Sums]] = {}
+
+    def start(self, item: str, name: str, array: Array) -> None:
+        """Start to sum an array, if all of it is here."""
+        if not is_global(array):
+            self._started[item, name] = start(array)
+
+    def of(self, arrays: Mapping[Key, Array]) -> dict[Key, str]:
+        """The fingerprints of arrays, of which those that were started are the same as then."""
+        rest = {key: array for key, array in arrays.items() if key not in self._started}
+        return fingerprints(rest) | {key: text(self._started[key]()) for key in arrays if key in self._started}
+
+
+def check(
+    path: str,
+    step: int,
+    items: Mapping[str, ItemMeta],
+    arrays: Arrays,
+    channel: Channel | None = None,
+    ahead: Ahead | None = None,
+) -> None:
     """Compare arrays that were read with what the manifest says of them, on the devices where they are.
 
     Args:
@@ -31,13 +55,14 @@ def check(path: str, step: int, items: Mapping[str, ItemMeta], arrays: Arrays, c
         items: what the manifest says.
         arrays: by item and leaf.
         channel: to the other processes that have parts of them; None if there are none.
+        ahead: what was summed of them before.
 
     Raises:
         CorruptCheckpointError: some differ; names them. The same in all processes.
     """
     flat = {(item, name): array for item, one in arrays.items() for name, array in one.items()}
     spread = {key: array for key, array in flat.items() if is_global(array)}
-    found = fingerprints({key: array for key, array in flat.items() if key not in spread})
+    found = (ahead or Ahead()).of({key: array for key, array in flat.items() if key not in spread})
     if channel is not None and channel.processes.count > 1:
         found |= _together(spread, channel)
     bad = [f"{item}: {name}" for (item, name), one in found.items() if items[item].leaves[name].fingerprint != one]
@@ -102,9 +127,10 @@ def _verify_step(storage: Storage, step: int) -> None:
     bad: list[str] = []
     for item, names in _batches(manifest):
         meta = manifest.items[item]
-        arrays = storage.read(step, {item: meta}, {item: dict.fromkeys(names)})
+        ahead = Ahead()
+        arrays = storage.read(step, {item: meta}, {item: dict.fromkeys(names)}, ahead.start)
         try:
-            check(storage.path, step, manifest.items, arrays)
+            check(storage.path, step, manifest.items, arrays, ahead=ahead)
         except CorruptCheckpointError as error:
             bad += error.reasons.values()
     if bad:

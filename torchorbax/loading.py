@@ -51,8 +51,10 @@ def load(
         targets = dict.fromkeys(on_device, default_device())
     else:
         targets = dict(ShardingRules(shardings).for_leaves(on_device))
-    read = storage.read(step, {item: meta}, {item: {name: targets.get(name) for name in meta.leaves}})
+    ahead = integrity.Ahead()
+    leaves = {name: targets.get(name) for name in meta.leaves}
+    read = storage.read(step, {item: meta}, {item: leaves}, ahead.start if verify else None)
     if verify:
-        integrity.check(storage.path, step, manifest.items, read)
+        integrity.check(storage.path, step, manifest.items, read, ahead=ahead)
     arrays = read[item]
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}

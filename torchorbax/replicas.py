@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class FirstReplica:
     dtype: np.dtype
     sharding: NamedSharding
     shards: Mapping[jax.Device, jax.Array]
+    is_fully_addressable: ClassVar[bool] = False
 
 
 def is_shared(sharding: Sharding | None, dtype: np.dtype) -> bool:

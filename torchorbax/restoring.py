@@ -92,7 +92,8 @@ def restore_step(
             name: {leaf: target for leaf, target in one.items() if leaf not in here.get(name, ())}
             for name, one in targets.items()
         }
-        arrays = storage.read(step, {name: manifest.items[name] for name in plan.items}, stored)
+        then = ahead.start if verify else None
+        arrays = storage.read(step, {name: manifest.items[name] for name in plan.items}, stored, then)
         for name, leaves in here.items():
             for leaf in leaves:
                 array, target = own[name].arrays[leaf], targets[name][leaf]
@@ -103,6 +104,7 @@ def restore_step(
         for name, one in plan.items.items():
             items[name].apply(manifest.items[name], one, converted[name], undo)
 
+    ahead = integrity.Ahead()
     manifest, plan, arrays, own = _together(channel, "read", storage.path, step, loaded)
     arrays = _together(channel, "broadcast", storage.path, step, lambda: _whole(arrays))
     if verify:
@@ -110,7 +112,7 @@ def restore_step(
             name: {leaf: array for leaf, array in one.items() if (name, leaf) not in own}  # their file has a SHA-256
             for name, one in arrays.items()
         }
-        check = functools.partial(integrity.check, storage.path, step, manifest.items, to_check, channel)
+        check = functools.partial(integrity.check, storage.path, step, manifest.items, to_check, channel, ahead)
         _together(channel, "check", storage.path, step, check)
     converted = _together(
         channel,
