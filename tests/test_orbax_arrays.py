@@ -222,10 +222,10 @@ def test_memory_is_let_go_leaf_by_leaf(tmp_path: Path, monkeypatch: pytest.Monke
     counts = []
     chunks = _orbax_arrays._chunks
 
-    def counted(array: Any, shape: Any) -> Any:
+    def counted(array: Any, *shapes: Any) -> Any:
         gc.collect()
         counts.append(sum(ref() is not None for ref in alive))
-        return chunks(array, shape)
+        return chunks(array, *shapes)
 
     monkeypatch.setattr(_orbax_arrays, "_chunks", counted)
     _orbax_arrays.write(str(tmp_path), arrays, Traffic(max_host_bytes=512 << 10))
