@@ -371,9 +371,7 @@ def both_parts(folder: Path) -> dict[str, Cell]:
             wrong = f"another process lists {then['listed']}, committed are {first['committed']}"
         elif then["bad"]:
             wrong = f"another process restores other values of {then['bad']}"
-        cells |= {
-            name: Cell(**{**cell, "verdict": wrong or cell["verdict"]}) for name, cell in first["cells"].items()
-        }
+        cells |= {name: Cell(**{**cell, "verdict": wrong or cell["verdict"]}) for name, cell in first["cells"].items()}
     return cells
 
 

@@ -64,7 +64,8 @@ def prepare(path: str, timeout_s: float) -> None:
     """Let no request of gcsfs last longer, its repetitions included, and let it remember no listing.
 
     It would never learn of a step that another process has saved, for what it remembers never expires. All this is
-    about the instance of `GCSFileSystem` that etils uses, for the whole process.
+    about the instance of `GCSFileSystem` that etils uses, for the whole process: of several limits the shortest counts,
+    so that a `load` with its long one does not make a run patient.
 
     Raises:
         ConfigError: there are no credentials.
@@ -78,8 +79,10 @@ def prepare(path: str, timeout_s: float) -> None:
     system.dircache.use_listings_cache = False
     system.invalidate_cache()
 
+    limit_s = system._torchorbax_limit_s = min(timeout_s, getattr(system, "_torchorbax_limit_s", timeout_s))
+
     async def request(*args: Any, **kwargs: Any) -> Any:
-        return await asyncio.wait_for(type(system)._request(system, *args, **kwargs), timeout_s)
+        return await asyncio.wait_for(type(system)._request(system, *args, **kwargs), limit_s)
 
     system._request = request
 
