@@ -15,9 +15,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 import torchorbax
+from etils import epath
 from torchorbax import SaveError, StorageError
 from torchorbax.policies import PreservationPolicy
 
@@ -73,7 +73,8 @@ PLACES = [
     Place("metadata", "save", "kind=metadata-write,data-write name=/{step}/.*(_METADATA|_sharding|metadata)$"),
     Place("commit marker", "save", "kind=metadata-write name=/{step}/commit_success"),
     Place("listing", "save", "kind=list,stat"),
-    Place("deletion", "save", "kind=delete,batch name=/{old}/"),
+    Place("deletion of an old step", "save", "kind=delete,batch name=/{old}/"),
+    Place("deletion, half done", "save", "kind=delete,batch name=/{old}/(?!commit_success)"),
     Place("listing", "restore", "kind=list,stat"),
     Place("manifest", "restore", "kind=read name=/{step}/manifest/metadata"),
     Place("array data", "restore", "kind=read name=/{step}/[^/]+/(d/|ocdbt|manifest.ocdbt)"),
@@ -191,6 +192,7 @@ class First:
             )
             self.saved()
             cells = {key(fault, place): self.cell(fault, place) for fault in self.faults for place in PLACES}
+            self.saved()
             self.run.close()
         return {
             "cells": {name: dataclasses.asdict(cell) for name, cell in cells.items()},
@@ -216,33 +218,29 @@ class First:
         return cell
 
     def save(self, fault: Fault, place: Place, cell: Cell) -> str:
-        step, old = self.next_step, self.saved() if place.name == "deletion" else None
+        old = self.saved() if place.name.startswith("deletion") else None
         step = self.next_step
-        self.keep.steps = set() if old is None else {old}
+        self.keep.steps = {old}
         self.hit(fault, place, step, old)
         started_s = time.monotonic()
         error = self.attempt(step, cell)
         cell.elapsed_s = time.monotonic() - started_s
-        matches = self.lift()
-        self.keep.steps = set()
-        check(matches > 0, "the fault hit nothing")
+        check(self.lift() > 0, "the fault hit nothing")
         found = set(self.run.all_steps())
-        self.committed.discard(-1 if old is None else old)
-        if error is None:
-            self.committed.add(step)
-            check(found == self.committed, f"listed are {sorted(found)}, committed {sorted(self.committed)}")
-            self.check_good(step)
-            return "survived"
-        cell.error = str(error)
-        check(cell.elapsed_s < self.timeout_s + SLACK_S, f"reported only after {cell.elapsed_s:.0f} s")
-        if error.committed:
-            check(old is not None, f"it says that the step was saved: {error}")
-            self.committed.add(step)
-            if old in found:  # its deletion has not begun
-                self.committed.add(old)
-        check(found == self.committed, f"listed are {sorted(found)}, committed {sorted(self.committed)}")
-        self.check_good(self.saved())  # the storage is back
-        return "reported"
+        new = {step} if error is None or error.committed else set()
+        check(found - {old} == self.committed - {old} | new, f"listed are {sorted(found)}")
+        self.committed = found
+        if error is not None:
+            cell.error = str(error)
+            check(cell.elapsed_s < self.timeout_s + SLACK_S, f"reported only after {cell.elapsed_s:.0f} s")
+        if old in found:
+            self.check_good(old)
+        self.check_good(step if error is None else self.saved())  # the storage is back
+        if old in found:
+            self.saved()
+            check(old not in self.run.all_steps(), "what was to be let go stays")
+            self.committed.discard(old)
+        return "survived" if error is None else "reported"
 
     def restore(self, fault: Fault, place: Place, cell: Cell) -> str:
         step = max(self.committed)
@@ -331,7 +329,8 @@ def second(folder: Path) -> dict[str, Any]:
         os.environ.update(environment(server.port, "second"))
         listed = torchorbax.verify(RUN)
         bad = [step for step in listed if not same(torchorbax.load(RUN, step, "weights"), step)]
-    return {"listed": listed, "bad": bad}
+        names = [entry.name.split("/")[-1] for entry in epath.Path(RUN).iterdir()]
+    return {"listed": listed, "bad": bad, "left": sorted(set(names) - {str(step) for step in listed})}
 
 
 # ------------------------------------------------------------------------------------------------------------ all of it
@@ -371,6 +370,8 @@ def both_parts(folder: Path) -> dict[str, Cell]:
             wrong = f"another process lists {then['listed']}, committed are {first['committed']}"
         elif then["bad"]:
             wrong = f"another process restores other values of {then['bad']}"
+        elif then["left"]:
+            wrong = f"left behind: {then['left']}"
         cells |= {name: Cell(**{**cell, "verdict": wrong or cell["verdict"]}) for name, cell in first["cells"].items()}
     return cells
 

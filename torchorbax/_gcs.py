@@ -18,6 +18,7 @@ import tensorstore as ts
 from torchorbax.errors import ConfigError, StorageError, TorchorbaxError
 
 _LONGEST_DELAY_S = 32.0
+_LONGEST_LINE = 400  # TensorStore appends whole answers
 
 _SAID_BY_TENSORSTORE = (
     "ABORTED",
@@ -136,9 +137,9 @@ def answering(path: str) -> Iterator[None]:
 def told(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return "no answer in time (storage_timeout_s)"
+        return "no good answer in time (storage_timeout_s)"
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"[:_LONGEST_LINE]
 
 
 def check_access(path: str, timeout_s: float) -> None:

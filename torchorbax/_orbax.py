@@ -128,7 +128,7 @@ class Storage:
         self.path = _absolute(path)
         self._traffic = traffic
         self._root = epath.Path(self.path)
-        self._unremoved: set[int] = set()  # what failed saves have left behind, as the storage did not answer
+        self._unremoved: set[int] = set()  # what may be half written or half deleted, as the storage did not answer
         if _gcs.is_uri(self.path):
             _gcs.prepare(self.path, traffic.timeout_s)
 
@@ -426,7 +426,7 @@ class Storage:
             _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, failure)
 
     def _remove_unremoved(self) -> None:
-        """Delete what failed saves have left behind under a URI.
+        """Delete what failed saves and deletions have left behind under a URI.
 
         A step whose commit was acknowledged too late is whole, and stays.
         """
@@ -436,7 +436,7 @@ class Storage:
                     self._delete_from_uri(self._folder(step))
             except Exception as error:  # of gcsfs, which has its own; the next process removes it
                 _logger.warning(
-                    "%s: what was written of step %d could not be removed: %s", self.path, step, _gcs.told(error)
+                    "%s: what is left of step %d could not be removed: %s", self.path, step, _gcs.told(error)
                 )
             else:
                 self._unremoved.remove(step)
@@ -557,7 +557,9 @@ class Storage:
         """Delete a step so that it is never listed half deleted."""
         folder = self._folder(step)
         if _gcs.is_uri(self.path):
+            self._unremoved.add(step)
             self._delete_from_uri(folder)
+            self._unremoved.remove(step)
         else:
             hidden = self._root / f"{_DELETED}-{step}"
             folder.rename(hidden)
