@@ -1,7 +1,7 @@
 """What a run on gs:// does when the storage fails: every fault below, at every place where it can hit.
 
-`python -m tests.fault_matrix first FOLDER SHARE` runs cells against a server of its own and notes what came of them;
-`python -m tests.fault_matrix second FOLDER SHARE` is another process, which looks at what the first has left behind.
+`python -m tests.fault_matrix first FOLDER` runs the cells in several processes, each with a server of its own, and
+notes what came of them; `python -m tests.fault_matrix second FOLDER` is one more, which looks at what they have left.
 `python -m tests.fault_matrix write` does both for all and writes the table in docs/reliability.md.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ from tests.gcs_server import ServerProcess, environment
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
-RUN = "gs://bucket/runs/matrix"
 SLACK_S = 30.0
 """How much later than `storage_timeout_s` an error may come, on a machine that has other things to do."""
 
@@ -92,7 +92,7 @@ FAULTS = [
     Fault("silence until it is lifted", "hang-before"),
     Fault("server gone, until it is back", "exit-before"),
 ]
-SHARES = [FAULTS[0:2], FAULTS[2:4], FAULTS[4:7], FAULTS[7:9], FAULTS[9:10], FAULTS[10:]]
+SHARES = [FAULTS[0:1], FAULTS[1:4], FAULTS[4:7], FAULTS[7:9], FAULTS[9:10], FAULTS[10:]]
 """By the process that runs them. All of a process have one `storage_timeout_s`."""
 
 VERDICTS = ("survived", "reported")
@@ -174,10 +174,11 @@ class Cell:
 class First:
     """Runs cells, one after the other, on one run."""
 
-    def __init__(self, folder: Path, faults: Sequence[Fault]) -> None:
-        self.faults = faults
-        self.timeout_s = timeout_s(faults)
-        self.server = ServerProcess(folder)
+    def __init__(self, folder: Path, share: int) -> None:
+        self.faults = SHARES[share]
+        self.timeout_s = timeout_s(self.faults)
+        self.server = ServerProcess(folder, buckets=[f"share{share}"])
+        self.path = f"gs://share{share}/runs/matrix"
         self.committed: set[int] = set()
         self.next_step = 0
 
@@ -188,7 +189,7 @@ class First:
             self.keep = Doomed()
             self.state: dict[str, Any] = {"weights": live(0)}
             self.run = torchorbax.Checkpointer(
-                RUN, self.state, save=None, keep=self.keep, storage_timeout_s=self.timeout_s
+                self.path, self.state, save=None, keep=self.keep, storage_timeout_s=self.timeout_s
             )
             self.saved()
             cells = {key(fault, place): self.cell(fault, place) for fault in self.faults for place in PLACES}
@@ -293,7 +294,7 @@ class First:
         return step
 
     def check_good(self, step: int) -> None:
-        check(torchorbax.verify(RUN, step) == [step], "it does not verify")
+        check(torchorbax.verify(self.path, step) == [step], "it does not verify")
 
     def hit(self, fault: Fault, place: Place, step: int, old: int | None) -> None:
         rate = 2_000_000 if "read" in place.words and place.name != "manifest" else 3000
@@ -323,56 +324,68 @@ class First:
 # ------------------------------------------------------------------------------------------------------- second process
 
 
-def second(folder: Path) -> dict[str, Any]:
-    """What another process finds."""
-    with ServerProcess(folder) as server:
-        os.environ.update(environment(server.port, "second"))
-        listed = torchorbax.verify(RUN)
-        bad = [step for step in listed if not same(torchorbax.load(RUN, step, "weights"), step)]
-        names = [entry.name.split("/")[-1] for entry in epath.Path(RUN).iterdir()]
-    return {"listed": listed, "bad": bad, "left": sorted(set(names) - {str(step) for step in listed})}
+def found_by_another(path: str) -> dict[str, Any]:
+    """What is left of a run."""
+    listed = torchorbax.verify(path)
+    bad = [step for step in listed if not same(torchorbax.load(path, step, "weights"), step)]
+    names = {entry.name for entry in epath.Path(path).iterdir()}
+    return {"listed": listed, "bad": bad, "left": sorted(names - {str(step) for step in listed})}
 
 
 # ------------------------------------------------------------------------------------------------------------ all of it
 
 
-def run_part(part: str, folder: Path, share: int) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    data = folder / f"data-{share}"
-    data.mkdir(exist_ok=True)
-    found = First(data, SHARES[share]).all() if part == "first" else second(data)
-    (folder / f"{part}-{share}.json").write_text(json.dumps(found))
+def first(folder: Path) -> None:
+    """All shares at the same time, each in a process that has everything imported already."""
+    children = []
+    for share in range(len(SHARES)):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                data = folder / f"data-{share}"
+                data.mkdir()
+                (folder / f"first-{share}.json").write_text(json.dumps(First(data, share).all()))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    failed = [share for share, child in enumerate(children) if os.waitpid(child, 0)[1] != 0]
+    if failed:
+        sys.exit(f"shares {failed} failed")
+
+
+def second(folder: Path) -> None:
+    """The data of all shares, behind one server."""
+    data = folder / "data"
+    data.mkdir()
+    for share in range(len(SHARES)):
+        (folder / f"data-{share}" / f"share{share}").rename(data / f"share{share}")
+    with ServerProcess(data) as server:
+        os.environ.update(environment(server.port, "second"))
+        found = [found_by_another(f"gs://share{share}/runs/matrix") for share in range(len(SHARES))]
+    (folder / "second.json").write_text(json.dumps(found))
 
 
 def both_parts(folder: Path) -> dict[str, Cell]:
-    """What came of all cells, after two processes for each share of them; the shares run at the same time."""
-    results: dict[str, list[dict[str, Any]]] = {}
+    """What came of all cells."""
     for part in ("first", "second"):
         command = [sys.executable, "-m", "tests.fault_matrix", part, str(folder)]
-        processes = [
-            subprocess.Popen([*command, str(share)], cwd=ROOT, stderr=(folder / f"{part}-{share}.err").open("w"))
-            for share in range(len(SHARES))
-        ]
-        try:
-            for share, process in enumerate(processes):
-                if process.wait(500) != 0:
-                    told = (folder / f"{part}-{share}.err").read_text()[-3000:]
-                    raise RuntimeError(f"the {part} part of share {share} ended with {process.returncode}\n{told}")
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        results[part] = [json.loads((folder / f"{part}-{share}.json").read_text()) for share in range(len(SHARES))]
+        done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=500)
+        if done.returncode != 0:
+            raise RuntimeError(f"the {part} part ended with exit code {done.returncode}\n{done.stderr[-5000:]}")
     cells: dict[str, Cell] = {}
-    for first, then in zip(results["first"], results["second"], strict=True):
+    for share, then in enumerate(json.loads((folder / "second.json").read_text())):
+        before = json.loads((folder / f"first-{share}.json").read_text())
         wrong = ""
-        if then["listed"] != first["committed"]:
-            wrong = f"another process lists {then['listed']}, committed are {first['committed']}"
+        if then["listed"] != before["committed"]:
+            wrong = f"another process lists {then['listed']}, committed are {before['committed']}"
         elif then["bad"]:
             wrong = f"another process restores other values of {then['bad']}"
         elif then["left"]:
             wrong = f"left behind: {then['left']}"
-        cells |= {name: Cell(**{**cell, "verdict": wrong or cell["verdict"]}) for name, cell in first["cells"].items()}
+        cells |= {name: Cell(**{**cell, "verdict": wrong or cell["verdict"]}) for name, cell in before["cells"].items()}
     return cells
 
 
@@ -400,8 +413,9 @@ def write_table(verdicts: Mapping[str, str]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1] in ("first", "second"):
-        run_part(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1] != "write":
+        jax.config.update("jax_platforms", "cpu")
+        {"first": first, "second": second}[sys.argv[1]](Path(sys.argv[2]))
         return
     with tempfile.TemporaryDirectory() as folder:
         cells = both_parts(Path(folder))
