@@ -225,7 +225,7 @@ class Storage:
 
     def _is_step(self, found: Any) -> bool:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
-        return found.path.name == _NAMES.build_name(found.step) and found.path.is_dir()
+        return bool(found.path.name == _NAMES.build_name(found.step) and found.path.is_dir())
 
     def write(
         self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]], channel: Channel | None = None
@@ -450,7 +450,7 @@ class Storage:
             CorruptCheckpointError: there is, but its manifest is missing or unreadable.
         """
         folder = self._folder(step)
-        if not folder.exists():
+        if not ((folder / _COMMITTED) if _gcs.is_uri(self.path) else folder).exists():
             raise CheckpointNotFoundError(self.path, step, self.steps())
         with self._as_corrupt(step):
             self._check_whole(folder)

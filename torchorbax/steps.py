@@ -107,7 +107,7 @@ class Steps:
                 self.make_way(step)
         infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self.good()]
         preserved = self._keep.should_preserve(infos, context=PreservationContext())
-        deleted = []
+        deleted: list[int] = []
         for info, keep in zip(infos, preserved, strict=True):
             if keep or info.step == newest:
                 continue
