@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import torch
 
-from torchorbax import _orbax, _torchax, fingerprint, frozen, hoststate
+from torchorbax import _orbax, _torchax, fingerprint, frozen, hoststate, localtier
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.errors import ProcessError, SaveError
@@ -70,13 +70,15 @@ class Writer:
         storage: where to.
         steps: those there are.
         processes: all of the run; each writes its part.
+        localized: write what this process has of everything, as if there were no other.
 
     Attributes:
         lost_base: a base that was taken to be there is gone, so nothing frozen is known any more.
     """
 
-    def __init__(self, storage: Storage, steps: Steps, processes: Processes) -> None:
+    def __init__(self, storage: Storage, steps: Steps, processes: Processes, *, localized: bool = False) -> None:
         self.lost_base = False
+        self._localized = localized
         self._storage = storage
         self._steps = steps
         self._processes = processes
@@ -126,13 +128,17 @@ class Writer:
             if leaf.base == NEW_BASE
         }
         own: dict[str, HostItem] = {}
+        parts: dict[str, dict[str, Json]] = {}
+        if self._localized:
+            items, parts = localtier.localized(items, arrays)
         if self._processes.count > 1:
             own = hoststate.host_items(items, arrays)
             if not self._processes.is_first:
                 hoststate.drop_host_arrays(arrays)
                 new = {key: array for key, array in new.items() if hoststate.is_global(array)}
         started = {key: fingerprint.start(array) for key, array in new.items()}
-        return _Part(items, arrays, own, {key: sums() for key, sums in started.items()}, snapshot.identities)
+        sums = {key: sums() for key, sums in started.items()}
+        return _Part(items, arrays, own, sums, snapshot.identities, parts)
 
     # ---------------------------------------------------------------------------------------------------- process 0
 
@@ -182,7 +188,7 @@ class Writer:
             for item, name in known:
                 del part.arrays[item][name]
             metrics = {name: float(np.asarray(value)) for name, value in ticket.metrics.items()}
-            manifest = Manifest(ticket.step, ticket.time, metrics, items, _versions())
+            manifest = Manifest(ticket.step, ticket.time, metrics, items, _versions(), parts=part.parts)
             self._check_bases(manifest, part.arrays)
             self._steps.make_way(ticket.step)
         except Exception as error:
@@ -299,6 +305,7 @@ class _Part:
         own: what this process has for itself.
         sums: of the new frozen leaves.
         identities: which the frozen leaves are.
+        parts: which parts of which arrays the leaves are.
     """
 
     items: Mapping[str, ItemMeta]
@@ -306,6 +313,7 @@ class _Part:
     own: Mapping[str, HostItem]
     sums: Mapping[Key, Sums]
     identities: Identities
+    parts: Mapping[str, Mapping[str, Json]]
 
     @property
     def nbytes(self) -> int:
