@@ -288,7 +288,7 @@ ORBAX = {"_orbax.py", "_orbax_arrays.py", "_orbax_save.py"}
 
 
 @pytest.mark.parametrize(
-    ("library", "owners"), [("torchax", {"_torchax.py"}), ("orbax", ORBAX), ("tensorstore", {"_orbax_arrays.py"})]
+    ("library", "owners"), [("torchax", {"_torchax.py"}), ("orbax", ORBAX), ("tensorstore", {"_gcs.py", "_orbax_arrays.py"})]
 )
 def test_few_modules_import_foreign_insides(library: str, owners: set[str]) -> None:
     assert {path.name for path in PACKAGE.rglob("*.py") if library in _imported(path)} == owners
