@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchorbax import Checkpointer, ConfigError, SaveError, _torchax, checkpointer, policies, to_jax
+from torchorbax._orbax import Storage
 from torchorbax.manifest import Manifest
 
 from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
