@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from torchorbax import at_exit, snapshot
 from torchorbax._orbax import Storage, Traffic, traffic
 from torchorbax.deciding import Decider
-from torchorbax.errors import ConfigError, Problem, ProcessError, SaveError
+from torchorbax.errors import ConfigError, Problem, ProcessError, SaveError, TorchorbaxError
 from torchorbax.items import items_of
 from torchorbax.localtier import local_path
 from torchorbax.metrics import checked, ready
@@ -301,6 +301,18 @@ class Checkpointer:
         if tier is self._main:
             self._preemption_saved = self.preempted
         self.history.append(tier.start(taken))
+
+    def prepare(self) -> None:
+        """Compile in the background what the first save will need, so that it keeps the loop no longer than later ones.
+
+        `resume` calls this. It helps for what is on devices by now.
+        """
+        try:
+            captured = self._capture()
+        except TorchorbaxError as error:  # a module that is lazy or still to be placed; a save says so if it stays so
+            _logger.debug("%s: nothing is prepared: %s", self.path, error)
+            return
+        snapshot.prepare(captured, self._staging)
 
     def wait(self) -> None:
         """Wait until the save in flight, if any, is committed.

@@ -147,6 +147,7 @@ def resume(
                 place_(module, None, shardings, skip=meta_tensors(module))
             for one in () if optimizer is None else objects_in(optimizer):
                 place_optimizer_(one)
+        run.prepare()
         run.listen_for_preemption()
     except BaseException:
         run.close()
