@@ -145,8 +145,11 @@ class Writer:
     ) -> None:
         error: SaveError | None = None
         deleted: list[int] = []
+        nbytes = 0
         try:
-            when_committed(self._write_first(ticket, holder, mine))
+            written = self._write_first(ticket, holder, mine)
+            nbytes = written.nbytes
+            when_committed(written)
             try:
                 deleted = self._steps.retain(ticket.step)
             except Exception as failure:  # the step itself is good
@@ -162,6 +165,7 @@ class Writer:
                 "metrics": info and info.metrics,
                 "deleted": deleted,
                 "lost_base": self.lost_base,
+                "nbytes": nbytes,
             }
             self._channel.publish("end", outcome)
         if error is not None:
@@ -264,7 +268,8 @@ class Writer:
         self.lost_base = self.lost_base or outcome["lost_base"]
         if outcome["committed"] and written is not None:
             metrics = outcome["metrics"] or {}
-            written = dataclasses.replace(written, manifest=dataclasses.replace(written.manifest, metrics=metrics))
+            manifest = dataclasses.replace(written.manifest, metrics=metrics)
+            written = dataclasses.replace(written, manifest=manifest, nbytes=outcome["nbytes"])
             self._steps.commit(written.manifest)
             for deleted in outcome["deleted"]:
                 self._steps.drop(deleted)
@@ -284,9 +289,8 @@ class Writer:
         for item, name in answer["known"]:
             part.arrays[item].pop(name, None)
         own = {item: one for item, one in part.own.items() if mine["own"][item] != answer["own"].get(item)}
-        nbytes = part.nbytes
         self._storage.contribute(items, part.arrays, own, self._channel)
-        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, nbytes)
+        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, 0)  # process 0 says how much
 
 
 @dataclass(frozen=True)
