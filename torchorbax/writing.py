@@ -161,6 +161,7 @@ class Writer:
             info = self._steps.infos.get(ticket.step)
             outcome = {
                 "reason": error and error.reason,
+                "others": _others_in(error),
                 "committed": error is None or error.committed,
                 "metrics": info and info.metrics,
                 "deleted": deleted,
@@ -275,6 +276,8 @@ class Writer:
                 self._steps.drop(deleted)
             when_committed(written)
         if outcome["reason"] is not None:
+            if outcome["others"] is not None and (failure is None or isinstance(failure, SaveError)):
+                failure = ProcessError(*outcome["others"])
             raise SaveError(step, path, outcome["reason"], committed=outcome["committed"]) from failure
 
     def _write_part(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
@@ -356,6 +359,13 @@ def _with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, 
 def told(error: Exception) -> str:
     """An error in one line, for the others."""
     return f"{type(error).__name__}: {error}"
+
+
+def _others_in(error: BaseException | None) -> Json:
+    """The ProcessError behind an error, for those who are to raise the same."""
+    while error is not None and not isinstance(error, ProcessError):
+        error = None if error.__cause__ is error else error.__cause__
+    return None if error is None else [list(error.processes), error.phase, error.reason]
 
 
 def _as_save_error(step: int, path: str, error: Exception) -> SaveError:
