@@ -232,6 +232,21 @@ def test_what_a_process_said_before_it_left_counts(service: FakeService) -> None
     assert channels[0].gather("write", 0) == [0, 1, 2]
 
 
+def test_what_a_process_said_right_before_it_left_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says it and leaves just when somebody who has waited in vain looks whether it has left."""
+
+    class JustThen(FakeService):
+        def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+            if not self.calls["dir"]:
+                channels[1].gather("write", 1)
+                world.processes[1].close()
+            return super().key_value_dir_get(key)
+
+    monkeypatch.setattr("torchorbax.processes._LOOK_S", 0.05)
+    channels = (world := World(JustThen(), 2, LONG_S)).channels()
+    assert channels[0].gather("write", 0) == [0, 1]
+
+
 def test_a_process_that_has_failed_takes_part_but_waits_no_longer_than_it_must(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
