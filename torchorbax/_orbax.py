@@ -247,7 +247,7 @@ class Storage:
             try:
                 self._base_area()._write(manifest.of_base(base), part, channel)
             except SaveError as error:
-                raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error
+                raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error.__cause__ or error
         return manifest
 
     def _write(self, manifest: Manifest, arrays: dict[str, dict[str, Array]], channel: Channel) -> Manifest:

@@ -151,8 +151,11 @@ class Writer:
     ) -> None:
         error: SaveError | None = None
         deleted: list[int] = []
+        nbytes = 0
         try:
-            when_committed(self._write_first(ticket, holder, mine))
+            written = self._write_first(ticket, holder, mine)
+            nbytes = written.nbytes
+            when_committed(written)
             try:
                 deleted = self._steps.retain(ticket.step)
             except Exception as failure:  # the step itself is good
@@ -164,10 +167,12 @@ class Writer:
             info = self._steps.infos.get(ticket.step)
             outcome = {
                 "reason": error and error.reason,
+                "others": _others_in(error),
                 "committed": error is None or error.committed,
                 "metrics": info and info.metrics,
                 "deleted": deleted,
                 "lost_base": self.lost_base,
+                "nbytes": nbytes,
             }
             self._channel.publish("end", outcome)
         if error is not None:
@@ -270,12 +275,15 @@ class Writer:
         self.lost_base = self.lost_base or outcome["lost_base"]
         if outcome["committed"] and written is not None:
             metrics = outcome["metrics"] or {}
-            written = dataclasses.replace(written, manifest=dataclasses.replace(written.manifest, metrics=metrics))
+            manifest = dataclasses.replace(written.manifest, metrics=metrics)
+            written = dataclasses.replace(written, manifest=manifest, nbytes=outcome["nbytes"])
             self._steps.commit(written.manifest)
             for deleted in outcome["deleted"]:
                 self._steps.drop(deleted)
             when_committed(written)
         if outcome["reason"] is not None:
+            if outcome["others"] is not None and (failure is None or isinstance(failure, SaveError)):
+                failure = ProcessError(*outcome["others"])
             raise SaveError(step, path, outcome["reason"], committed=outcome["committed"]) from failure
 
     def _write_part(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
@@ -290,9 +298,8 @@ class Writer:
         for item, name in answer["known"]:
             part.arrays[item].pop(name, None)
         own = {item: one for item, one in part.own.items() if mine["own"][item] != answer["own"].get(item)}
-        nbytes = part.nbytes
         self._storage.contribute(items, part.arrays, own, self._channel)
-        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, nbytes)
+        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, 0)  # process 0 says how much
 
 
 @dataclass(frozen=True)
@@ -360,6 +367,13 @@ def _with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, 
 def told(error: Exception) -> str:
     """An error in one line, for the others."""
     return f"{type(error).__name__}: {error}"
+
+
+def _others_in(error: BaseException | None) -> Json:
+    """The ProcessError behind an error, for those who are to raise the same."""
+    while error is not None and not isinstance(error, ProcessError):
+        error = None if error.__cause__ is error else error.__cause__
+    return None if error is None else [list(error.processes), error.phase, error.reason]
 
 
 def _as_save_error(step: int, path: str, error: Exception) -> SaveError:
