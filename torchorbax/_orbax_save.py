@@ -28,7 +28,7 @@ def save(
     traffic: Traffic,
     fill: Callable[[Mapping[str, str]], Manifest],
 ) -> Manifest:
-    """Write a step and commit it. Only process 0 calls it: to Orbax there is but one process.
+    """Write a step and commit it. Only one process calls it: to Orbax there is no other.
 
     Args:
         folder: where to; an epath.
@@ -48,7 +48,8 @@ def save(
         return manifests[0].to_json()
 
     trees = {item: {name: _leaf_of(array) for name, array in one.items()} for item, one in leaves.items() if one}
-    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handlers: dict[str, Any] = {item: _item_handler(item, folders, traffic, alone) for item in trees}
     handlers[MANIFEST] = _manifest_handler(content, folders, alone)
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # they must be there to be written to
@@ -107,7 +108,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
         shardings = [value.sharding if isinstance(value, _DeviceLeaf) else None for value in values]
         context = _orbax_arrays.context_of(folder, self._traffic)
         infos = [info.replace(ts_context=context) for info in infos]
-        told = jax_array_handlers._async_serialize_shardings(shardings, infos, primary_host=0)
+        told = jax_array_handlers._async_serialize_shardings(shardings, infos, primary_host=jax.process_index())
         await asyncio.wait_for(told, _orbax_arrays.longest_wait_s(folder, self._traffic))
         return []
 
