@@ -160,6 +160,8 @@ class Campaign:
             self.server.start()
         elif status != 0:
             raise Failure(f"a life ended with {status}\n{(self.folder / 'output').read_text()[-3000:]}")
+        self.server.clear_faults()
+        requests = len(self.server.log())
         after = self.committed()
         if before and (not after or after[-1] < before[-1]):
             raise Failure(f"steps {before} were committed, and now {after}")
@@ -167,8 +169,6 @@ class Campaign:
             raise Failure(f"step {lost} is lost: {before} were committed, and now {after}")
         if status == 0:
             self.check_end(after)
-            requests = len(self.server.log()) - len(self.server.requests("list", client="urllib"))
-            self.server.clear_faults()
             return requests
         return 0
 
@@ -195,7 +195,7 @@ class Campaign:
         if number % 10 == 9:
             self.life(None)
         before = self.committed()
-        effect = f"exit-{('before', 'after')[number % 2]}"
+        effect = f"exit-{('before', 'after')[(number + number // self.requests) % 2]}"
         self.life(f"{effect} after={at} times=1")
         after = self.committed()
         part = "committed" if after[-1] > before[-1] else "not committed"

@@ -131,6 +131,7 @@ class Storage:
         self._traffic = traffic
         self._root = epath.Path(self.path)
         self._unremoved: set[int] = set()  # what may be half written or half deleted, as the storage did not answer
+        self._base: Storage | None = None
         if _gcs.is_uri(self.path):
             _gcs.prepare(self.path, traffic.timeout_s)
 
@@ -293,9 +294,8 @@ class Storage:
             if isinstance(error, SaveError):
                 raise
             self._remove_failed(step, error)
-            raise SaveError(
-                step, self.path, _gcs.told(error) if _gcs.is_unanswered(error) else f"{type(error).__name__}: {error}"
-            ) from error
+            reason = _gcs.told(error) if _gcs.is_uri(self.path) else f"{type(error).__name__}: {error}"
+            raise SaveError(step, self.path, reason) from error
         self._remove_unremoved()
         return stamped
 
@@ -578,8 +578,10 @@ class Storage:
         folder.rmtree(missing_ok=True)  # and what was deleted without an acknowledgement is missing
 
     def _base_area(self) -> Storage:
-        """Where frozen parameters lie, as steps with numbers of their own."""
-        return Storage(f"{self.path}/{BASE}", self._traffic)
+        """Where frozen parameters lie, as steps with numbers of their own. It remembers what it has left behind."""
+        if self._base is None:
+            self._base = Storage(f"{self.path}/{BASE}", self._traffic)
+        return self._base
 
     @_answered
     def bases(self) -> set[int]:
