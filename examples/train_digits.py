@@ -2,6 +2,7 @@
 
 python examples/train_digits.py --devices 8
 python examples/train_digits.py --devices 16    # goes on where the other one was killed
+python examples/train_digits.py --processes 2 --devices 4 --path gs://bucket/digits    # as on two hosts of a pod
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import argparse
 import hashlib
 import json
 import math
+import signal
+import socket
 import statistics
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +26,7 @@ import optax
 import torch
 import torch.nn.functional as F
 import torchorbax  # before torchax, which it makes importable
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -38,6 +42,8 @@ PEAK_LEARNING_RATE = 4e-3
 
 def train(options: Options) -> Summary:
     simulate_chips(options.devices)
+    if options.coordinator is not None:
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
     torch.manual_seed(options.seed)
     train_set, test_set = train_and_test_digits(options.seed)
 
@@ -95,6 +101,23 @@ def simulate_chips(count: int) -> None:
     """Make the CPU look like `count` chips; works only as long as nothing has asked jax for its devices."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # between processes
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def start_processes(count: int) -> int:
+    """Run this program in `count` processes that form one job, as the launcher of a cluster would; the exit code."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen([sys.executable, *sys.argv, "--process", str(index), "--coordinator", coordinator])
+        for index in range(count)
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
+    return max((process.wait() for process in processes), key=abs)
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -208,35 +231,45 @@ class Summary:
 
 def summary_of(run: torchorbax.Checkpointer, loss: torch.Tensor | None, model: nn.Module, test_set: Digits) -> Summary:
     committed = [save for save in run.history if save.commit_s is not None]
+    weights = whole_weights(model)
     return Summary(
         devices=jax.device_count(),
         resumed_from=run.step,
         final_loss=None if loss is None else float(loss),
-        accuracy=accuracy(model, test_set),
+        accuracy=accuracy(model, weights, test_set),
         saves=len(committed),
         stalls_ms=[1e3 * save.stall_s for save in committed],
         steps_on_disk=run.all_steps(),
-        digest=digest_of(model),
+        digest=digest_of(weights),
     )
 
 
-def accuracy(model: nn.Module, digits: Digits) -> float:
+def whole_weights(model: nn.Module) -> dict[str, np.ndarray]:
+    """All of the weights, in every process."""
+    arrays = torchorbax.to_jax(model)
+    everywhere = NamedSharding(next(iter(arrays.values())).sharding.mesh, PartitionSpec())
+    gathered = jax.jit(lambda weights: weights, out_shardings=everywhere)(arrays)
+    return {name: np.asarray(array) for name, array in gathered.items()}
+
+
+def accuracy(model: nn.Module, weights: dict[str, np.ndarray], digits: Digits) -> float:
     model.eval()
     predict = jax_jit(lambda weights, images: torch.func.functional_call(model, weights, (images,)).argmax(-1))
-    predicted = predict(dict(model.named_parameters()), torch_view(jnp.asarray(digits.images)))
+    on_one_chip = {name: torch_view(jnp.asarray(array)) for name, array in weights.items()}
+    predicted = predict(on_one_chip, torch_view(jnp.asarray(digits.images)))
     return float(np.mean(np.asarray(torchorbax.to_jax(predicted)) == digits.labels))
 
 
-def digest_of(model: nn.Module) -> str:
+def digest_of(weights: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for name, array in torchorbax.to_jax(model).items():
-        digest.update(name.encode() + np.asarray(array).tobytes())
+    for name, array in weights.items():
+        digest.update(name.encode() + array.tobytes())
     return digest.hexdigest()
 
 
 def append_loss(file: Path | None, step: int, loss: torch.Tensor) -> None:
     """Add a line of JSON; closing the file at once hands it to the system, where it survives a kill of this process."""
-    if file is not None:
+    if file is not None and jax.process_index() == 0:
         with file.open("a") as lines:
             lines.write(json.dumps({"step": step, "loss": float(loss)}) + "\n")
 
@@ -247,6 +280,7 @@ def append_loss(file: Path | None, step: int, loss: torch.Tensor) -> None:
 @dataclass(frozen=True)
 class Options:
     path: str
+    processes: int
     devices: int
     optimizer: str
     steps: int
@@ -256,12 +290,15 @@ class Options:
     seed: int
     log_losses: Path | None
     summary: Path | None
+    process: int
+    coordinator: str | None
 
 
 def parse_options() -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", default="runs/digits", help="the run's folder")
-    parser.add_argument("--devices", type=positive, default=8, help="simulated chips")
+    parser.add_argument("--path", default="runs/digits", help="the run's folder, or gs://bucket/folder")
+    parser.add_argument("--processes", type=positive, default=1, help="that train together, each with its own chips")
+    parser.add_argument("--devices", type=positive, default=8, help="simulated chips of each process")
     parser.add_argument("--optimizer", choices=["adamw", "optax"], default="adamw")
     parser.add_argument("--steps", type=positive, default=200, help="of the whole run")
     parser.add_argument("--batch-size", type=positive, default=128)
@@ -270,9 +307,12 @@ def parse_options() -> Options:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-losses", type=Path, metavar="FILE", help="append the loss of each step, as JSON lines")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write what is printed at the end as JSON as well")
+    parser.add_argument("--process", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     options = Options(**vars(parser.parse_args()))
-    if options.batch_size % options.devices:
-        parser.error(f"a batch of {options.batch_size} cannot be split evenly over {options.devices} devices")
+    if options.batch_size % (options.processes * options.devices):
+        chips = options.processes * options.devices
+        parser.error(f"a batch of {options.batch_size} cannot be split evenly over {chips} devices")
     return options
 
 
@@ -288,7 +328,11 @@ def continuous_or_steps(text: str) -> str | int:
 
 def main() -> None:
     options = parse_options()
+    if options.processes > 1 and options.coordinator is None:
+        sys.exit(start_processes(options.processes))
     summary = train(options)
+    if options.process > 0:
+        return
     print(summary)
     if options.summary is not None:
         options.summary.write_text(json.dumps(asdict(summary)))

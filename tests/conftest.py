@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from torchorbax import _torchax
 
+from tests.several import Ended, PortTakenError, Running, RunProcesses
+
 for _profile, _examples in (("usual", 50), ("thorough", 2000)):  # pytest --hypothesis-profile=thorough
     hypothesis.settings.register_profile(
         _profile,
@@ -100,6 +102,40 @@ def run_python(tmp_path: Path) -> RunPython:
         if check and done.returncode:
             pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_processes(tmp_path_factory: pytest.TempPathFactory) -> RunProcesses:
+    """Run Python as several jax processes: `run_processes(code, *args, processes=2, devices=4, ...)`.
+
+    What the program finds is told in `tests.several.Running`. `during` gets the running processes, to wait for what
+    they say and to send them signals, and returns those that will end, or nothing if all do. Everything is started
+    again if somebody else has taken the port.
+    """
+
+    def run(
+        program: str,
+        *args: object,
+        processes: int = 2,
+        devices: int = 4,
+        timeout: float = 120,
+        check: bool = True,
+        heartbeat_s: int = 100,
+        during: Callable[[Running], Sequence[int]] = lambda running: (),
+    ) -> list[Ended]:
+        env = {**os.environ, "XLA_FLAGS": _with_devices(os.environ["XLA_FLAGS"], devices)}
+        for _ in range(5):
+            try:
+                folder = tmp_path_factory.mktemp("processes")
+                with Running(program, args, folder, processes, timeout, heartbeat_s, env) as running:
+                    return running.join(*during(running), check=check)
+            except PortTakenError:
+                continue
+            except AssertionError as error:
+                pytest.fail(str(error), pytrace=False)
+        pytest.fail("no free port in 5 attempts")
 
     return run
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchorbax import Checkpointer, ConfigError, SaveError, _torchax, checkpointer, policies, to_jax
+from torchorbax._orbax import Storage
 from torchorbax.manifest import Manifest
 
 from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
@@ -256,7 +257,7 @@ def test_errors_of_background_saves_are_raised_once_with_the_step(storage: FakeS
     storage.failures[0] = OSError("disk full")
     run = fake_run(storage)
     run.save(0)
-    run._saver._thread.join()
+    run._main.saver._thread.join()
     calls: dict[str, Callable[[], Any]] = {"save": lambda: run.save(1), "wait": run.wait, "close": run.close}
     with pytest.raises(SaveError, match="step 0 was not saved: OSError: disk full") as caught:
         calls[ask]()
@@ -288,7 +289,7 @@ def test_a_failed_save_never_stops_later_ones(storage: FakeStorage) -> None:
                 run.save(step)
             except SaveError as error:
                 errors.append(error.step)
-            run._saver.collect()
+            run._main.saver.collect()
     assert errors == [1, 2]
     assert storage.steps() == [0, 3, 4][-3:]
 
@@ -574,7 +575,7 @@ def test_cpu_tensors_changed_right_after_save(tmp_path: Path) -> None:
 def test_reference_staging_fails_aloud_when_arrays_are_donated(storage: FakeStorage, tmp_path: Path) -> None:
     storage.gate.clear()
     state = {"w": {"w": jnp.ones(4)}}
-    real = checkpointer._orbax.Storage(str(tmp_path / "run"))
+    real = Storage(str(tmp_path / "run"))
     write = storage.write
 
     def write_for_real(manifest: Manifest, arrays: Mapping[str, Any], channel: Any = None) -> Manifest:
@@ -928,7 +929,7 @@ def test_sigterm_saves_what_the_body_handed_over(storage: FakeStorage, monkeypat
     """The signal comes after `save` has said that nothing is due; the live values are stale in a functional loop."""
     seen: list[float] = []
     write = storage.write
-    monkeypatch.setattr(storage, "write", lambda m, a: (seen.append(float(a["w"]["w"][0])), write(m, a))[1])
+    monkeypatch.setattr(storage, "write", lambda m, a, c: (seen.append(float(a["w"]["w"][0])), write(m, a, c))[1])
     with fake_run(storage, save=100) as run:
         for step in run.steps(9):
             run.save(step, {"w": weights(step + 1.0)}, metrics={"loss": step})

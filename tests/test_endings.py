@@ -174,7 +174,7 @@ def test_a_flush_that_fails(failing: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_everything_is_flushed_before_an_older_step_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, flushed, deleted_after = os.fsync, set[str](), []
     run = Checkpointer(str(tmp_path / "run"), state(), rng=False, keep=1)
-    delete = run._storage.delete
+    delete = run._main.storage.delete
 
     def fsync(descriptor: int) -> None:
         flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -185,7 +185,7 @@ def test_everything_is_flushed_before_an_older_step_goes(tmp_path: Path, monkeyp
         delete(step)
 
     monkeypatch.setattr(_orbax.os, "fsync", fsync)
-    monkeypatch.setattr(run._storage, "delete", note_and_delete)
+    monkeypatch.setattr(run._main.storage, "delete", note_and_delete)
     with run:
         save_and_wait(run, 0)
         save_and_wait(run, 1)
@@ -311,10 +311,10 @@ def test_ctrl_c_while_a_save_is_waited_for(where: str, tmp_path: Path, run_pytho
         import os, signal, sys, threading, numpy as np, torchorbax
         from torchorbax._orbax import Storage
         write, go = Storage.write, threading.Event()
-        def slow(self, manifest, arrays):
+        def slow(self, manifest, arrays, channel):
             threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
             go.wait(3)
-            return write(self, manifest, arrays)
+            return write(self, manifest, arrays, channel)
         Storage.write = slow
         with torchorbax.Checkpointer(sys.argv[1], {{"x": {{"a": np.ones(8)}}}}, rng=False, save=None) as run:
             run.save(0, force=True)

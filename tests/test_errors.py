@@ -18,6 +18,8 @@ TREE = {
     errors.UnsupportedLeafError: TypeError,
     errors.DeletedArrayError: RuntimeError,
     errors.SaveError: Exception,
+    errors.StorageError: OSError,
+    errors.ProcessError: RuntimeError,
 }
 
 EXAMPLES = [
@@ -28,6 +30,8 @@ EXAMPLES = [
     errors.UnsupportedLeafError("weight", "a set"),
     errors.DeletedArrayError(["weight"]),
     errors.SaveError(3, "/run", "disk full"),
+    errors.StorageError("gs://bucket/run", "503"),
+    errors.ProcessError([1], "write", "process 1 did not come"),
 ]
 
 

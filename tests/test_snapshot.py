@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -271,3 +272,27 @@ def test_a_snapshot_keeps_no_live_array_alive(mesh: Mesh) -> None:
     gc.collect()
     assert alive() is None
     assert taken.nbytes == 4 << 18
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 63, 64, 65, 150])
+def test_copies_of_many_arrays_alike(count: int, mesh: Mesh) -> None:
+    layout = NamedSharding(mesh, P("fsdp"))
+    leaves = {str(at): jax.device_put(np.full(16, at, np.float32), layout) for at in range(count)}
+    leaves["other"] = jnp.arange(3)
+    taken = take(leaves, "device")
+    assert {name: bits(array) for name, array in taken.items()} == {name: bits(one) for name, one in leaves.items()}
+    assert all(taken[name].sharding == one.sharding for name, one in leaves.items())
+
+
+def test_after_prepare_the_first_snapshot_compiles_nothing(mesh: Mesh, compilations: list[str]) -> None:
+    layout = NamedSharding(mesh, P("fsdp"))
+    leaves = {str(at): jax.device_put(np.full((16, 7), at, np.float32), layout) for at in range(21)}
+    snapshot.prepare({"state": Captured("pytree", leaves)}, "auto")
+    for thread in threading.enumerate():
+        if thread.name == "torchorbax-prepare":
+            thread.join()
+    assert "_copy" in compilations
+    compilations.clear()
+    moments = {f"{name}.{at}": array for name, array in leaves.items() for at in range(3)}  # as an optimizer adds them
+    snapshot.take({"state": Captured("pytree", moments)}, "auto")
+    assert compilations == []

@@ -40,7 +40,7 @@ from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 from torchorbax.processes import Channel, Processes
 from torchorbax.values import Json
 
-__all__ = ["MANIFEST", "Storage", "decision_context", "orbax_policies", "traffic"]
+__all__ = ["MANIFEST", "Storage", "Traffic", "decision_context", "orbax_policies", "traffic"]
 
 BASE = "base"
 VERSION = importlib.metadata.version("orbax-checkpoint")
@@ -52,7 +52,9 @@ _DELETED = ".torchorbax-deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
 
-_ONE_WRITE = threading.Lock()  # Orbax numbers its operations per process, and mixes those of concurrent saves up
+_ONE_WRITE = threading.Lock()
+"""Held while Orbax begins and ends a save: it numbers operations per process, and mixes those of concurrent ones."""
+
 
 _logger = logging.getLogger(__name__)
 
@@ -149,8 +151,9 @@ class Storage:
         """Make the folder and see that it can be written to.
 
         Raises:
-            ConfigError: it cannot.
+            ConfigError: it cannot, or it is a file or holds something that is no run.
         """
+        self.check()
         with _as_config_error(self.path):
             self._root.mkdir(parents=True, exist_ok=True)
             probe = self._root / ".torchorbax-write-probe"
@@ -244,7 +247,7 @@ class Storage:
             try:
                 self._base_area()._write(manifest.of_base(base), part, channel)
             except SaveError as error:
-                raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error
+                raise SaveError(manifest.step, self.path, f"base {base}: {error}") from error.__cause__ or error
         return manifest
 
     def _write(self, manifest: Manifest, arrays: dict[str, dict[str, Array]], channel: Channel) -> Manifest:
@@ -254,7 +257,11 @@ class Storage:
             nonlocal announced
             announced = True
             channel.publish("write", {"folders": folders, "error": None})
-            return self._filled(folders, manifest, arrays, channel)
+            _ONE_WRITE.release()  # by now Orbax knows its numbers
+            try:
+                return self._filled(folders, manifest, arrays, channel)
+            finally:
+                _ONE_WRITE.acquire()
 
         try:
             if self._folder(step).exists():

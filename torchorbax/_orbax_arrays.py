@@ -57,6 +57,7 @@ class Traffic:
         max_host_bytes: host memory for copies on their way, per save or restore; one chunk at least (64 MiB).
         all_write: of a part that several devices hold, each writes its share; else the first one writes all of it.
         timeout_s: how long to wait for a URI's storage.
+        alone: whatever other processes there are, this one writes all that is given to it.
         one_reads: what several processes hold is read by the first replica's alone (`torchorbax.replicas`).
     """
 
@@ -65,6 +66,7 @@ class Traffic:
     all_write: bool = False
     one_reads: bool = False
     timeout_s: float = 300.0
+    alone: bool = False
 
 
 def _context(folder: str, traffic: Traffic) -> ts.Context:
@@ -99,7 +101,7 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
         By name the sums that make up its fingerprint, of the part that this process has, taken of the same bytes.
     """
     names = list(arrays)
-    process = jax.process_index()
+    process = 0 if traffic.alone else jax.process_index()
     options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.WRITE)
     spec = tensorstore_utils.build_kvstore_tspec(
         folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
@@ -189,6 +191,7 @@ class _Batches:
         at_once_bytes: int,
         wait_s: float | None,
     ) -> None:
+        self._is_first = traffic.alone or jax.process_index() == 0
         self._wait_s = wait_s
         self._database = database
         self._spec = spec
@@ -215,7 +218,7 @@ class _Batches:
         # A chunk of zeros is data as well; Orbax, too, says in its metadata that such chunks are stored.
         spec["store_data_equal_to_fill_value"] = True
         store = ts.open(spec, context=self._context, open=True, assume_metadata=True).result(self._wait_s)
-        if jax.process_index() == 0:
+        if self._is_first:
             self._room_for(0)
             self._database.with_transaction(self._batch.transaction)[f"{name}/.zarray"] = zarray
         for index, host in _chunks(array, chunks, shares):
@@ -285,9 +288,8 @@ def _share_shape(array: Any, shares: int) -> tuple[int, ...]:
 
 def _chunks(array: Any, chunks: tuple[int, ...], shares: int = 1) -> Iterator[tuple[Index, np.ndarray]]:
     """The chunks of this process's shards, or of its shares of them, each on the host when it is asked for."""
-    if isinstance(array, np.ndarray):
-        if jax.process_index() == 0:
-            yield from ((index, array[index]) for index in _grid(array.shape, chunks))
+    if isinstance(array, np.ndarray):  # which only the first process has
+        yield from ((index, array[index]) for index in _grid(array.shape, chunks))
         return
     shards = [shard for shard in array.addressable_shards if shard.replica_id < shares]
     share = _share_shape(array, shares)

@@ -26,7 +26,7 @@ def save(
     traffic: Traffic,
     fill: Callable[[Mapping[str, str]], Manifest],
 ) -> Manifest:
-    """Write a step and commit it. Only process 0 calls it: to Orbax there is but one process.
+    """Write a step and commit it. Only one process calls it: to Orbax there is no other.
 
     Args:
         folder: where to; an epath.
@@ -46,7 +46,8 @@ def save(
         return manifests[0].to_json()
 
     trees = {item: {name: _leaf_of(array) for name, array in one.items()} for item, one in leaves.items() if one}
-    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handlers: dict[str, Any] = {item: _item_handler(item, folders, traffic, alone) for item in trees}
     handlers[MANIFEST] = _manifest_handler(content, folders, alone)
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # they must be there to be written to
@@ -102,7 +103,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
         """Write the shardings, and note the item's folder."""
         self._folders[self._item] = str(infos[0].parent_dir)
         shardings = [value.sharding if isinstance(value, _DeviceLeaf) else None for value in values]
-        await jax_array_handlers._async_serialize_shardings(shardings, infos, primary_host=0)
+        await jax_array_handlers._async_serialize_shardings(shardings, infos, primary_host=jax.process_index())
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:

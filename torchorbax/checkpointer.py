@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from torchorbax import _orbax, at_exit, frozen, snapshot
-from torchorbax._orbax import Storage, traffic
+from torchorbax import at_exit, snapshot
+from torchorbax._orbax import Storage, Traffic, traffic
 from torchorbax.deciding import Decider
-from torchorbax.errors import ConfigError, CorruptCheckpointError, Problem, ProcessError, SaveError
-from torchorbax.frozen import FrozenArrays
+from torchorbax.errors import ConfigError, Problem, ProcessError, SaveError, TorchorbaxError
 from torchorbax.items import items_of
+from torchorbax.localtier import local_path
 from torchorbax.metrics import checked, ready
 from torchorbax.plan import Rename, Request, request
-from torchorbax.policies import Candidate, ContinuousPolicy, NeverPolicy, preservation_policy, save_policy, step_number
+from torchorbax.policies import (
+    ContinuousPolicy,
+    NeverPolicy,
+    PreservationPolicy,
+    SaveDecisionPolicy,
+    preservation_policy,
+    save_policy,
+    step_number,
+)
 from torchorbax.preemption import PreemptionNotice
 from torchorbax.processes import Processes
-from torchorbax.restoring import Restored, restore_step
-from torchorbax.saver import Saver, SaveRecord
+from torchorbax.restorer import Restorer
+from torchorbax.saver import SaveRecord
 from torchorbax.sharding import ShardingRules, Shardings
+from torchorbax.state import Captured
 from torchorbax.steps import Steps
+from torchorbax.tier import Taken, Tier
 from torchorbax.writing import Writer
 
 _logger = logging.getLogger(__name__)
@@ -66,6 +75,11 @@ class Checkpointer:
         storage_timeout_s: how long to try again and wait when gs:// does not answer, before a save or restore fails.
         barrier_timeout_s: with several processes, how long to wait in one phase for the others before giving up with an
             error that names them.
+        local: a fast folder of each host, such as `/dev/shm/run`, for saves that are more frequent than those under
+            `path`; every process uses a folder of its own below it. A restore takes the newest step that is complete on
+            all hosts (or on one whole slice, whose hosts then feed the others), or under `path`.
+        local_save: as `save`, for `local`. Forced saves and those on SIGTERM go to `path`.
+        local_keep: as `keep`, for `local`.
 
     With several processes (`jax.distributed`) every one makes the same calls in the same order, with a path that all of
     them see. Process 0 decides when to save, and its metrics are those of the step.
@@ -93,30 +107,29 @@ class Checkpointer:
         single_replica_restore: bool = False,
         storage_timeout_s: float = 300.0,
         barrier_timeout_s: float = 600.0,
+        local: str | os.PathLike[str] | None = None,
+        local_save: Any = "continuous",
+        local_keep: Any = 2,
     ) -> None:
         self._processes = Processes(barrier_timeout_s)
         self._channel = self._processes.channel("run")
-        self._save_policy = save_policy(save)
-        keep_policy = preservation_policy(keep)
-        self._verify = verify
+        policies = save_policy(save), preservation_policy(keep)
+        local_policies = save_policy(local_save), preservation_policy(local_keep)
         self._save_on_exception = save_on_exception
-        self._complete: _Taken | None = None  # the last step, if it was not due
+        self._complete: Taken | None = None  # the last step, if it was not due
         self._handed: Mapping[str, Any] = {}  # what the body of `steps` gave `save`, until the body ends
         self._staging = snapshot.check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
         self._state: MutableMapping[str, Any] = dict(state)
         self._items = items_of(self._state, rng=rng)
-        how = traffic(compression, max_host_bytes, replicas, single_replica_restore, storage_timeout_s)
-        self._storage = Storage(path, how)
-        self._steps = Steps(self._storage, self._open(), keep_policy)
-        self._writer = Writer(self._storage, self._steps, self._processes)
-        self._saver = Saver(self._storage.path, self._steps, self._writer)
-        self._frozen = FrozenArrays()
         self._preemption = PreemptionNotice()
-        self._decider = Decider(self._processes, self._save_policy, self._preemption)
+        how = traffic(compression, max_host_bytes, replicas, single_replica_restore, storage_timeout_s)
+        self._main = self._open_main(Storage(path, how), *policies)
+        self._local = None if local is None else self._open_local(local, how, *local_policies)
+        self._tiers = [self._main] if self._local is None else [self._local, self._main]
+        self._restorer = Restorer(self._items, self._rules, self._main, self._local, self._channel, verify=verify)
         self._preemption_saved = False
         self._closed = False
-        self._restores = 0
         self._in_steps = False
         self._metrics: dict[str, Any] = {}
         self.step: int | None = None
@@ -125,32 +138,40 @@ class Checkpointer:
         self.left_out: tuple[Problem, ...] = ()
         at_exit.opened(self)
 
-    def _open(self) -> list[int]:
-        """See that the folder can be used, by all processes; the steps there are."""
-        alike = [self._storage.path, sorted(self._items)]
+    def _open_main(self, storage: Storage, policy: SaveDecisionPolicy, keep: PreservationPolicy) -> Tier:
+        """The run's path, which all processes share."""
+        alike = [storage.path, sorted(self._items)]
         for process, other in enumerate(self._channel.everyone("open", alike)):
             if other != alike:
                 raise ConfigError(
                     f"this process opens {alike[0]} with {alike[1]}, process {process} {other[0]} with {other[1]}"
                 )
-        if self._processes.is_first:
-            self._channel.attempt("open", self._create)
-        else:
-            self._channel.attempt("open", lambda: None)
-        self._channel.attempt("open", self._storage.check_visible)
-        found: list[int] = self._channel.publish("steps", self._storage.steps() if self._processes.is_first else None)
-        return found
+        self._channel.attempt("open", storage.create if self._processes.is_first else lambda: None)
+        self._channel.attempt("open", storage.check_visible)
+        found: list[int] = self._channel.publish("steps", storage.steps() if self._processes.is_first else None)
+        steps = Steps(storage, found, keep)
+        writer = Writer(storage, steps, self._processes)
+        return Tier(storage, steps, writer, policy, Decider(self._processes, "decide", policy, self._preemption))
 
-    def _create(self) -> None:
-        self._storage.check()
-        self._storage.create()
+    def _open_local(
+        self, path: str | os.PathLike[str], how: Traffic, policy: SaveDecisionPolicy, keep: PreservationPolicy
+    ) -> Tier:
+        """A folder that only this process uses: several may share a machine."""
+        storage = Storage(local_path(path, self._processes.index), dataclasses.replace(how, alone=True))
+        self._channel.attempt("open local", storage.create)
+        several = self._processes.count > 1
+        alone = Processes(self._processes.timeout_s, index=0, count=1)
+        steps = Steps(storage, storage.steps(), keep, keep_damaged=False)
+        writer = Writer(storage, steps, alone, localized=several)
+        decider = Decider(self._processes, "decide local", policy, self._preemption)
+        return Tier(storage, steps, writer, policy, decider, knows_frozen=not several)
 
     # ------------------------------------------------------------------------------------------------------- facts
 
     @property
     def path(self) -> str:
         """The absolute path or URI."""
-        return self._storage.path
+        return self._main.storage.path
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -160,11 +181,11 @@ class Checkpointer:
     @property
     def preempted(self) -> bool:
         """Has SIGTERM arrived since `resume`, in this process or another?"""
-        return self._decider.preempted
+        return self._main.decider.preempted
 
     def all_steps(self) -> list[int]:
-        """The committed steps in ascending order, without those that turned out to be damaged."""
-        return self._steps.good()
+        """The committed steps under `path` in ascending order, without those that turned out to be damaged."""
+        return self._main.steps.good()
 
     def best_step(self, metric: str, mode: str = "min") -> int | None:
         """The committed step whose `metric` is lowest (`mode="min"`) or highest (`"max"`), NaN aside.
@@ -177,7 +198,7 @@ class Checkpointer:
         if mode not in ("min", "max"):
             raise ConfigError(f"mode must be 'min' or 'max', not {mode!r}")
         on_storage = set(self.all_steps())
-        infos = [info for step, info in list(self._steps.infos.items()) if step in on_storage]
+        infos = [info for step, info in list(self._main.steps.infos.items()) if step in on_storage]
         values = {info.step: value for info in infos if (value := (info.metrics or {}).get(metric)) is not None}
         values = {step: value for step, value in values.items() if not math.isnan(value)}
         if not values:
@@ -221,70 +242,77 @@ class Checkpointer:
             raise ConfigError("save takes state= and metrics= as mappings by name")
         if self._closed:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
-        if self._saver.step_in_flight is None:
-            self._saver.collect()
         metrics = self._metrics = {**self._metrics, **(metrics or {})}
         self._handed = state or {}
         now = datetime.datetime.now(datetime.UTC)
-        due = (
-            force or self._decider.due(lambda: self._due(step, now)) or (self.preempted and not self._preemption_saved)
-        )
-        if due:
-            self._check_step(step, self._handed)
-            self._saver.collect()  # two saves never overlap
+        due = self._due(step, now, force)
+        captured = None
+        for tier in due:
+            self._check_step(tier, step)
+            tier.saver.collect()  # two saves never overlap
             try:
-                taken = self._take(step, now, self._handed, metrics, started_s)
+                captured = captured or self._capture()
+                taken = self._take(tier, step, now, captured, metrics, started_s)
             except Exception as error:
                 if self._processes.count > 1:  # the others are waiting for this one
-                    self._start(_Taken(step, now, error, {}, started_s))
+                    self._start(tier, Taken(step, now, error, {}, started_s))
                 raise
-            self._start(taken)
+            self._start(tier, taken)
+        if self._main in due:
             self._complete = None
-        elif self._save_on_exception and step > max(self._steps.infos, default=-1):
-            self._check_step(step, self._handed)
-            self._complete = self._take(step, now, self._handed, metrics, started_s)
+        elif self._save_on_exception and step > max(self._main.steps.infos, default=-1):
+            self._check_step(self._main, step)
+            self._complete = self._take(self._main, step, now, captured or self._capture(), metrics, started_s)
         if not self._in_steps:
             self._handed, self._metrics = {}, {}
         self.next_step = max(self.next_step, step + 1)
-        self._saver.raise_unreported()
+        for tier in self._tiers:
+            tier.saver.raise_unreported()
+        return bool(due)
+
+    def _due(self, step: int, now: datetime.datetime, force: bool) -> list[Tier]:
+        """The tiers that are to save this step."""
+        due = [tier for tier in self._tiers if (force and tier is self._main) or tier.due(step, now)]
+        if self.preempted and not self._preemption_saved and self._main not in due:
+            due.append(self._main)
         return due
 
-    def _due(self, step: int, now: datetime.datetime) -> bool:
-        saving = self._saver.step_in_flight is not None
-        context = _orbax.decision_context(saving=saving, preempted=self.preempted)
-        previous = list(self._steps.infos.values())
-        return bool(self._save_policy.should_save(Candidate(step, now), previous, context=context))
-
-    def _check_step(self, step: int, state: Mapping[str, Any]) -> None:
-        newest = max(self._steps.infos, default=None)
-        if newest is not None and step <= newest:
-            raise ConfigError(
-                f"{self.path}: step {step} is already saved"
-                if step in self._steps.infos
-                else f"{self.path}: step {step} is below the newest step {newest}; to go on from an older step, move "
-                "the newer ones away or use another path"
-            )
-        if unknown := [name for name in state if name not in self._items]:
+    def _check_step(self, tier: Tier, step: int) -> None:
+        tier.check_step(step)
+        if unknown := [name for name in self._handed if name not in self._items]:
             raise ConfigError(f"save got state for {', '.join(unknown)}, but there is only {', '.join(self._items)}")
 
-    def _take(
-        self, step: int, now: datetime.datetime, state: Mapping[str, Any], metrics: Mapping[str, Any], started_s: float
-    ) -> _Taken:
-        numbers = checked(metrics)
-        if self._writer.lost_base:
-            self._frozen, self._writer.lost_base = FrozenArrays(), False
-        if committed := self._saver.take_committed():
-            self._frozen.saved(*committed)
-        captured = {name: item.capture(state.get(name)) for name, item in self._items.items()}
-        taken = snapshot.take(captured, self._staging, self._frozen.look(captured))
-        return _Taken(step, now, taken, numbers, started_s)
+    def _capture(self) -> dict[str, Captured]:
+        return {name: item.capture(self._handed.get(name)) for name, item in self._items.items()}
 
-    def _start(self, taken: _Taken) -> None:
-        record = SaveRecord(taken.step, taken.time)
-        self.history.append(record)
-        self._preemption_saved = self.preempted
-        self._saver.start(record, taken.snapshot, taken.metrics, taken.started_s)
-        record.stall_s = time.perf_counter() - taken.started_s
+    def _take(
+        self,
+        tier: Tier,
+        step: int,
+        now: datetime.datetime,
+        captured: Mapping[str, Captured],
+        metrics: Mapping[str, Any],
+        started_s: float,
+    ) -> Taken:
+        numbers = checked(metrics)
+        return Taken(step, now, tier.take(captured, self._staging), numbers, started_s)
+
+    def _start(self, tier: Tier, taken: Taken) -> None:
+        if tier is self._main:
+            self._preemption_saved = self.preempted
+        self.history.append(tier.start(taken))
+
+    def prepare(self) -> None:
+        """Compile in the background what the first save will need, so that it keeps the loop no longer than later ones.
+
+        `resume` calls this. It helps for what is on devices by now.
+        """
+        try:
+            captured = self._capture()
+        except TorchorbaxError as error:  # a module that is lazy or still to be placed; a save says so if it stays so
+            _logger.debug("%s: nothing is prepared: %s", self.path, error)
+            return
+        snapshot.prepare(captured, self._staging)
 
     def wait(self) -> None:
         """Wait until the save in flight, if any, is committed.
@@ -292,8 +320,10 @@ class Checkpointer:
         Raises:
             SaveError: a save has failed that has not been reported yet.
         """
-        self._saver.collect()
-        self._saver.raise_unreported()
+        for tier in self._tiers:
+            tier.saver.collect()
+        for tier in self._tiers:
+            tier.saver.raise_unreported()
 
     # ----------------------------------------------------------------------------------------------------- restore
 
@@ -329,56 +359,25 @@ class Checkpointer:
             MismatchError: the checkpoint does not fit the live objects; never skipped. `.problems` has all of them.
             ConfigError: `only` or `rename` names what nobody has.
         """
-        self._saver.collect()
-        return self._restore_from(self._storage, step, request(only, strict, rename, cast))
+        for tier in self._tiers:
+            tier.saver.collect()
+        wanted = request(only, strict, rename, cast)
+        return self._restore_from(self._main.storage, None if step is None else step_number(step), wanted)
 
     def start_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
         """Restore a step of another run; None for its newest good one. `resume(init_from=...)` calls this."""
         return self._restore_from(storage, step, wanted)
 
     def _restore_from(self, storage: Storage, step: int | None, wanted: Request) -> int | None:
-        """Restore a step of this run or another; None for the newest good one."""
-        self._restores += 1
-        self._channel.begin(f"restore{self._restores}")
-        if step is not None:
-            step = step_number(step)
-            self._restore_step(storage, step, wanted)
-            return step
-        reasons: dict[int, str] = {}
-        for candidate in reversed(
-            self._channel.publish("steps", storage.steps() if self._processes.is_first else None)
-        ):
-            try:
-                self._restore_step(storage, candidate, wanted)
-            except CorruptCheckpointError as error:
-                reasons.update(error.reasons)
-                continue
-            for skipped, reason in reasons.items():
-                if storage is self._storage:
-                    self._steps.mark_damaged(skipped)
-                warnings.warn(f"{storage.path}: skipped damaged step {skipped}: {reason}", stacklevel=3)
-            return int(candidate)
-        if reasons:
-            raise CorruptCheckpointError(storage.path, reasons)
-        return None
-
-    def _restore_step(self, storage: Storage, step: int, wanted: Request) -> None:
-        restored = restore_step(
-            storage, step, self._items, self._rules, wanted, verify=self._verify, channel=self._channel
-        )
-        self.left_out = restored.left_out
+        found = self._restorer.restore(storage, step, wanted)
+        if found is None:
+            return None
         self._complete = None  # it is not what is live any more
-        if storage is self._storage:
-            self._note_frozen(restored)
+        self.left_out = found.left_out
         if wanted.only is None:
-            self.step = step
-            self.next_step = step + 1
-
-    def _note_frozen(self, restored: Restored) -> None:
-        """Frozen arrays that have just been restored need not be written again."""
-        self._saver.take_committed()  # it says nothing about the arrays that are live now
-        in_base = {key: leaf for key, leaf in frozen.in_base(restored.manifest).items() if key in restored.exact}
-        self._frozen.restored({item: self._items[item].capture() for item in {item for item, _ in in_base}}, in_base)
+            self.step = found.manifest.step
+            self.next_step = self.step + 1
+        return found.manifest.step
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -405,18 +404,18 @@ class Checkpointer:
                     self._in_steps = False
                 shown, handed = self._metrics, self._handed
                 if self.next_step <= step:  # the body has not called save itself
-                    last = step == stop - 1 and isinstance(self._save_policy, ContinuousPolicy)
+                    last = step == stop - 1 and isinstance(self._main.policy, ContinuousPolicy)
                     self.save(step, metrics=shown, force=last)
                 bar.update()
                 bar.set_postfix(ready(shown), refresh=False)
                 if self.preempted:
-                    if step not in self._steps.infos:  # the signal came after save had looked
+                    if step not in self._main.steps.infos:  # the signal came after save had looked
                         self.save(step, handed, metrics=shown, force=True)
                     self.wait()
                     _logger.warning("stopped by SIGTERM. %s", self.last_line())
                     return
-        newest = max(self._steps.infos, default=-1)
-        if newest < self.next_step - 1 and not isinstance(self._save_policy, NeverPolicy):
+        newest = max(self._main.steps.infos, default=-1)
+        if newest < self.next_step - 1 and not isinstance(self._main.policy, NeverPolicy):
             _logger.warning(
                 "%s: the last step, %d, was not due and is not saved; the newest saved is %s. To save it: "
                 "run.save(%d, force=True)",
@@ -444,8 +443,9 @@ class Checkpointer:
         """
         self._closed = True
         self._preemption.remove()
-        if self._saver.step_in_flight is not None:
-            _logger.info("%s: waiting for step %d to be committed", self.path, self._saver.step_in_flight)
+        for tier in self._tiers:
+            if tier.saver.step_in_flight is not None:
+                _logger.info("%s: waiting for step %d to be committed", tier.storage.path, tier.saver.step_in_flight)
         try:
             self.wait()
         except SaveError:
@@ -467,9 +467,9 @@ class Checkpointer:
         try:
             if exc is not None and not self._closed:
                 self._processes.fail(f"{type(exc).__name__}: {exc}")
-                self._saver.collect()
+                self._main.saver.collect()
                 if unsaved is not None and self._all_have(unsaved):
-                    self._start(unsaved)
+                    self._start(self._main, unsaved)
             self.close()
         except SaveError as error:
             if exc is None:
@@ -480,7 +480,7 @@ class Checkpointer:
         elif exc is not None:
             exc.add_note(self.last_line())
 
-    def _all_have(self, unsaved: _Taken) -> bool:
+    def _all_have(self, unsaved: Taken) -> bool:
         """Have all processes come to an end with the same step unsaved?"""
         channel = self._processes.channel("exception")
         try:
@@ -494,18 +494,8 @@ class Checkpointer:
 
     def last_line(self) -> str:
         """Where the run stands, for people."""
-        newest = max((step for step in self._steps.infos if step != self._saver.step_in_flight), default=None)
+        in_flight = self._main.saver.step_in_flight
+        newest = max((step for step in self._main.steps.infos if step != in_flight), default=None)
         if newest is None:
             return f"{self.path}: no step has been committed yet"
         return f"{self.path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """A snapshot of a step, and what else a save of it takes."""
-
-    step: int
-    time: datetime.datetime
-    snapshot: snapshot.Snapshot | Exception
-    metrics: dict[str, Any]
-    started_s: float

@@ -29,6 +29,7 @@ class Decider:
 
     Args:
         processes: all of them; each must call equally often.
+        name: of what is decided, one for each policy.
         policy: the save policy, to know what it looks at.
         notice: of SIGTERM in this process.
 
@@ -36,9 +37,9 @@ class Decider:
         preempted: SIGTERM has arrived, in some process, and all know.
     """
 
-    def __init__(self, processes: Processes, policy: object, notice: PreemptionNotice) -> None:
+    def __init__(self, processes: Processes, name: str, policy: object, notice: PreemptionNotice) -> None:
         self._processes = processes
-        self._channel = processes.channel("decide")
+        self._channel = processes.channel(name)
         self._notice = notice
         self._told = False
         self._preempted = False

@@ -125,7 +125,7 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
 def _verify_step(storage: Storage, step: int) -> None:
     manifest = storage.manifest(step)
     bad: list[str] = []
-    for item, names in _batches(manifest):
+    for item, names in batches(manifest):
         meta = manifest.items[item]
         ahead = Ahead()
         arrays = storage.read(step, {item: meta}, {item: dict.fromkeys(names)}, ahead.start)
@@ -137,7 +137,7 @@ def _verify_step(storage: Storage, step: int) -> None:
         raise CorruptCheckpointError(storage.path, {step: "; ".join(bad)})
 
 
-def _batches(manifest: Manifest) -> Iterator[tuple[str, list[str]]]:
+def batches(manifest: Manifest) -> Iterator[tuple[str, list[str]]]:
     """Items and leaves of them, together no larger than fits into a bounded memory."""
     for item, meta in manifest.items.items():
         batch: list[str] = []

@@ -95,6 +95,8 @@ class Manifest:
         items: what was saved, by item name.
         versions: the libraries that wrote it.
         processes: how many processes wrote it.
+        parts: in a local tier of several processes, by item and leaf, which part of an array it is
+            (`torchorbax.localtier`).
         own: the SHA-256 of the files of those processes that have something for themselves (`torchorbax.hoststate`).
     """
 
@@ -105,6 +107,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
     own: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
 
     def of_base(self, base: int) -> Manifest:
         """What a base of this step says about itself: its leaves, as if it were a step of that number."""
@@ -157,7 +160,8 @@ class Manifest:
             processes, own = content.get("processes", 1), dict(content.get("own", {}))
             if type(processes) is not int or not all(one.isdecimal() and int(one) < processes for one in own):
                 raise ValueError(f"it says that {str(processes)[:200]} processes wrote it, of which {str(own)[:200]}")
-            return cls(content["step"], time, metrics, items, dict(content["versions"]), processes, own)
+            parts = {item: dict(one) for item, one in content.get("parts", {}).items()}
+            return cls(content["step"], time, metrics, items, dict(content["versions"]), processes, own, parts)
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
 

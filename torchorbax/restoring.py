@@ -7,15 +7,16 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
+from jax.sharding import Sharding
 
 from torchorbax import integrity, replicas
-from torchorbax._orbax import Storage
 from torchorbax.adapter import Array, put
 from torchorbax.dtypes import BY_NAME, fits_on_device
 from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, ProcessError, TorchorbaxError, summary
+from torchorbax.hoststate import HostItem
 from torchorbax.items import RNG
 from torchorbax.manifest import ItemMeta, Manifest
 from torchorbax.plan import Request, advice, with_suggestions
@@ -27,6 +28,29 @@ from torchorbax.state import Item, ItemPlan
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Source(Protocol):
+    """What a step is read from: a `Storage`, as a rule."""
+
+    @property
+    def path(self) -> str:
+        """Where it is, for messages."""
+
+    def manifest(self, step: int) -> Manifest:
+        """What the step says about itself."""
+
+    def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, Mapping[str, HostItem]]:
+        """The step as a process finds it, and what that process has of it for itself."""
+
+    def read(
+        self,
+        step: int,
+        items: Mapping[str, ItemMeta],
+        targets: Mapping[str, Mapping[str, Sharding | None]],
+        then: Callable[[str, str, Any], object] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Leaves of the step, into these shardings."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +77,7 @@ class Restored:
 
 
 def restore_step(
-    storage: Storage,
+    storage: Source,
     step: int,
     items: Mapping[str, Item],
     rules: ShardingRules | None,

@@ -46,6 +46,9 @@ def resume(
     single_replica_restore: bool = False,
     storage_timeout_s: float = 300.0,
     barrier_timeout_s: float = 600.0,
+    local: str | os.PathLike[str] | None = None,
+    local_save: Any = "continuous",
+    local_keep: Any = 2,
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
 
@@ -78,6 +81,9 @@ def resume(
         single_replica_restore: see `Checkpointer`.
         storage_timeout_s: see `Checkpointer`.
         barrier_timeout_s: see `Checkpointer`.
+        local: see `Checkpointer`.
+        local_save: see `Checkpointer`.
+        local_keep: see `Checkpointer`.
 
     Returns:
         The run. `run.step` is the step restored, None if it starts fresh or from parameters only; `run.left_out` is
@@ -124,6 +130,9 @@ def resume(
         single_replica_restore=single_replica_restore,
         storage_timeout_s=storage_timeout_s,
         barrier_timeout_s=barrier_timeout_s,
+        local=local,
+        local_save=local_save,
+        local_keep=local_keep,
     )
     try:
         if shardings is not None:
@@ -138,6 +147,7 @@ def resume(
                 place_(module, None, shardings, skip=meta_tensors(module))
             for one in () if optimizer is None else objects_in(optimizer):
                 place_optimizer_(one)
+        run.prepare()
         run.listen_for_preemption()
     except BaseException:
         run.close()

@@ -33,6 +33,7 @@ class SaveRecord:
         nbytes: bytes of arrays written, each counted once; frozen parameters that a base has are not.
         metrics: the numbers given with it; complete once it is committed.
         error: why it failed, if it did.
+        path: where it was saved.
     """
 
     step: int
@@ -42,6 +43,7 @@ class SaveRecord:
     nbytes: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     error: SaveError | None = None
+    path: str = ""
 
 
 class Saver:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.sharding import NamedSharding, Sharding
 
 from torchorbax.adapter import Array, HostShard, HostShards, host_copy, live_array, live_dtype, raise_if_deleted
 from torchorbax.errors import ConfigError
@@ -165,11 +165,14 @@ class _View:
     def __init__(self, array: jax.Array) -> None:
         self.shape, self.dtype, self.nbytes = tuple(array.shape), array.dtype, array.nbytes
         self._sharding = array.sharding
-        self._shards = [(shard.device, np.asarray(shard.data)) for shard in array.addressable_shards]
+        # Not by `addressable_shards`, which works out the index of each: that takes as long as all the rest.
+        parts = [array.addressable_data(at) for at in range(len(self._sharding.addressable_devices))]
+        self._devices = [part.device for part in parts]
+        self._views = [np.asarray(part) for part in parts]
 
     def array(self) -> jax.Array:
         """A `jax.Array` of the same memory, which nobody else has and can donate."""
-        shards = [jax.device_put(view, device) for device, view in self._shards]
+        shards = jax.device_put(self._views, self._devices)
         return jax.make_array_from_single_device_arrays(self.shape, self._sharding, shards, dtype=self.dtype)
 
 
@@ -252,51 +255,72 @@ def _warn_of_full_devices() -> None:
 
 
 def _copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
-    """Copies on the devices, dispatched: a program for all arrays that one program can take."""
-    copies: dict[Key, _Staged] = {}
-    here = {key: array for key, array in arrays.items() if array.is_fully_addressable}
-    for keys in _by_devices(here).values():
-        copies.update(zip(keys, _copy([here[key] for key in keys]), strict=True))
-    return {**copies, **_copies_of_shards({key: array for key, array in arrays.items() if key not in here})}
+    """Copies on the devices, dispatched and not waited for.
 
-
-def _copies_of_shards(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
-    """The same of arrays of several processes, by programs of this process alone.
-
-    Another process may copy other arrays, if its devices have room for others.
+    An array of several processes is copied shard by shard, by programs of this process alone: another may copy other
+    arrays, if its devices have room for others.
     """
-    by_device: dict[jax.Device, list[tuple[Key, jax.Array]]] = {}
-    for key, array in arrays.items():
-        for shard in array.addressable_shards:
-            by_device.setdefault(shard.device, []).append((key, shard.data))
-    parts: dict[Key, list[jax.Array]] = {key: [] for key in arrays}
-    for shards in by_device.values():
-        for (key, _), part in zip(shards, _copy([data for _, data in shards]), strict=True):
-            parts[key].append(part)
-    return {
-        key: jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts[key], dtype=array.dtype)
-        for key, array in arrays.items()
-    }
+    here = [key for key, array in arrays.items() if array.is_fully_addressable]
+    copies: dict[Key, _Staged] = dict(zip(here, _copied([arrays[key] for key in here]), strict=True))
+    apart = [key for key in arrays if key not in copies]
+    shards = {key: [shard.data for shard in arrays[key].addressable_shards] for key in apart}
+    parts = iter(_copied([part for key in apart for part in shards[key]]))
+    for key in apart:
+        array, copied = arrays[key], [next(parts) for _ in shards[key]]
+        copies[key] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, copied, dtype=array.dtype)
+    return copies
 
 
-def _by_devices(arrays: Mapping[Key, jax.Array]) -> dict[Any, list[Key]]:
-    groups: dict[Any, list[Key]] = {}
-    known: dict[int, Any] = {}  # by identity: thousands of arrays have few shardings
-    for key, array in arrays.items():
-        sharding = array.sharding
-        if id(sharding) not in known:
-            known[id(sharding)] = (sharding, _devices_in_order(sharding))
-        groups.setdefault(known[id(sharding)][1], []).append(key)
-    return groups
+_AT_ONCE = (64, 16, 4, 1)
+"""So many arrays alike are copied by one program. One for all arrays would take seconds to compile (2.8 s for 2,000,
+the first time), and one for each milliseconds to start."""
 
 
-def _devices_in_order(sharding: Sharding) -> tuple[jax.Device, ...]:
-    """What the arrays of one program must have in common."""
-    if isinstance(sharding, NamedSharding):
-        return tuple(sharding.mesh.devices.flat)
-    return tuple(sorted(sharding.device_set, key=lambda device: device.id))
+def _copied(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    alike: dict[Any, list[int]] = {}
+    for at, array in enumerate(arrays):
+        alike.setdefault((array.shape, array.dtype, array.sharding), []).append(at)
+    copies: dict[int, jax.Array] = {}
+    for places in alike.values():
+        for some in _split(places):
+            copies.update(zip(some, _copy([arrays[at] for at in some]), strict=True))
+    return [copies[at] for at in range(len(arrays))]
+
+
+def _split(places: Sequence[int]) -> Iterator[Sequence[int]]:
+    start = 0
+    while start < len(places):
+        size = next(size for size in _AT_ONCE if size <= len(places) - start)
+        yield places[start : start + size]
+        start += size
 
 
 @jax.jit
 def _copy(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(array) for array in arrays]
+
+
+def prepare(captured: Mapping[str, Captured], staging: Staging) -> None:
+    """Compile, on a thread of its own, what snapshots of such leaves and of optimizer state like them will need.
+
+    Without it, the first save would keep the loop waiting for that.
+    """
+    if staging not in ("auto", "device"):
+        return
+    shapes: set[Any] = set()
+    for item, one in captured.items():
+        for name, leaf in one.leaves.items():
+            held = live_array(f"{item}.{name}", leaf)
+            if not isinstance(held, jax.Array) or held.is_deleted() or not held.is_fully_addressable:
+                continue
+            if staging == "device" or not _is_worth_a_view(held):
+                shapes.add((held.shape, held.dtype, held.sharding))
+    if shapes:
+        threading.Thread(target=_compile, args=(shapes,), name="torchorbax-prepare").start()
+
+
+def _compile(shapes: Collection[Any]) -> None:
+    for shape, dtype, sharding in shapes:
+        one = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for size in _AT_ONCE:
+            _copy.lower([one] * size).compile()

@@ -49,15 +49,19 @@ class Steps:
         storage: where they are.
         found: those that are committed.
         keep: which to preserve when one has been committed; the newest always is.
+        keep_damaged: damaged steps are set aside, not deleted, when they make way.
 
     Attributes:
         infos: the steps there are, the one in flight included, without those known to be damaged.
     """
 
-    def __init__(self, storage: Storage, found: list[int], keep: PreservationPolicy) -> None:
+    def __init__(
+        self, storage: Storage, found: list[int], keep: PreservationPolicy, *, keep_damaged: bool = True
+    ) -> None:
         self.infos = {step: StepInfo(step, storage) for step in found}
         self._storage = storage
         self._keep = keep
+        self._keep_damaged = keep_damaged
         self._damaged: set[int] = set()
 
     def mark_damaged(self, step: int) -> None:
@@ -86,7 +90,8 @@ class Steps:
     def make_way(self, step: int) -> None:
         """Set a damaged step aside that has the number of one to be saved."""
         if step in self._damaged:
-            self._storage.set_aside(step)
+            dispose = self._storage.set_aside if self._keep_damaged else self._storage.delete
+            dispose(step)
             self._damaged.remove(step)
 
     def newest_whole_before(self, step: int) -> Manifest | None:
@@ -103,7 +108,7 @@ class Steps:
         Damaged steps below it make way, or the next process would take them for good until it tries them.
         """
         for step in sorted(self._damaged & set(self._storage.steps())):
-            if step < newest:
+            if step < newest or not self._keep_damaged:
                 self.make_way(step)
         infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self.good()]
         preserved = self._keep.should_preserve(infos, context=PreservationContext())

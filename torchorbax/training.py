@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from torchorbax import _torchax
@@ -120,7 +121,7 @@ class TrainStep:
         beside = _beside(program.shardings)
         key = _torchax.rng_key()
         if key.sharding.device_set != beside.device_set:
-            key = put(key, beside)  # restored, or of another mesh
+            key = put(_shared(key, beside), beside)  # restored, or of another mesh
         trained, buffers, frozen = arrays_of(program.trained), arrays_of(program.buffers), arrays_of(program.frozen)
         on_device = self._device_batch(batch, beside)
         try:
@@ -232,6 +233,18 @@ class TrainStep:
             sharding = beside  # every process has the whole batch
         flat, structure = jax.tree_util.tree_flatten_with_path(batch)
         return jax.tree.unflatten(structure, [_batch_leaf(leaf_name(path), leaf, sharding) for path, leaf in flat])
+
+
+def _shared(key: jax.Array, beside: Sharding) -> jax.Array:
+    """Process 0's key, for a step over several processes: each may have seeded its own, and JAX takes them for one.
+
+    What is replicated would be something else in every process from then on. A device collective.
+    """
+    if beside.is_fully_addressable:
+        return key
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    words: jax.Array = multihost_utils.broadcast_one_to_all(jax.random.key_data(key) if typed else key)
+    return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(key))) if typed else words
 
 
 def _beside(shardings: Mapping[str, Sharding]) -> Sharding:

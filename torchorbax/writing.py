@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import torch
 
-from torchorbax import _orbax, _torchax, fingerprint, frozen, hoststate
+from torchorbax import _orbax, _torchax, fingerprint, frozen, hoststate, localtier
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.errors import ProcessError, SaveError
@@ -70,13 +70,15 @@ class Writer:
         storage: where to.
         steps: those there are.
         processes: all of the run; each writes its part.
+        localized: write what this process has of everything, as if there were no other.
 
     Attributes:
         lost_base: a base that was taken to be there is gone, so nothing frozen is known any more.
     """
 
-    def __init__(self, storage: Storage, steps: Steps, processes: Processes) -> None:
+    def __init__(self, storage: Storage, steps: Steps, processes: Processes, *, localized: bool = False) -> None:
         self.lost_base = False
+        self._localized = localized
         self._storage = storage
         self._steps = steps
         self._processes = processes
@@ -126,13 +128,17 @@ class Writer:
             if leaf.base == NEW_BASE
         }
         own: dict[str, HostItem] = {}
+        parts: dict[str, dict[str, Json]] = {}
+        if self._localized:
+            items, parts = localtier.localized(items, arrays)
         if self._processes.count > 1:
             own = hoststate.host_items(items, arrays)
             if not self._processes.is_first:
                 hoststate.drop_host_arrays(arrays)
                 new = {key: array for key, array in new.items() if hoststate.is_global(array)}
         started = {key: fingerprint.start(array) for key, array in new.items()}
-        return _Part(items, arrays, own, {key: sums() for key, sums in started.items()}, snapshot.identities)
+        sums = {key: sums() for key, sums in started.items()}
+        return _Part(items, arrays, own, sums, snapshot.identities, parts)
 
     # ---------------------------------------------------------------------------------------------------- process 0
 
@@ -145,8 +151,11 @@ class Writer:
     ) -> None:
         error: SaveError | None = None
         deleted: list[int] = []
+        nbytes = 0
         try:
-            when_committed(self._write_first(ticket, holder, mine))
+            written = self._write_first(ticket, holder, mine)
+            nbytes = written.nbytes
+            when_committed(written)
             try:
                 deleted = self._steps.retain(ticket.step)
             except Exception as failure:  # the step itself is good
@@ -158,10 +167,12 @@ class Writer:
             info = self._steps.infos.get(ticket.step)
             outcome = {
                 "reason": error and error.reason,
+                "others": _others_in(error),
                 "committed": error is None or error.committed,
                 "metrics": info and info.metrics,
                 "deleted": deleted,
                 "lost_base": self.lost_base,
+                "nbytes": nbytes,
             }
             self._channel.publish("end", outcome)
         if error is not None:
@@ -182,7 +193,7 @@ class Writer:
             for item, name in known:
                 del part.arrays[item][name]
             metrics = {name: float(np.asarray(value)) for name, value in ticket.metrics.items()}
-            manifest = Manifest(ticket.step, ticket.time, metrics, items, _versions())
+            manifest = Manifest(ticket.step, ticket.time, metrics, items, _versions(), parts=part.parts)
             self._check_bases(manifest, part.arrays)
             self._steps.make_way(ticket.step)
         except Exception as error:
@@ -264,12 +275,15 @@ class Writer:
         self.lost_base = self.lost_base or outcome["lost_base"]
         if outcome["committed"] and written is not None:
             metrics = outcome["metrics"] or {}
-            written = dataclasses.replace(written, manifest=dataclasses.replace(written.manifest, metrics=metrics))
+            manifest = dataclasses.replace(written.manifest, metrics=metrics)
+            written = dataclasses.replace(written, manifest=manifest, nbytes=outcome["nbytes"])
             self._steps.commit(written.manifest)
             for deleted in outcome["deleted"]:
                 self._steps.drop(deleted)
             when_committed(written)
         if outcome["reason"] is not None:
+            if outcome["others"] is not None and (failure is None or isinstance(failure, SaveError)):
+                failure = ProcessError(*outcome["others"])
             raise SaveError(step, path, outcome["reason"], committed=outcome["committed"]) from failure
 
     def _write_part(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
@@ -284,9 +298,8 @@ class Writer:
         for item, name in answer["known"]:
             part.arrays[item].pop(name, None)
         own = {item: one for item, one in part.own.items() if mine["own"][item] != answer["own"].get(item)}
-        nbytes = part.nbytes
         self._storage.contribute(items, part.arrays, own, self._channel)
-        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, nbytes)
+        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, 0)  # process 0 says how much
 
 
 @dataclass(frozen=True)
@@ -299,6 +312,7 @@ class _Part:
         own: what this process has for itself.
         sums: of the new frozen leaves.
         identities: which the frozen leaves are.
+        parts: which parts of which arrays the leaves are.
     """
 
     items: Mapping[str, ItemMeta]
@@ -306,6 +320,7 @@ class _Part:
     own: Mapping[str, HostItem]
     sums: Mapping[Key, Sums]
     identities: Identities
+    parts: Mapping[str, Mapping[str, Json]]
 
     @property
     def nbytes(self) -> int:
@@ -352,6 +367,13 @@ def _with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, 
 def told(error: Exception) -> str:
     """An error in one line, for the others."""
     return f"{type(error).__name__}: {error}"
+
+
+def _others_in(error: BaseException | None) -> Json:
+    """The ProcessError behind an error, for those who are to raise the same."""
+    while error is not None and not isinstance(error, ProcessError):
+        error = None if error.__cause__ is error else error.__cause__
+    return None if error is None else [list(error.processes), error.phase, error.reason]
 
 
 def _as_save_error(step: int, path: str, error: Exception) -> SaveError:

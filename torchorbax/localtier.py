@@ -1,0 +1,268 @@
+"""The fast tier: every process's own part of the state, in a folder of its own host, `/dev/shm` for example.
+
+With one process, it is a run like any other. With several, each writes what lies on its devices as if it were alone:
+the distinct shards of an array of all processes, one after the other along the first axis, as an array of its own. The
+manifest says which part of which array that is. Such a step is good for the same layout on the same processes, where
+everybody finds what it needs on its own host; of what is replicated over slices, the processes of one whole slice can
+feed the others.
+
+Orbax's `experimental.emergency.CheckpointManager` is the model. It is not built on: it needs slices as an axis of the
+mesh with identical device counts and at least two of them, keeps one array handler per process for the whole tree, and
+checks no data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from torchorbax import hoststate, integrity
+from torchorbax._orbax import Storage
+from torchorbax.adapter import Array, HostShards
+from torchorbax.dtypes import BY_NAME
+from torchorbax.errors import ConfigError, CorruptCheckpointError
+from torchorbax.hoststate import HostItem
+from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
+from torchorbax.processes import Channel
+from torchorbax.replicas import FirstReplica, is_shared
+from torchorbax.sharding import describe
+from torchorbax.values import Json
+
+Bounds = tuple[tuple[int, int], ...]
+
+_AXIS = "part"
+
+
+def local_path(path: str | os.PathLike[str], process: int) -> str:
+    """A process's folder below the one given.
+
+    Raises:
+        ConfigError: it is no local folder.
+    """
+    if "://" in os.fspath(path):
+        raise ConfigError(f"local must be a folder on each host, not {os.fspath(path)}")
+    return os.path.join(path, f"process_{process}")
+
+
+# --------------------------------------------------------------------------------------------------------------- write
+
+
+def localized(
+    items: Mapping[str, ItemMeta], arrays: Mapping[str, MutableMapping[str, Array]]
+) -> tuple[dict[str, ItemMeta], dict[str, dict[str, Json]]]:
+    """What this process has of a snapshot, as if there were no other; `arrays` are replaced in place.
+
+    Returns:
+        The items, and by item and leaf which part of which array a leaf is.
+    """
+    own: dict[str, ItemMeta] = {}
+    parts: dict[str, dict[str, Json]] = {}
+    for item, meta in items.items():
+        leaves = dict(meta.leaves)
+        array: Any
+        for name, array in arrays[item].items():
+            if hoststate.is_global(array):
+                stacked, bounds = _stacked(array)
+                parts.setdefault(item, {})[name] = {
+                    "shape": list(array.shape),
+                    "sharding": describe(array.sharding),
+                    "bounds": bounds,
+                }
+                leaves[name] = replace(leaves[name], shape=tuple(stacked.shape), sharding=None)
+                arrays[item][name] = stacked
+        own[item] = replace(meta, leaves=leaves)
+    return own, parts
+
+
+def _stacked(array: Any) -> tuple[Array, list[Bounds]]:
+    """The distinct shards that this process has, along the first axis, where they are."""
+    shards = {_bounds(shard.index, array.shape): shard for shard in array.addressable_shards}
+    bounds = sorted(shards)
+    if not bounds:
+        return np.empty((0, *array.shape[1:]), array.dtype), []
+    datas = [shards[one].data for one in bounds]
+    if len(datas) == 1:
+        return datas[0], bounds
+    if isinstance(array, HostShards):
+        return np.concatenate(datas), bounds
+    mesh = Mesh(np.array([shards[one].device for one in bounds]), (_AXIS,))
+    length, *rest = datas[0].shape
+    layout = NamedSharding(mesh, PartitionSpec(_AXIS))
+    return jax.make_array_from_single_device_arrays((len(datas) * length, *rest), layout, datas), bounds
+
+
+def _bounds(index: Iterable[slice], shape: tuple[int, ...]) -> Bounds:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+@dataclass(frozen=True)
+class LocalStep:
+    """A step of the local tiers of several processes; reads like a `Storage` that has just this one.
+
+    Attributes:
+        storage: this process's local tier.
+        seen: the step as all processes see it, with whole arrays.
+        here: what is in this process's folder; None if it has none of the step.
+        fed: what another process has for itself, for one that has nothing.
+        having: the processes that have the step.
+        everyone: do all of them?
+        verify: compare what is read with its fingerprints.
+    """
+
+    storage: Storage
+    seen: Manifest
+    here: Manifest | None
+    fed: Mapping[str, HostItem]
+    having: frozenset[int]
+    everyone: bool
+    verify: bool
+
+    @property
+    def path(self) -> str:
+        """Of this process's tier."""
+        return self.storage.path
+
+    def manifest(self, step: int) -> Manifest:
+        """The step as all processes see it."""
+        return self.seen
+
+    def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, Mapping[str, HostItem]]:
+        """The same, with what a process that has nothing gets from another."""
+        return (manifest, {}) if self.here is not None else (hoststate.as_seen_by(manifest, self.fed), self.fed)
+
+    def read(
+        self,
+        step: int,
+        items: Mapping[str, ItemMeta],
+        targets: Mapping[str, Mapping[str, Sharding | None]],
+        then: Callable[[str, str, Any], object] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """As `Storage.read`, from this host's folder. Arrays that other processes must feed are `FirstReplica`s.
+
+        Raises:
+            CorruptCheckpointError: it is damaged, or no process has the part that a device needs.
+        """
+        found: dict[str, dict[str, Any]] = {item: {} for item in targets}
+        if self.here is None:
+            for item, leaves in targets.items():
+                for name, target in leaves.items():
+                    found[item][name] = self._placed(step, item, name, target, None)
+            return found
+        for item, names in integrity.batches(self.here):
+            wanted = [name for name in names if name in targets.get(item, {})]
+            meta = self.here.items[item]
+            into = {name: None if name in self._parts(item) else targets[item][name] for name in wanted}
+            arrays = self.storage.read(step, {item: meta}, {item: into}) if wanted else {item: {}}
+            if self.verify:
+                integrity.check(self.path, step, self.here.items, arrays)
+            for name, array in arrays[item].items():
+                is_part = name in self._parts(item)
+                found[item][name] = self._placed(step, item, name, targets[item][name], array) if is_part else array
+        return found
+
+    def _parts(self, item: str) -> Mapping[str, Json]:
+        return self.seen.parts.get(item, {})
+
+    def _placed(self, step: int, item: str, name: str, target: Sharding | None, stacked: np.ndarray | None) -> Any:
+        """An array of all processes, of what this one has of it."""
+        part = self._parts(item)[name] if self.here is None else (self.here.parts[item][name])
+        shape = tuple(part["shape"])
+        if target is None:
+            raise self._unusable(step, f"{item}: {name} is to be whole in host memory")
+        mine = {} if stacked is None else _unstacked(stacked, part["bounds"])
+        devices: dict[Any, Bounds] = {
+            device: _bounds(index or (), shape) for device, index in target.devices_indices_map(shape).items()
+        }
+        if self.everyone:
+            givers = {device for device in devices if device.process_index == jax.process_index()}
+        else:
+            first: dict[Bounds, Any] = {}
+            for device, bounds in sorted(devices.items(), key=lambda one: int(one[0].id)):
+                if device.process_index in self.having:
+                    first.setdefault(bounds, device)
+            if missing := set(devices.values()) - set(first):
+                raise self._unusable(step, f"no process has {item}: {name} at {min(missing)}")
+            givers = set(first.values())
+        here = {device: devices[device] for device in givers if device.process_index == jax.process_index()}
+        if missing := set(here.values()) - set(mine):
+            raise self._unusable(step, f"{item}: {name} at {min(missing)} is not on this host: another layout saved it")
+        shards = {device: jax.device_put(mine[bounds], device) for device, bounds in here.items()}
+        dtype = self.seen.items[item].leaves[name].dtype
+        if self.everyone:
+            ordered = [shards[device] for device in target.addressable_devices_indices_map(shape)]
+            return jax.make_array_from_single_device_arrays(shape, target, ordered)
+        if not isinstance(target, NamedSharding) or not is_shared(target, BY_NAME[dtype]):
+            raise self._unusable(step, f"{item}: {name} of {dtype} cannot be sent from device to device")
+        return FirstReplica(shape, BY_NAME[dtype], target, shards)
+
+    def _unusable(self, step: int, reason: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(self.path, {step: f"the local copy cannot be used: {reason}"})
+
+
+def _unstacked(stacked: np.ndarray, bounds: Iterable[Json]) -> dict[Bounds, np.ndarray]:
+    parts = [tuple((int(start), int(stop)) for start, stop in one) for one in bounds]
+    if len(parts) == 1:
+        return {parts[0]: stacked}
+    length = len(stacked) // len(parts)
+    return {part: stacked[at * length : (at + 1) * length] for at, part in enumerate(parts)}
+
+
+def open_step(storage: Storage, step: int, having: frozenset[int], channel: Channel, *, verify: bool) -> LocalStep:
+    """A step that some processes have on their hosts, at least one of them. All processes call it together.
+
+    Raises:
+        CorruptCheckpointError: a process that should have it cannot read its manifest.
+    """
+    index, giver = channel.processes.index, min(having)
+    here: Manifest | None = None
+    failure: CorruptCheckpointError | None = None
+    if index in having:
+        try:
+            here = storage.manifest(step)
+        except CorruptCheckpointError as error:
+            failure = error
+    everyone = len(having) == channel.processes.count
+    told: dict[str, Json] = {"error": None if failure is None else failure.reasons[step], "manifest": None}
+    if index == giver and here is not None and not everyone:
+        told["manifest"], told["own"] = here.to_json(), _own_text(storage, here)
+    answers = channel.everyone("local", told)
+    failed = [f"process {process}: {one['error']}" for process, one in enumerate(answers) if one["error"] is not None]
+    if failed:
+        raise failure or CorruptCheckpointError(storage.path, {step: "; ".join(failed)})
+    of_giver = here or Manifest.from_json(answers[giver]["manifest"])
+    fed = {} if here is not None else hoststate.from_text(answers[giver]["own"])
+    return LocalStep(storage, _as_seen_by_all(of_giver), here, fed, having, everyone, verify)
+
+
+def _own_text(storage: Storage, manifest: Manifest) -> str:
+    """What this process has for itself of a step, to be sent."""
+    own = {}
+    for item, meta in manifest.items.items():
+        names = [name for name in meta.leaves if name not in manifest.parts.get(item, {})]
+        arrays = storage.read(manifest.step, {item: meta}, {item: dict.fromkeys(names)})[item]
+        shared = tuple(name for name in meta.leaves if name not in arrays)
+        own[item] = HostItem(meta.values, {name: meta.leaves[name] for name in names}, arrays, shared)
+    return hoststate.to_text(own)
+
+
+def _as_seen_by_all(manifest: Manifest) -> Manifest:
+    items = {}
+    for item, meta in manifest.items.items():
+        parts = manifest.parts.get(item, {})
+        leaves = {
+            name: LeafMeta(tuple(parts[name]["shape"]), leaf.dtype, "jax", parts[name]["sharding"])
+            if name in parts
+            else leaf
+            for name, leaf in meta.leaves.items()
+        }
+        items[item] = replace(meta, leaves=leaves)
+    return replace(manifest, items=items)
