@@ -18,6 +18,7 @@ import tensorstore as ts
 from torchorbax.errors import ConfigError, StorageError, TorchorbaxError
 
 _LONGEST_DELAY_S = 32.0
+_LONGEST_LINE = 400  # TensorStore appends whole answers
 
 _SAID_BY_TENSORSTORE = (
     "ABORTED",
@@ -64,7 +65,8 @@ def prepare(path: str, timeout_s: float) -> None:
     """Let no request of gcsfs last longer, its repetitions included, and let it remember no listing.
 
     It would never learn of a step that another process has saved, for what it remembers never expires. All this is
-    about the instance of `GCSFileSystem` that etils uses, for the whole process.
+    about the instance of `GCSFileSystem` that etils uses, for the whole process: of several limits the shortest counts,
+    so that a `load` with its long one does not make a run patient.
 
     Raises:
         ConfigError: there are no credentials.
@@ -78,8 +80,10 @@ def prepare(path: str, timeout_s: float) -> None:
     system.dircache.use_listings_cache = False
     system.invalidate_cache()
 
+    limit_s = system._torchorbax_limit_s = min(timeout_s, getattr(system, "_torchorbax_limit_s", timeout_s))
+
     async def request(*args: Any, **kwargs: Any) -> Any:
-        return await asyncio.wait_for(type(system)._request(system, *args, **kwargs), timeout_s)
+        return await asyncio.wait_for(type(system)._request(system, *args, **kwargs), limit_s)
 
     system._request = request
 
@@ -133,9 +137,9 @@ def answering(path: str) -> Iterator[None]:
 def told(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return "no answer in time (storage_timeout_s)"
+        return "no good answer in time (storage_timeout_s)"
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"[:_LONGEST_LINE]
 
 
 def check_access(path: str, timeout_s: float) -> None:

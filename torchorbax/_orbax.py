@@ -130,6 +130,8 @@ class Storage:
         self.path = _absolute(path)
         self._traffic = traffic
         self._root = epath.Path(self.path)
+        self._unremoved: set[int] = set()  # what may be half written or half deleted, as the storage did not answer
+        self._base: Storage | None = None
         if _gcs.is_uri(self.path):
             _gcs.prepare(self.path, traffic.timeout_s)
 
@@ -181,7 +183,7 @@ class Storage:
         for entry in self._root.iterdir():
             if _TEMPORARY in entry.name or entry.name.startswith(_DELETED) or self._is_half_written(entry):
                 _logger.info("removing %s, left behind by an interrupted run", entry)
-                entry.rmtree()
+                entry.rmtree(missing_ok=True)
 
     def _is_half_written(self, entry: Any) -> bool:
         """Without an atomic rename, a step that is being written or deleted lies where a committed one would."""
@@ -190,9 +192,21 @@ class Storage:
     @_answered
     def steps(self) -> list[int]:
         """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged."""
+        if _gcs.is_uri(self.path):
+            return sorted(self._steps_of_uri())
         if not self._root.exists():
             return []
         return sorted(found.step for found in _NAMES.find_all(self._root) if self._is_step(found))
+
+    def _steps_of_uri(self) -> Iterator[int]:
+        """Orbax's own way asks for the bucket, which needs a permission of its own, and waits for that for ever."""
+        try:
+            names = [entry.name for entry in self._root.iterdir()]
+        except FileNotFoundError:
+            return
+        for name in names:
+            if name.isdecimal() and name == str(int(name)) and (self._root / name / _COMMITTED).exists():
+                yield int(name)
 
     @_answered
     def existing_steps(self) -> list[int]:
@@ -215,7 +229,7 @@ class Storage:
 
     def _is_step(self, found: Any) -> bool:
         """Not a file, nor a name in other digits, which Orbax takes as well."""
-        return found.path.name == _NAMES.build_name(found.step) and (_gcs.is_uri(self.path) or found.path.is_dir())
+        return bool(found.path.name == _NAMES.build_name(found.step) and found.path.is_dir())
 
     def write(
         self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]], channel: Channel | None = None
@@ -264,6 +278,9 @@ class Storage:
                 _ONE_WRITE.acquire()
 
         try:
+            if step in self._unremoved:
+                self._delete_from_uri(self._folder(step))
+                self._unremoved.remove(step)
             if self._folder(step).exists():
                 reason = "somebody else has saved it meanwhile; is another run writing to this path?"
                 raise SaveError(step, self.path, reason)
@@ -276,8 +293,10 @@ class Storage:
                 channel.publish("write", {"error": f"{type(error).__name__}: {error}"})
             if isinstance(error, SaveError):
                 raise
-            self._remove_failed(step)
-            raise SaveError(step, self.path, f"{type(error).__name__}: {error}") from error
+            self._remove_failed(step, error)
+            reason = _gcs.told(error) if _gcs.is_uri(self.path) else f"{type(error).__name__}: {error}"
+            raise SaveError(step, self.path, reason) from error
+        self._remove_unremoved()
         return stamped
 
     def _filled(
@@ -396,14 +415,38 @@ class Storage:
                 _flush(path)
         _flush(self.path)
 
-    def _remove_failed(self, step: int) -> None:
-        """Give back the space of a save that has failed, which may have failed for want of space."""
+    def _remove_failed(self, step: int, error: Exception) -> None:
+        """Give back the space of a save that has failed, which may have failed for want of space.
+
+        Of a storage that does not answer it is not asked now, which would take as long again.
+        """
+        if _gcs.is_uri(self.path):
+            self._unremoved.add(step)
+            if not _gcs.is_unanswered(error):
+                self._remove_unremoved()
+            return
         try:
             for entry in self._root.iterdir():
                 if entry.name == _NAMES.build_name(step) or entry.name.startswith(f"{step}{_TEMPORARY}"):
                     entry.rmtree()
-        except OSError as error:
-            _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, error)
+        except OSError as failure:
+            _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, failure)
+
+    def _remove_unremoved(self) -> None:
+        """Delete what failed saves and deletions have left behind under a URI.
+
+        A step whose commit was acknowledged too late is whole, and stays.
+        """
+        for step in sorted(self._unremoved):
+            try:
+                if self._is_half_written(self._folder(step)):
+                    self._delete_from_uri(self._folder(step))
+            except Exception as error:  # of gcsfs, which has its own; the next process removes it
+                _logger.warning(
+                    "%s: what is left of step %d could not be removed: %s", self.path, step, _gcs.told(error)
+                )
+            else:
+                self._unremoved.remove(step)
 
     @_answered
     def manifest(self, step: int) -> Manifest:
@@ -414,7 +457,7 @@ class Storage:
             CorruptCheckpointError: there is, but its manifest is missing or unreadable.
         """
         folder = self._folder(step)
-        if not folder.exists():
+        if not ((folder / _COMMITTED) if _gcs.is_uri(self.path) else folder).exists():
             raise CheckpointNotFoundError(self.path, step, self.steps())
         with self._as_corrupt(step):
             self._check_whole(folder)
@@ -520,17 +563,25 @@ class Storage:
     def delete(self, step: int) -> None:
         """Delete a step so that it is never listed half deleted."""
         folder = self._folder(step)
-        if _gcs.is_uri(self.path):  # no atomic rename there: take the commit marker away first
-            (folder / _COMMITTED).unlink(missing_ok=True)
-            folder.rmtree()
+        if _gcs.is_uri(self.path):
+            self._unremoved.add(step)
+            self._delete_from_uri(folder)
+            self._unremoved.remove(step)
         else:
             hidden = self._root / f"{_DELETED}-{step}"
             folder.rename(hidden)
             hidden.rmtree()
 
+    def _delete_from_uri(self, folder: Any) -> None:
+        """There is no atomic rename: take the commit marker away first."""
+        (folder / _COMMITTED).unlink(missing_ok=True)
+        folder.rmtree(missing_ok=True)  # and what was deleted without an acknowledgement is missing
+
     def _base_area(self) -> Storage:
-        """Where frozen parameters lie, as steps with numbers of their own."""
-        return Storage(f"{self.path}/{BASE}", self._traffic)
+        """Where frozen parameters lie, as steps with numbers of their own. It remembers what it has left behind."""
+        if self._base is None:
+            self._base = Storage(f"{self.path}/{BASE}", self._traffic)
+        return self._base
 
     @_answered
     def bases(self) -> set[int]:

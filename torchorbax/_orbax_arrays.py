@@ -29,7 +29,7 @@ from torchorbax.fingerprint import Sums
 from torchorbax.manifest import LeafMeta
 from torchorbax.replicas import FirstReplica, first_devices, is_shared
 
-__all__ = ["LEAST_HOST_BYTES", "Traffic", "is_gathered", "read", "write"]
+__all__ = ["LEAST_HOST_BYTES", "Traffic", "context_of", "is_gathered", "longest_wait_s", "read", "write"]
 
 _GATHERED_BYTES = 64 << 10
 """Up to here a leaf is one key: cheaper than a chunk for each of its shards."""
@@ -72,12 +72,13 @@ class Traffic:
     alone: bool = False
 
 
-def _context(folder: str, traffic: Traffic) -> ts.Context:
+def context_of(folder: str, traffic: Traffic) -> ts.Context:
+    """TensorStore's resources for what is below a folder."""
     context = tensorstore_utils.get_ts_context(use_ocdbt=True)
     return _gcs.context(context.spec.to_json(), traffic.timeout_s) if _gcs.is_uri(folder) else context
 
 
-def _wait_s(folder: str, traffic: Traffic) -> float | None:
+def longest_wait_s(folder: str, traffic: Traffic) -> float | None:
     """How long to wait for one answer. Local disks always answer."""
     return traffic.timeout_s if _gcs.is_uri(folder) else None
 
@@ -109,9 +110,9 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
     spec = tensorstore_utils.build_kvstore_tspec(
         folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
     )
-    context = _context(folder, traffic)
+    context = context_of(folder, traffic)
     at_once = traffic.max_host_bytes if _gcs.is_uri(folder) else _LOCAL_BATCHES * _BATCH_BYTES
-    wait_s = _wait_s(folder, traffic)
+    wait_s = longest_wait_s(folder, traffic)
     out = _Batches(ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s)
     started: dict[str, Callable[[], Sums]] = {}
     try:
@@ -388,7 +389,7 @@ def read(
     spec = tensorstore_utils.build_kvstore_tspec(folder)
     if _gcs.is_uri(folder):  # else neighbours become one read without end, and one stream has all of them
         spec["experimental_read_coalescing_merged_bytes"] = _MERGED_BYTES
-    context, wait_s = _context(folder, traffic), _wait_s(folder, traffic)
+    context, wait_s = context_of(folder, traffic), longest_wait_s(folder, traffic)
     found: dict[str, Any] = {
         name: FirstReplica(meta.shape, BY_NAME[meta.dtype], target, {})
         for name, (meta, target) in wanted.items()

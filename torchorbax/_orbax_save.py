@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
-from orbax.checkpoint._src.serialization import jax_array_handlers  # private: how a sharding is told
+from orbax.checkpoint._src import asyncio_utils
+from orbax.checkpoint._src.serialization import jax_array_handlers, ocdbt_utils  # private: shardings, the merge
 
-from torchorbax import _orbax_arrays
+from torchorbax import _gcs, _orbax_arrays
 from torchorbax._orbax_arrays import Traffic
 from torchorbax.adapter import Array
 from torchorbax.manifest import Manifest
@@ -94,10 +96,11 @@ def _leaf_of(array: Array) -> _Leaf:
 class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped
     """Tells about leaves of one kind in place of Orbax's own handler, and leaves writing them to `fill`."""
 
-    def __init__(self, typestr: str, item: str, folders: dict[str, str]) -> None:
+    def __init__(self, typestr: str, item: str, folders: dict[str, str], traffic: Traffic) -> None:
         self._typestr = typestr
         self._item = item
         self._folders = folders
+        self._traffic = traffic
 
     def typestr(self) -> str:
         """What Orbax's metadata says that the leaf is."""
@@ -107,9 +110,12 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
         self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         """Write the shardings, and note the item's folder."""
-        self._folders[self._item] = str(infos[0].parent_dir)
+        folder = self._folders[self._item] = str(infos[0].parent_dir)
         shardings = [value.sharding if isinstance(value, _DeviceLeaf) else None for value in values]
-        await jax_array_handlers._async_serialize_shardings(shardings, infos, primary_host=jax.process_index())
+        context = _orbax_arrays.context_of(folder, self._traffic)
+        infos = [info.replace(ts_context=context) for info in infos]
+        told = jax_array_handlers._async_serialize_shardings(shardings, infos, primary_host=jax.process_index())
+        await asyncio.wait_for(told, _orbax_arrays.longest_wait_s(folder, self._traffic))
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
@@ -125,14 +131,26 @@ def _item_handler(
     item: str, folders: dict[str, str], traffic: Traffic, processes: ocp.options.MultiprocessingOptions
 ) -> ocp.PyTreeCheckpointHandler:
     handlers = [
-        (kind, _LeafHandler(typestr, item, folders))
+        (kind, _LeafHandler(typestr, item, folders, traffic))
         for kind, typestr in ((_HostLeaf, "np.ndarray"), (_DeviceLeaf, "jax.Array"))
     ]
     # Orbax looks for a handler of jax.Array to learn where further metadata of such arrays is: nowhere.
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, ocp.type_handlers.ArrayHandler()), *handlers)
-    return ocp.PyTreeCheckpointHandler(
+    handler = ocp.PyTreeCheckpointHandler(
         use_compression=traffic.compressed, type_handler_registry=registry, multiprocessing_options=processes
     )
+    finalize = handler.finalize
+
+    def finalize_in_time(directory: Any) -> None:
+        if not _gcs.is_uri(str(directory)):
+            finalize(directory)
+            return
+        context = _orbax_arrays.context_of(str(directory), traffic)  # Orbax's own tries again for a quarter of an hour
+        merged = ocdbt_utils.merge_ocdbt_per_process_files(directory, context, use_zarr3=False)
+        asyncio_utils.run_sync(asyncio.wait_for(merged, _orbax_arrays.longest_wait_s(str(directory), traffic)))
+
+    handler.finalize = finalize_in_time
+    return handler
 
 
 def _manifest_handler(

@@ -185,7 +185,7 @@ class StorageError(TorchorbaxError, OSError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: the storage does not answer: {reason}")
+        super().__init__(f"{path}: the storage does not answer or refuses: {reason}")
         self.path = path
 
 

@@ -8,7 +8,7 @@ import logging
 
 from torchorbax import frozen
 from torchorbax._orbax import Storage
-from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from torchorbax.manifest import Manifest
 from torchorbax.policies import PreservationContext, PreservationPolicy
 
@@ -112,7 +112,7 @@ class Steps:
                 self.make_way(step)
         infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self.good()]
         preserved = self._keep.should_preserve(infos, context=PreservationContext())
-        deleted = []
+        deleted: list[int] = []
         for info, keep in zip(infos, preserved, strict=True):
             if keep or info.step == newest:
                 continue
@@ -122,6 +122,8 @@ class Steps:
                 _logger.warning(
                     "%s: step %d could not be deleted, trying later: %s", self._storage.path, info.step, error
                 )
+                if isinstance(error, StorageError):  # to ask for each of many would take as long for each
+                    return deleted
             else:
                 self.drop(info.step)
                 deleted.append(info.step)
