@@ -318,7 +318,7 @@ class Deciders:
         self.world = world
         self.notices = [PreemptionNotice() for _ in world.processes]
         self.deciders = [
-            Decider(one, policy, notice) for one, notice in zip(world.processes, self.notices, strict=True)
+            Decider(one, "decide", policy, notice) for one, notice in zip(world.processes, self.notices, strict=True)
         ]
         self.asked: list[list[int]] = [[] for _ in world.processes]
 
