@@ -8,9 +8,11 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,31 @@ PAGE = ROOT / "docs" / "performance.md"
 MB = 1 << 20
 
 
-def run_case(case: str, folder: Path, devices: int = 8, **options: Any) -> Samples:
-    """The samples of a case, measured in a new process with so many simulated devices."""
+def run_case(case: str, folder: Path, devices: int = 8, processes: int = 1, **options: Any) -> Samples:
+    """The samples of a case, measured in new processes that share so many simulated devices: those of the first."""
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cases", case, json.dumps(options), str(folder)]
-    print(f"  {case} {options} on {devices} devices", file=sys.stderr, flush=True)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"{case} failed:\n{done.stderr[-4000:]}")
-    samples: Samples = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {case} {options} on {devices} devices of {processes} processes", file=sys.stderr, flush=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    job = [[address, str(processes), str(index)] for index in range(processes)] if processes > 1 else [[]]
+    started = [
+        subprocess.Popen(
+            [*command, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        for words in job
+    ]
+    with ThreadPoolExecutor(processes) as pool:
+        said = list(pool.map(lambda process: process.communicate(), started))
+    if any(process.returncode for process in started):
+        raise RuntimeError(f"{case} failed:\n" + "\n".join(err[-4000:] for _, err in said))
+    samples: Samples = json.loads(said[0][0].splitlines()[-1])
     return samples
 
 
@@ -74,7 +87,7 @@ def measure_table(folder: Path, repeats: int, scale: int) -> dict[str, Samples]:
 
 
 def measure_growth(folder: Path, repeats: int) -> dict[str, dict[str, dict[str, Samples]]]:
-    """Save and restore by size, and by number of leaves."""
+    """Save and restore by size, by number of leaves, and by number of processes."""
     axes = {
         "MB": {f"{size} MB": (64, size * MB // 64) for size in (64, 256, 1024, 4096)},
         "leaves": {f"{leaves:,} leaves of 4 KB": (leaves, 4096) for leaves in (10, 100, 1000, 10_000)},
@@ -88,6 +101,13 @@ def measure_growth(folder: Path, repeats: int) -> dict[str, dict[str, dict[str, 
                 "save": run_case("save", place, **options),
                 "restore": run_case("restore", place, devices=16, **options),
             }
+    for processes in (1, 2, 4):
+        place = _fresh(folder / "growth")
+        options = {"leaves": 64, "leaf_bytes": 4 * MB, "repeats": repeats, "processes": processes}
+        label = "1 process" if processes == 1 else f"{processes} processes"
+        found.setdefault("processes", {})[label] = {
+            case: run_case(case, place, **options) for case in ("save", "restore")
+        }
     return found
 
 

@@ -1,6 +1,6 @@
 """The measurements. Each runs in a process of its own with simulated CPU devices, and returns samples by name.
 
-`python -m benchmarks.cases NAME '{"option": value}' FOLDER` prints them as JSON.
+`python -m benchmarks.cases NAME '{"option": value}' FOLDER [COORDINATOR COUNT INDEX]` prints them as JSON.
 """
 
 from __future__ import annotations
@@ -170,5 +170,13 @@ CASES: dict[str, Callable[..., Samples]] = {
 }
 
 
+def _join(coordinator: str, count: str, index: str) -> None:
+    """Become one of several processes."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(coordinator, int(count), int(index))
+
+
 if __name__ == "__main__":
+    if sys.argv[4:]:
+        _join(*sys.argv[4:])
     print(json.dumps(CASES[sys.argv[1]](Path(sys.argv[3]), **json.loads(sys.argv[2]))))

@@ -318,7 +318,7 @@ class Deciders:
         self.world = world
         self.notices = [PreemptionNotice() for _ in world.processes]
         self.deciders = [
-            Decider(one, policy, notice) for one, notice in zip(world.processes, self.notices, strict=True)
+            Decider(one, "decide", policy, notice) for one, notice in zip(world.processes, self.notices, strict=True)
         ]
         self.asked: list[list[int]] = [[] for _ in world.processes]
 
@@ -454,7 +454,7 @@ def test_sigterm_in_one_process_is_known_to_all_at_the_same_call(
 
 def test_one_process_looks_at_its_own_notice() -> None:
     notice = PreemptionNotice()
-    decider = Decider(Processes(LONG_S, None, 0, 1), TIME_POLICY, notice)
+    decider = Decider(Processes(LONG_S, None, 0, 1), "decide", TIME_POLICY, notice)
     assert decider.due(lambda: True)
     assert not decider.preempted
     notice.received = True

@@ -376,7 +376,7 @@ class Storage:
         process: int,
     ) -> dict[str, Json]:
         sums = {
-            item: {name: fingerprint.text(sums) for name, sums in one.items()}
+            item: {name: fingerprint.text(sums) for name, sums in one.items() if sums.any()}
             for item, one in self._fill(folders, arrays).items()
         }
         return {"sums": sums, "own": self._write_own(folders[MANIFEST], own, process) if own else None, "error": None}

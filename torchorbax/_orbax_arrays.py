@@ -45,6 +45,9 @@ _LOCAL_READ_BYTES = 32 << 20
 _BATCH_BYTES = 128 << 20
 """What goes into one data file: large enough for object storage, small enough to let memory go early."""
 
+_MERGED_BYTES = 16 << 20
+"""Neighbouring chunks on object storage are read together up to this size, and in parallel beyond."""
+
 Index = tuple[slice, ...]
 
 
@@ -384,6 +387,8 @@ def read(
         ValueError: one is missing, or of another shape or dtype. TensorStore raises what it likes for damaged files.
     """
     spec = tensorstore_utils.build_kvstore_tspec(folder)
+    if _gcs.is_uri(folder):  # else neighbours become one read without end, and one stream has all of them
+        spec["experimental_read_coalescing_merged_bytes"] = _MERGED_BYTES
     context, wait_s = context_of(folder, traffic), longest_wait_s(folder, traffic)
     found: dict[str, Any] = {
         name: FirstReplica(meta.shape, BY_NAME[meta.dtype], target, {})

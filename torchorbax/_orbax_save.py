@@ -57,9 +57,15 @@ def save(
         composite_options=ocp.CompositeOptions(async_options=options, multiprocessing_options=alone), **handlers
     )
     args = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
-    with ocp.Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
+    with _Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder, args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave({})}))
     return manifests[0]
+
+
+class _Checkpointer(ocp.Checkpointer):  # type: ignore[misc]  # Orbax is untyped
+    def synchronize_next_awaitable_signal_operation_id(self) -> None:
+        """Take no number: Orbax counts operations in every process, and what else it does in this program must have the
+        same numbers in all of them."""
 
 
 @dataclass(frozen=True)

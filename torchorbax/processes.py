@@ -7,12 +7,13 @@ there is one process, which agrees with itself.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import jax
@@ -89,13 +90,16 @@ class Processes:
     def tell(self, what: str, text: str = "") -> None:
         """Leave a note for all processes, once; see `told`."""
         if self.count > 1 and self.service is not None:
-            self.service.key_value_set(f"{self._name}/told/{what}/{self.index}", text, allow_overwrite=True)
+            with answering(what):
+                self.service.key_value_set(f"{self._name}/told/{what}/{self.index}", text, allow_overwrite=True)
 
     def told(self) -> Notes:
         """The notes so far, by subject and process."""
         notes: Notes = {}
         if self.count > 1 and self.service is not None:
-            for key, text in self.service.key_value_dir_get(f"{self._name}/told"):
+            with answering("told"):
+                found = self.service.key_value_dir_get(f"{self._name}/told")
+            for key, text in found:
                 what, process = key.removeprefix(f"{self._name}/told/").split("/")
                 notes.setdefault(what, {})[int(process)] = text
         return notes
@@ -107,11 +111,13 @@ class Processes:
         will never compute.
         """
         self.until_s = time.monotonic() + min(self.timeout_s, LAST_WAIT_S)
-        self.tell(_FAILED, reason)
+        with contextlib.suppress(ProcessError):  # then nobody is left to hear
+            self.tell(_FAILED, reason)
 
     def close(self) -> None:
-        """Tell the others that this process takes part in nothing any more."""
-        self.tell(_CLOSED)
+        """Tell the others, if any are left, that this process takes part in nothing any more."""
+        with contextlib.suppress(ProcessError):
+            self.tell(_CLOSED)
 
     def check_failures(self, phase: str, notes: Notes) -> None:
         """Raise ProcessError if another process has run into an exception."""
@@ -131,6 +137,20 @@ class Processes:
 Notes = dict[str, dict[int, str]]
 _FAILED = "failed"
 _CLOSED = "closed"
+
+
+@contextlib.contextmanager
+def answering(phase: str) -> Iterator[None]:
+    """A coordination service that does not answer is a process that is gone: the first, which runs it.
+
+    Raises:
+        ProcessError: it does not.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = f"the coordination service of jax.distributed, which process 0 runs, says {error}"
+        raise ProcessError([0], phase, reason) from error
 
 
 class Channel:
@@ -261,13 +281,13 @@ class Channel:
                 raise TimeoutError
 
     def _get(self, key: str, phase: str, wait_s: float) -> str | None:
-        try:
-            return self._service.blocking_key_value_get(key, math.ceil(1000 * wait_s))
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
+        with answering(phase):
+            try:
+                return self._service.blocking_key_value_get(key, math.ceil(1000 * wait_s))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
                 return None
-            reason = f"the coordination service of jax.distributed, which process 0 runs, says {error}"
-            raise ProcessError({0: ""}, phase, reason) from error
 
     def _late(self, missing: set[int], phase: str) -> ProcessError:
         who = ", ".join(f"process {process}" for process in sorted(missing)) or "a process"

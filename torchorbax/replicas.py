@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-Key = TypeVar("Key")
+Key = TypeVar("Key", bound=tuple[str, ...])
 
 _BATCH_BYTES = 256 << 20
 """So much is summed by one program: beside it lies a second copy on the devices."""
@@ -61,11 +61,15 @@ def first_devices(sharding: NamedSharding) -> frozenset[Any]:
 
 
 def broadcast(arrays: Mapping[Key, FirstReplica]) -> dict[Key, jax.Array]:
-    """The whole arrays on all their devices. A device collective: every process calls it, with the same arrays."""
+    """The whole arrays on all their devices. A device collective: every process calls it, with the same arrays.
+
+    In whatever order it has them: they go in the order of their keys, for programs that differ would never end.
+    """
     found: dict[Key, jax.Array] = {}
     batch: list[Key] = []
     size = 0
-    for key, array in arrays.items():
+    for key in sorted(arrays):
+        array = arrays[key]
         nbytes = math.prod(array.shape) * array.dtype.itemsize
         if batch and (size + nbytes > _BATCH_BYTES or array.sharding.mesh != arrays[batch[0]].sharding.mesh):
             found |= _broadcast_at_once(batch, [arrays[one] for one in batch])

@@ -198,7 +198,9 @@ class Writer:
             self._steps.make_way(ticket.step)
         except Exception as error:
             self._channel.publish("start", {"error": error.reason if isinstance(error, SaveError) else told(error)})
-            raise _as_save_error(ticket.step, self._storage.path, error) from error
+            if isinstance(error, SaveError):
+                raise
+            raise SaveError(ticket.step, self._storage.path, told(error)) from error
         bases = {
             item: {name: leaf.base for name, leaf in meta.leaves.items() if leaf.base is not None}
             for item, meta in (items.items() if self._processes.count > 1 else ())
@@ -265,13 +267,13 @@ class Writer:
         try:
             written = self._write_part(ticket, holder, mine)
         except ProcessError as error:  # nobody is there who could say how it ended
-            raise _as_save_error(step, path, error) from error
+            raise SaveError(step, path, told(error)) from error
         except Exception as error:  # process 0 knows, and will say so
             failure = error
         try:
             outcome = self._channel.publish("end")
         except ProcessError as error:
-            raise _as_save_error(step, path, error) from (failure or error)
+            raise SaveError(step, path, told(error)) from (failure or error)
         self.lost_base = self.lost_base or outcome["lost_base"]
         if outcome["committed"] and written is not None:
             metrics = outcome["metrics"] or {}
@@ -374,10 +376,6 @@ def _others_in(error: BaseException | None) -> Json:
     while error is not None and not isinstance(error, ProcessError):
         error = None if error.__cause__ is error else error.__cause__
     return None if error is None else [list(error.processes), error.phase, error.reason]
-
-
-def _as_save_error(step: int, path: str, error: Exception) -> SaveError:
-    return error if isinstance(error, SaveError) else SaveError(step, path, told(error))
 
 
 @functools.cache
