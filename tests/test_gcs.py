@@ -451,6 +451,8 @@ def test_training_goes_on_while_a_save_is_stuck(fault: str, path: str, server: S
         made=made,
     )
     assert last is True
+    if fault.startswith("403"):  # of the others a write may still arrive; the next run removes it
+        assert folders(server, path) == set(map(str, impatient.run("result = kept['run'].all_steps()")))
 
 
 def test_a_base_that_could_not_be_written_is_written_again(path: str, server: Server, impatient: Client) -> None:

@@ -435,18 +435,20 @@ class Storage:
     def _remove_unremoved(self) -> None:
         """Delete what failed saves and deletions have left behind under a URI.
 
-        A step whose commit was acknowledged too late is whole, and stays.
+        A step whose commit was acknowledged too late is whole, and stays. What is deleted is looked for again the next
+        time: a write that nobody waits for any more may arrive later.
         """
         for step in sorted(self._unremoved):
+            folder = self._folder(step)
             try:
-                if self._is_half_written(self._folder(step)):
-                    self._delete_from_uri(self._folder(step))
+                if folder.exists() and self._is_half_written(folder):
+                    self._delete_from_uri(folder)
+                else:
+                    self._unremoved.remove(step)
             except Exception as error:  # of gcsfs, which has its own; the next process removes it
                 _logger.warning(
                     "%s: what is left of step %d could not be removed: %s", self.path, step, _gcs.told(error)
                 )
-            else:
-                self._unremoved.remove(step)
 
     @_answered
     def manifest(self, step: int) -> Manifest:
