@@ -219,6 +219,8 @@ def test_hosts_restore_from_their_own_folders_and_feed_each_other(tmp_path: Path
     first = run(11)
     assert same(first, "steps") == [0, 6]
     assert same(first, "here") == [8, 10]
+    with pytest.raises(ConfigError, match="what one of several processes holds of 'model'"):
+        load(str(local / "process_0"))
     for process in range(2):
         assert verify(str(local / f"process_{process}")) == [8, 10]
 

@@ -9,8 +9,12 @@ from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME, fits_on_device
 from torchorbax.errors import ConfigError
+from torchorbax.processes import Processes
 from torchorbax.sharding import ShardingRules, Shardings
 from torchorbax.state import default_device
+
+
+_TIMEOUT_S = 600.0
 
 
 def load(
@@ -27,7 +31,8 @@ def load(
         path: the run's folder or `gs://` URI.
         step: which step; None for the newest.
         item: which item.
-        shardings: `(mesh, rules by name)`; None loads onto the default device.
+        shardings: `(mesh, rules by name)`; None loads onto the default device. With a mesh of several processes, all of
+            them call `load`.
         verify: compare what was read with the fingerprints made when it was saved.
 
     Returns:
@@ -38,6 +43,7 @@ def load(
         CheckpointNotFoundError: no such path or step.
         ConfigError: the step has no such item, or the rules do not fit.
         CorruptCheckpointError: the step is damaged.
+        ProcessError: another process did not come.
     """
     storage = Storage(path)
     if step is None:
@@ -45,6 +51,10 @@ def load(
     manifest = storage.manifest(step)
     if item not in manifest.items:
         raise ConfigError(f"{storage.path}: step {step} has no item {item!r}; it has {', '.join(manifest.items)}")
+    if item in manifest.parts:
+        raise ConfigError(
+            f"{storage.path} has what one of several processes holds of {item!r}, not the whole; load the run's own path"
+        )
     meta = manifest.items[item]
     on_device = {name: leaf.shape for name, leaf in meta.leaves.items() if fits_on_device(BY_NAME[leaf.dtype])}
     if shardings is None:
@@ -55,6 +65,8 @@ def load(
     leaves = {name: targets.get(name) for name in meta.leaves}
     read = storage.read(step, {item: meta}, {item: leaves}, ahead.start if verify else None)
     if verify:
-        integrity.check(storage.path, step, manifest.items, read, ahead=ahead)
+        spread = any(target is not None and not target.is_fully_addressable for target in targets.values())
+        channel = Processes(_TIMEOUT_S).channel("load") if spread else None
+        integrity.check(storage.path, step, manifest.items, read, channel, ahead)
     arrays = read[item]
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}
