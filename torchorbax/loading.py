@@ -52,7 +52,7 @@ def load(
         raise ConfigError(f"{storage.path}: step {step} has no item {item!r}; it has {', '.join(manifest.items)}")
     if item in manifest.parts:
         raise ConfigError(
-            f"{storage.path} has what one of several processes holds of {item!r}, not all of it; load the run's own path"
+            f"{storage.path} has what one of several processes holds of {item!r}, not all of it; load the run's path"
         )
     meta = manifest.items[item]
     on_device = {name: leaf.shape for name, leaf in meta.leaves.items() if fits_on_device(BY_NAME[leaf.dtype])}
