@@ -70,10 +70,11 @@ class Fault:
 PLACES = [
     Place("array data", "save", "kind=read,data-write name=/{step}/.*ocdbt.process"),
     Place("merge of the array data", "save", "kind=read,data-write name=/{step}/[^/]+/(d/|manifest.ocdbt)"),
-    Place("metadata", "save", "kind=metadata-write,data-write name=/{step}/.*(_METADATA|_sharding|metadata)$"),
+    Place("metadata", "save", "kind=metadata-write name=/{step}/.*(_METADATA|metadata)$"),
+    Place("shardings", "save", "kind=read,data-write name=/{step}/.*_sharding$"),
     Place("commit marker", "save", "kind=metadata-write name=/{step}/commit_success"),
     Place("listing", "save", "kind=list,stat"),
-    Place("deletion of an old step", "save", "kind=delete,batch name=/{old}/"),
+    Place("deletion of a commit marker", "save", "kind=delete,batch name=/{old}/commit_success"),
     Place("deletion, half done", "save", "kind=delete,batch name=/{old}/(?!commit_success)"),
     Place("listing", "restore", "kind=list,stat"),
     Place("manifest", "restore", "kind=read name=/{step}/manifest/metadata"),

@@ -212,6 +212,7 @@ def test_a_run_starts_from_another(path: str, one: Client, other: Client) -> Non
     """
     _, weight = one.run(made, path=path, origin=None)
     assert other.run(made, path=f"{path}2", origin=path) == [5, weight]
+    assert other.run(made, path=f"{path}2", origin=None) == [10, weight]  # a step above it
     assert other.run(made, path=f"{path}3", origin=f"{path}2/9") == [10, weight]
     params = made.replace("origin}", "torchorbax.params(origin)}")
     assert one.run(params, path=f"{path}4", origin=f"{path}3/") == [0, weight]
