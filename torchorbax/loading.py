@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
+
+import jax
 
 from torchorbax import integrity
 from torchorbax._orbax import Storage
@@ -14,6 +18,10 @@ from torchorbax.sharding import ShardingRules, Shardings
 from torchorbax.state import default_device
 
 _TIMEOUT_S = 600.0
+
+
+def _devices(shardings: Shardings) -> list[Any]:
+    return list(shardings[0].devices.flat) if isinstance(shardings, tuple) and shardings else []
 
 
 def load(
@@ -45,6 +53,10 @@ def load(
         ProcessError: another process did not come.
     """
     storage = Storage(path)
+    several = shardings is not None and any(
+        device.process_index != jax.process_index() for device in _devices(shardings)
+    )
+    channel = Processes(_TIMEOUT_S).channel("load") if several else None
     if step is None:
         step = storage.existing_steps()[-1]
     manifest = storage.manifest(step)
@@ -62,10 +74,10 @@ def load(
         targets = dict(ShardingRules(shardings).for_leaves(on_device))
     ahead = integrity.Ahead()
     leaves = {name: targets.get(name) for name in meta.leaves}
-    read = storage.read(step, {item: meta}, {item: leaves}, ahead.start if verify else None)
+    then = ahead.start if verify else None
+    reading = functools.partial(storage.read, step, {item: meta}, {item: leaves}, then)
+    read = reading() if channel is None else channel.attempt("read", reading)
     if verify:
-        spread = any(target is not None and not target.is_fully_addressable for target in targets.values())
-        channel = Processes(_TIMEOUT_S).channel("load") if spread else None
         integrity.check(storage.path, step, manifest.items, read, channel, ahead)
     arrays = read[item]
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}
