@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchorbax
 from jax.sharding import Mesh
-from torchorbax import Checkpointer, verify
+from torchorbax import Checkpointer, CorruptCheckpointError, verify
 
 from tests.conftest import RunPython
 from tests.models import RULES, batch_of, loss_fn, seeded
@@ -669,14 +669,19 @@ RESTORE = """
         )})
         run.close()
 
+    layout = (all_devices("fsdp"), {"big": P("fsdp")})
+    loaded = torchorbax.load(str(root / "run"), 1, item="state", shardings=layout)
+    bad = outcome(lambda: torchorbax.load(str(root / "data"), 1, item="state", shardings=layout))
+    note(loaded=parts(loaded) == saved[1][0], loaded_damaged=bad)
+
     run, loader = opened("mismatch", tree(9.0, 256 if index == 0 else 128))
     before = told(run, loader)
     note(mismatch=outcome(run.restore), mismatch_unchanged=told(run, loader) == before)
     run.close()
 
     read = _orbax_arrays.read
-    def wrong(folder, leaves, traffic):
-        found = read(folder, leaves, traffic)
+    def wrong(folder, leaves, traffic, *then):
+        found = read(folder, leaves, traffic, *then)
         if "copied" in found and index == 1:
             array = found["copied"]
             shards = [jax.device_put(np.asarray(one.data) + 1, one.device) for one in array.addressable_shards]
@@ -738,6 +743,17 @@ def test_a_step_that_is_damaged_for_one_process_is_skipped_by_all(what: str, res
         (warned,) = found["warned"]
         assert "skipped damaged step 1" in warned
         assert what == "data" or "process_1 is not what was written" in warned
+
+
+def test_load_on_a_mesh_of_all_processes_checks_every_byte(restored: Facts) -> None:
+    for one in restored:
+        assert one["loaded"]
+        assert one["loaded_damaged"][0] == "CorruptCheckpointError"
+
+
+def test_verify_reads_the_files_of_processes_as_well(restored: Facts, folder: Path) -> None:
+    with pytest.raises(CorruptCheckpointError, match="process_1 is not what was written"):
+        verify(folder / "restored" / "own", 1)
 
 
 def test_a_mismatch_in_one_process_changes_nothing_anywhere(restored: Facts) -> None:

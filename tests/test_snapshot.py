@@ -296,3 +296,18 @@ def test_after_prepare_the_first_snapshot_compiles_nothing(mesh: Mesh, compilati
     moments = {f"{name}.{at}": array for name, array in leaves.items() for at in range(3)}  # as an optimizer adds them
     snapshot.take({"state": Captured("pytree", moments)}, "auto")
     assert compilations == []
+
+
+@pytest.mark.parametrize("spec", [P(), P("fsdp"), P(None, "fsdp")])
+@pytest.mark.parametrize("order", [range(8), (3, 1, 0, 2, 7, 6, 5, 4)])
+@pytest.mark.parametrize("staging", ["auto", "device"])
+def test_every_device_has_its_part(spec: P, order: Any, staging: str) -> None:
+    devices = np.array(jax.devices())[list(order)]
+    values = np.random.default_rng(0).standard_normal((256, 1024), np.float32)
+    array = jax.device_put(values, NamedSharding(Mesh(devices, ("fsdp",)), spec))
+    jax.block_until_ready(array)
+    (taken,) = take({"array": array}, staging).values()
+    assert taken.sharding == array.sharding
+    for one, other in zip(taken.addressable_shards, array.addressable_shards, strict=True):
+        assert (one.device, one.index) == (other.device, other.index)
+        assert bits(one.data) == bits(other.data)

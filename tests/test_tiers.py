@@ -172,6 +172,48 @@ def test_an_error_of_the_fast_tier_is_told_and_stops_nothing(tmp_path: Path, mon
         assert verify(host(tmp_path)) == [1]
 
 
+def test_what_another_run_has_left_in_the_folder_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(tmp_path) as run:
+        train(run, 0, 11)
+    shutil.rmtree(tmp_path / "rare")  # to start again
+    with opened(tmp_path) as run, caplog.at_level(logging.WARNING):
+        assert run.restore() is None
+        train(run, 0, 3)
+        assert run.all_steps() == [0]
+    assert verify(host(tmp_path)) == [1, 2]
+
+
+def test_a_step_that_the_fast_tier_has_can_still_be_forced(tmp_path: Path) -> None:
+    with opened(tmp_path, save=None) as run:
+        assert run.save(3, {"state": tree(3)})
+        assert run.save(3, {"state": tree(3)}, force=True)
+        run.wait()
+        assert run.all_steps() == verify(host(tmp_path)) == [3]
+
+
+def test_restoring_an_older_step_leaves_the_newer_ones_alone(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        train(run, 0, 11)
+        assert run.restore(8) == 8
+        assert (run.restore(), value_of(run)) == (10, 10)
+
+
+def test_errors_of_both_tiers_are_told_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = opened(tmp_path, save=1)
+
+    def full(*args: Any) -> Any:
+        raise OSError("No space left on device")
+
+    for tier in run._tiers:
+        monkeypatch.setattr(tier.storage, "_write", full)
+    run.save(0, {"state": tree(0)})
+    with pytest.raises(SaveError, match="rare: step 0 was not saved") as caught:
+        run.close()
+    assert "process_0: step 0 was not saved" in "".join(caught.value.__notes__)
+
+
 def test_a_local_tier_is_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="local must be a folder on each host, not gs://bucket/run"):
         Checkpointer(tmp_path / "run", {"state": tree(0)}, local="gs://bucket/run")
@@ -219,6 +261,8 @@ def test_hosts_restore_from_their_own_folders_and_feed_each_other(tmp_path: Path
     first = run(11)
     assert same(first, "steps") == [0, 6]
     assert same(first, "here") == [8, 10]
+    with pytest.raises(ConfigError, match="what one of several processes holds of 'model'"):
+        load(str(local / "process_0"))
     for process in range(2):
         assert verify(str(local / f"process_{process}")) == [8, 10]
 
@@ -245,3 +289,41 @@ def test_hosts_restore_from_their_own_folders_and_feed_each_other(tmp_path: Path
     assert same(other, "step") == 12
     assert same(other, "before") == same(fed, "after")
     assert [one["here"][-1] for one in other] == [14, 14]
+
+
+LIVES = """
+    import pathlib, shutil
+    import numpy as np
+    from torchorbax import Checkpointer
+    from tests.several_state import spread
+
+    root = pathlib.Path(sys.argv[1])
+    mine = root / "fast" / f"process_{index}"
+
+    def opened(value):
+        state = {"state": {"w": spread(np.full((8, 4), value, np.float32))}}
+        options = {"rng": False, "save": None, "local": str(root / "fast"), "local_save": 1, "barrier_timeout_s": 60}
+        return Checkpointer(str(root / "rare"), state, **options)
+
+    for value in (1, 2):
+        with opened(value) as run:
+            run.save(5)
+            run.wait()
+        shutil.move(mine / "5", root / f"{index}.{value}")
+        meet(f"life {value}")
+    found = []
+    for lives in ((1, 1), (2, 1), (2, 2)):
+        shutil.rmtree(mine / "5", ignore_errors=True)
+        shutil.copytree(root / f"{index}.{lives[index]}", mine / "5")
+        meet(f"copied {lives}")
+        with opened(0) as run:
+            step = run.restore()
+            found.append([step, float(np.asarray(run.state["state"]["w"].addressable_data(0))[0, 0])])
+    note(found=found)
+"""
+
+
+def test_steps_of_one_number_from_two_lives_are_not_mixed(tmp_path: Path, run_processes: RunProcesses) -> None:
+    """The life before may have been killed when only some hosts had committed a step."""
+    for ended in run_processes(LIVES, tmp_path, devices=2):
+        assert ended.facts["found"] == [[5, 1.0], [None, 0.0], [5, 2.0]]

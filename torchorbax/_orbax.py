@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import re
-import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,14 +47,13 @@ VERSION = importlib.metadata.version("orbax-checkpoint")
 
 _NAMES = orbax_steps.standard_name_format()
 _COMMITTED = "commit_success.txt"
+_IDENTITY = ".torchorbax-run"
 _DAMAGED = ".torchorbax-damaged"
 _DELETED = ".torchorbax-deleted"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
 
-_ONE_WRITE = threading.Lock()
-"""Held while Orbax begins and ends a save: it numbers operations per process, and mixes those of concurrent ones."""
-
+_LONGEST_TIMEOUT_S = 86_400
 
 _logger = logging.getLogger(__name__)
 
@@ -94,9 +93,12 @@ def traffic(
     if (
         isinstance(storage_timeout_s, bool)
         or not isinstance(storage_timeout_s, int | float)
-        or not storage_timeout_s > 0
+        or not 0 < storage_timeout_s <= _LONGEST_TIMEOUT_S
     ):
-        raise ConfigError(f"storage_timeout_s must be a positive number of seconds, not {storage_timeout_s!r}")
+        raise ConfigError(
+            f"storage_timeout_s must be a positive number of seconds, {_LONGEST_TIMEOUT_S} at most, "
+            f"not {storage_timeout_s!r}"
+        )
     all_write = replicas == "all"
     return Traffic(compression is not None, max_host_bytes, all_write, single_replica_restore, float(storage_timeout_s))
 
@@ -163,6 +165,13 @@ class Storage:
             probe.unlink()
         if _gcs.is_uri(self.path):
             _gcs.check_access(self.path, self._traffic.timeout_s)
+
+    def identity(self) -> str:
+        """What tells this run from any other, whatever its path; made when it is first asked for."""
+        file = self._root / _IDENTITY
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex)
+        return str(file.read_text())
 
     def check_visible(self) -> None:
         """Raise ConfigError if the folder, which process 0 has made, is not there."""
@@ -271,11 +280,7 @@ class Storage:
             nonlocal announced
             announced = True
             channel.publish("write", {"folders": folders, "error": None})
-            _ONE_WRITE.release()  # by now Orbax knows its numbers
-            try:
-                return self._filled(folders, manifest, arrays, channel)
-            finally:
-                _ONE_WRITE.acquire()
+            return self._filled(folders, manifest, arrays, channel)
 
         try:
             if step in self._unremoved:
@@ -285,8 +290,7 @@ class Storage:
                 reason = "somebody else has saved it meanwhile; is another run writing to this path?"
                 raise SaveError(step, self.path, reason)
             leaves = {item: {name: one for name, one in part.items() if one.size} for item, part in arrays.items()}
-            with _ONE_WRITE:
-                stamped = _orbax_save.save(self._folder(step), leaves, self._traffic, fill)
+            stamped = _orbax_save.save(self._folder(step), leaves, self._traffic, fill)
             self._make_durable(self._folder(step))
         except Exception as error:
             if not announced:

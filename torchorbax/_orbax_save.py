@@ -65,7 +65,7 @@ def save(
 class _Checkpointer(ocp.Checkpointer):  # type: ignore[misc]  # Orbax is untyped
     def synchronize_next_awaitable_signal_operation_id(self) -> None:
         """Take no number: Orbax counts operations in every process, and what else it does in this program must have the
-        same numbers in all of them."""
+        same numbers in all of them. Nor could two saves at once have one each: it takes the newest for its own."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from types import TracebackType
 from typing import Any, Literal
@@ -126,7 +127,7 @@ class Checkpointer:
         how = traffic(compression, max_host_bytes, replicas, single_replica_restore, storage_timeout_s)
         self._main = self._open_main(Storage(path, how), *policies)
         self._local = None if local is None else self._open_local(local, how, *local_policies)
-        self._tiers = [self._main] if self._local is None else [self._local, self._main]
+        self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._restorer = Restorer(self._items, self._rules, self._main, self._local, self._channel, verify=verify)
         self._preemption_saved = False
         self._closed = False
@@ -148,7 +149,7 @@ class Checkpointer:
                 )
         self._channel.attempt("open", storage.create if self._processes.is_first else lambda: None)
         self._channel.attempt("open", storage.check_visible)
-        found: list[int] = self._channel.publish("steps", storage.steps() if self._processes.is_first else None)
+        found = self._channel.first("steps", storage.steps)
         steps = Steps(storage, found, keep)
         writer = Writer(storage, steps, self._processes)
         return Tier(storage, steps, writer, policy, Decider(self._processes, "decide", policy, self._preemption))
@@ -160,11 +161,17 @@ class Checkpointer:
         storage = Storage(local_path(path, self._processes.index), dataclasses.replace(how, alone=True))
         self._channel.attempt("open local", storage.create)
         several = self._processes.count > 1
+        run = self._channel.first("open local", self._main.storage.identity)
+        origin = f"{run}/{self._channel.first('open local', lambda: uuid.uuid4().hex)}/{self._processes.count}"
         alone = Processes(self._processes.timeout_s, index=0, count=1)
         steps = Steps(storage, storage.steps(), keep, keep_damaged=False)
-        writer = Writer(storage, steps, alone, localized=several)
+        for step in steps.good():
+            if steps.origin(step).partition("/")[0] != run:
+                _logger.warning("%s: step %d is of another run, and gives way to this one's", storage.path, step)
+                steps.mark_damaged(step)
+        writer = Writer(storage, steps, alone, origin=origin, localized=several)
         decider = Decider(self._processes, "decide local", policy, self._preemption)
-        return Tier(storage, steps, writer, policy, decider, knows_frozen=not several)
+        return Tier(storage, steps, writer, policy, decider, knows_frozen=not several, raises=not several)
 
     # ------------------------------------------------------------------------------------------------------- facts
 
@@ -266,16 +273,16 @@ class Checkpointer:
         if not self._in_steps:
             self._handed, self._metrics = {}, {}
         self.next_step = max(self.next_step, step + 1)
-        for tier in self._tiers:
-            tier.saver.raise_unreported()
+        self._raise_unreported()
         return bool(due)
 
     def _due(self, step: int, now: datetime.datetime, force: bool) -> list[Tier]:
         """The tiers that are to save this step."""
         due = [tier for tier in self._tiers if (force and tier is self._main) or tier.due(step, now)]
         if self.preempted and not self._preemption_saved and self._main not in due:
-            due.append(self._main)
-        return due
+            due.insert(0, self._main)
+        # A step may be offered again, to be saved under the path after all.
+        return [tier for tier in due if tier is self._main or step > max(tier.steps.infos, default=-1)]
 
     def _check_step(self, tier: Tier, step: int) -> None:
         tier.check_step(step)
@@ -322,8 +329,14 @@ class Checkpointer:
         """
         for tier in self._tiers:
             tier.saver.collect()
-        for tier in self._tiers:
-            tier.saver.raise_unreported()
+        self._raise_unreported()
+
+    def _raise_unreported(self) -> None:
+        errors = [error for tier in self._tiers if (error := tier.saver.take_unreported()) is not None]
+        for other in errors[1:]:
+            errors[0].add_note(f"Besides: {other}")
+        if errors:
+            raise errors[0]
 
     # ----------------------------------------------------------------------------------------------------- restore
 

@@ -2,8 +2,9 @@
 
 A policy that knows the step alone says the same in every process, and is asked in each. Any other is asked in process
 0, and the rest are told. A policy about time need not be asked after every step, so process 0 also says when it will be
-asked next: about twice a second. In between, nobody says anything to anybody, and a step without a save costs no more
-than in one process. The same message says that SIGTERM has arrived in some process, so all of them save the same step.
+asked next: about twice a second, or 16 steps later if they are faster. In between, nobody says anything to anybody, and
+a step without a save costs no more than in one process. The same message says that SIGTERM has arrived in some process,
+so all of them save the same step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torchorbax.processes import Processes
 
 _LEASE_S = 0.5
 """How long the processes go on without hearing from process 0, about."""
-_MOST_CALLS = 10_000
+_MOST_CALLS = 16
+"""Steps may become slow at any time, and SIGTERM must not go unnoticed for many of them."""
 _TIDY_ROUNDS = 256
 """After so many messages process 0 waits until all have read them, and deletes them."""
 _PREEMPTED = "preempted"
@@ -104,4 +106,10 @@ class Decider:
     def _tidy(self) -> None:
         self._rounds += 1
         if self._rounds % _TIDY_ROUNDS == 0:
-            self._channel.gather("decide", None)
+            try:
+                self._channel.gather("decide", None)
+            except ProcessError as error:  # in process 0, which says so where the others will look next
+                self._channel.publish(
+                    "decide", (False, self._calls, self._preempted, list(error.processes), error.reason)
+                )
+                raise

@@ -125,6 +125,11 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
 def _verify_step(storage: Storage, step: int) -> None:
     manifest = storage.manifest(step)
     bad: list[str] = []
+    for process in manifest.own:
+        try:
+            storage.as_seen_by(manifest, int(process))
+        except CorruptCheckpointError as error:
+            bad += error.reasons.values()
     for item, names in batches(manifest):
         meta = manifest.items[item]
         ahead = Ahead()

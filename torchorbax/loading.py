@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
+
+import jax
 
 from torchorbax import integrity
 from torchorbax._orbax import Storage
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME, fits_on_device
 from torchorbax.errors import ConfigError
+from torchorbax.processes import Processes
 from torchorbax.sharding import ShardingRules, Shardings
 from torchorbax.state import default_device
+
+_TIMEOUT_S = 600.0
+
+
+def _devices(shardings: Shardings) -> list[Any]:
+    return list(shardings[0].devices.flat) if isinstance(shardings, tuple) and shardings else []
 
 
 def load(
@@ -27,7 +38,8 @@ def load(
         path: the run's folder or `gs://` URI.
         step: which step; None for the newest.
         item: which item.
-        shardings: `(mesh, rules by name)`; None loads onto the default device.
+        shardings: `(mesh, rules by name)`; None loads onto the default device. With a mesh of several processes, all of
+            them call `load`.
         verify: compare what was read with the fingerprints made when it was saved.
 
     Returns:
@@ -38,13 +50,22 @@ def load(
         CheckpointNotFoundError: no such path or step.
         ConfigError: the step has no such item, or the rules do not fit.
         CorruptCheckpointError: the step is damaged.
+        ProcessError: another process did not come.
     """
     storage = Storage(path)
+    several = shardings is not None and any(
+        device.process_index != jax.process_index() for device in _devices(shardings)
+    )
+    channel = Processes(_TIMEOUT_S).channel("load") if several else None
     if step is None:
         step = storage.existing_steps()[-1]
     manifest = storage.manifest(step)
     if item not in manifest.items:
         raise ConfigError(f"{storage.path}: step {step} has no item {item!r}; it has {', '.join(manifest.items)}")
+    if item in manifest.parts:
+        raise ConfigError(
+            f"{storage.path} has what one of several processes holds of {item!r}, not all of it; load the run's path"
+        )
     meta = manifest.items[item]
     on_device = {name: leaf.shape for name, leaf in meta.leaves.items() if fits_on_device(BY_NAME[leaf.dtype])}
     if shardings is None:
@@ -53,8 +74,10 @@ def load(
         targets = dict(ShardingRules(shardings).for_leaves(on_device))
     ahead = integrity.Ahead()
     leaves = {name: targets.get(name) for name in meta.leaves}
-    read = storage.read(step, {item: meta}, {item: leaves}, ahead.start if verify else None)
+    then = ahead.start if verify else None
+    reading = functools.partial(storage.read, step, {item: meta}, {item: leaves}, then)
+    read = reading() if channel is None else channel.attempt("read", reading)
     if verify:
-        integrity.check(storage.path, step, manifest.items, read, ahead=ahead)
+        integrity.check(storage.path, step, manifest.items, read, channel, ahead)
     arrays = read[item]
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}

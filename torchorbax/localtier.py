@@ -223,21 +223,22 @@ def open_step(storage: Storage, step: int, having: frozenset[int], channel: Chan
         CorruptCheckpointError: a process that should have it cannot read its manifest.
     """
     index, giver = channel.processes.index, min(having)
-    here: Manifest | None = None
-    failure: CorruptCheckpointError | None = None
-    if index in having:
-        try:
-            here = storage.manifest(step)
-        except CorruptCheckpointError as error:
-            failure = error
     everyone = len(having) == channel.processes.count
-    told: dict[str, Json] = {"error": None if failure is None else failure.reasons[step], "manifest": None}
-    if index == giver and here is not None and not everyone:
-        told["manifest"], told["own"] = here.to_json(), _own_text(storage, here)
+    here: Manifest | None = None
+    failure: Exception | None = None
+    told: dict[str, Json] = {"error": None}
+    try:
+        if index in having:
+            here = storage.manifest(step)
+            if index == giver and not everyone:
+                told = {"error": None, "manifest": here.to_json(), "own": _own_text(storage, here)}
+    except Exception as error:  # raised below, when the others know
+        failure = error
+        told["error"] = str(error.reasons[step] if isinstance(error, CorruptCheckpointError) else error)
     answers = channel.everyone("local", told)
     failed = [f"process {process}: {one['error']}" for process, one in enumerate(answers) if one["error"] is not None]
     if failed:
-        raise failure or CorruptCheckpointError(storage.path, {step: "; ".join(failed)})
+        raise CorruptCheckpointError(storage.path, {step: "; ".join(failed)}) from failure
     of_giver = here or Manifest.from_json(answers[giver]["manifest"])
     fed = {} if here is not None else hoststate.from_text(answers[giver]["own"])
     return LocalStep(storage, _as_seen_by_all(of_giver), here, fed, having, everyone, verify)

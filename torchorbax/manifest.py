@@ -97,6 +97,7 @@ class Manifest:
         processes: how many processes wrote it.
         parts: in a local tier of several processes, by item and leaf, which part of an array it is
             (`torchorbax.localtier`).
+        origin: in a local tier, of which run it is a save, and of which life of it.
         own: the SHA-256 of the files of those processes that have something for themselves (`torchorbax.hoststate`).
     """
 
@@ -108,6 +109,7 @@ class Manifest:
     processes: int = 1
     own: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    origin: str = ""
 
     def of_base(self, base: int) -> Manifest:
         """What a base of this step says about itself: its leaves, as if it were a step of that number."""
@@ -161,7 +163,17 @@ class Manifest:
             if type(processes) is not int or not all(one.isdecimal() and int(one) < processes for one in own):
                 raise ValueError(f"it says that {str(processes)[:200]} processes wrote it, of which {str(own)[:200]}")
             parts = {item: dict(one) for item, one in content.get("parts", {}).items()}
-            return cls(content["step"], time, metrics, items, dict(content["versions"]), processes, own, parts)
+            return cls(
+                content["step"],
+                time,
+                metrics,
+                items,
+                dict(content["versions"]),
+                processes,
+                own,
+                parts,
+                str(content.get("origin", "")),
+            )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
 

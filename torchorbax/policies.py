@@ -91,7 +91,9 @@ class ContinuousPolicy:
     ) -> bool:
         if context.is_saving_in_progress:
             return False
-        return not previous_steps or step.time - previous_steps[-1].time >= self.minimum_interval
+        if not previous_steps or not self.minimum_interval:  # the time of a step may have to be read from storage
+            return True
+        return bool(step.time - previous_steps[-1].time >= self.minimum_interval)
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,14 @@ class NeverPolicy:
         return False
 
 
-_STEP_POLICIES = (FixedIntervalPolicy, InitialSavePolicy, NeverPolicy, SpecificStepsPolicy)
-_TIME_POLICIES = (ContinuousCheckpointingPolicy, ContinuousPolicy, PreemptionCheckpointingPolicy, TimeIntervalPolicy)
+_STEP_POLICIES = (FixedIntervalPolicy, NeverPolicy, SpecificStepsPolicy)
+_TIME_POLICIES = (
+    ContinuousCheckpointingPolicy,
+    ContinuousPolicy,
+    InitialSavePolicy,  # which looks at the saves there were: when one fails, not all processes know at once
+    PreemptionCheckpointingPolicy,
+    TimeIntervalPolicy,
+)
 
 
 def knows_step_alone(policy: object) -> bool:

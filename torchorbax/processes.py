@@ -231,6 +231,26 @@ class Channel:
         found: list[Json] = values["values"]
         return found
 
+    def first(self, phase: str, action: Callable[[], T]) -> T:
+        """What `action` gives in process 0, everywhere. A JSON value.
+
+        Raises:
+            ProcessError: it has failed there. What it raises is raised there as it is.
+        """
+        if not self.processes.is_first:
+            told = self.publish(phase)
+            if told["error"] is not None:
+                raise ProcessError([0], phase, f"process 0: {told['error']}")
+            value: T = told["value"]
+            return value
+        try:
+            value = action()
+        except Exception as error:
+            self.publish(phase, {"error": f"{type(error).__name__}: {error}"})
+            raise
+        self.publish(phase, {"error": None, "value": value})
+        return value
+
     def attempt(self, phase: str, action: Callable[[], T]) -> T:
         """What `action` gives here, if it succeeds everywhere.
 

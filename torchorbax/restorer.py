@@ -73,7 +73,8 @@ class Restorer:
             candidates = [one for one in candidates if one[0] == step] or [(step, None)]
         reasons: dict[int, str] = {}
         unusable: dict[int, str] = {}
-        for candidate, having in candidates:
+        for attempt, (candidate, having) in enumerate(candidates):
+            self._channel.begin(f"restore{self._restores}.{attempt}")
             try:
                 restored = self._restore_step(storage, candidate, having, wanted)
             except CorruptCheckpointError as error:
@@ -82,9 +83,12 @@ class Restorer:
                 elif self._local is not None:
                     _logger.warning("%s", error)
                     self._local.steps.mark_damaged(candidate)
-                    unusable.update(error.reasons)
+                    if self._channel.processes.count == 1:  # of several, some may just have been killed before the rest
+                        unusable.update(error.reasons)
                 continue
-            self._note(storage, candidate, reasons)
+            self._note(storage, reasons)
+            if step is None and storage is self._main.storage:
+                self._drop_local_after(candidate)
             return restored
         if reasons or unusable:
             raise CorruptCheckpointError(storage.path, {**unusable, **reasons})
@@ -92,13 +96,20 @@ class Restorer:
 
     def _candidates(self, storage: Storage) -> list[Candidate]:
         """The steps to try, the newest first, and of the same number that of the local tier first."""
-        shared = self._channel.publish("steps", storage.steps() if self._channel.processes.is_first else None)
-        found: dict[tuple[int, bool], frozenset[int] | None] = {(step, False): None for step in shared}
+        found: list[Candidate] = [(step, None) for step in self._channel.first("steps", storage.steps)]
         if self._local is not None and storage is self._main.storage:
-            for process, steps in enumerate(self._channel.everyone("local steps", self._local.steps.good())):
-                for step in steps:
-                    found[step, True] = (found.get((step, True)) or frozenset()) | {process}
-        return [(step, found[step, local]) for step, local in sorted(found, reverse=True)]
+            saves: dict[tuple[int, str], set[int]] = {}  # those of one number in two lives of the run are not the same
+            for process, steps in enumerate(self._channel.everyone("local steps", self._saves(self._local))):
+                for saved, origin in steps:
+                    saves.setdefault((saved, origin), set()).add(process)
+            found += [(saved, frozenset(having)) for (saved, _), having in saves.items()]
+        return sorted(found, key=lambda one: (one[0], one[1] is not None, len(one[1] or ())), reverse=True)
+
+    def _saves(self, local: Tier) -> list[tuple[int, str]]:
+        """What this process has in its local tier that as many processes have saved: the steps, and of which life."""
+        origins = {step: local.steps.origin(step) for step in local.steps.good()}
+        count = str(self._channel.processes.count)
+        return [(step, origin) for step, origin in origins.items() if origin.rpartition("/")[2] == count]
 
     def _restore_step(self, storage: Storage, step: int, having: frozenset[int] | None, wanted: Request) -> Restored:
         source: Source = storage
@@ -114,13 +125,16 @@ class Restorer:
                 tier.note_restored(restored, self._items)
         return restored
 
-    def _note(self, storage: Storage, restored: int, skipped: Mapping[int, str]) -> None:
-        """Damaged steps no longer count, nor does what local tiers have beyond the step that the run goes on from."""
+    def _note(self, storage: Storage, skipped: Mapping[int, str]) -> None:
+        """Damaged steps no longer count."""
         for step, reason in skipped.items():
             if storage is self._main.storage:
                 self._main.steps.mark_damaged(step)
             warnings.warn(f"{storage.path}: skipped damaged step {step}: {reason}", stacklevel=5)
-        if self._local is not None and storage is self._main.storage:
+
+    def _drop_local_after(self, restored: int) -> None:
+        """Nor does what local tiers have beyond the step that the run goes on from."""
+        if self._local is not None:
             for newer in [step for step in self._local.steps.infos if step > restored]:
                 _logger.info("%s: step %d is not on all hosts", self._local.storage.path, newer)
                 self._local.steps.mark_damaged(newer)

@@ -53,9 +53,11 @@ class Saver:
         path: of the run, for messages.
         steps: those there are.
         writer: writes one.
+        raises: errors are for the caller; else they are logged.
     """
 
-    def __init__(self, path: str, steps: Steps, writer: Writer) -> None:
+    def __init__(self, path: str, steps: Steps, writer: Writer, *, raises: bool = True) -> None:
+        self._raises = raises
         self._path = path
         self._steps = steps
         self._writer = writer
@@ -102,13 +104,15 @@ class Saver:
                 self._steps.drop(error.step)
             if self._unreported is not None:
                 _logger.error("%s", self._unreported)  # the caller never asked
-            self._unreported = error
+            if self._raises:
+                self._unreported = error
+            else:
+                _logger.error("%s", error)
 
-    def raise_unreported(self) -> None:
-        """Raise the error of a collected save, once."""
-        if self._unreported is not None:
-            error, self._unreported = self._unreported, None
-            raise error
+    def take_unreported(self) -> SaveError | None:
+        """The error of a collected save, once."""
+        error, self._unreported = self._unreported, None
+        return error
 
     def take_committed(self) -> tuple[Manifest, Identities] | None:
         """The step that has been committed since the last call, and which its frozen arrays are."""

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from torchorbax.adapter import Array, HostShard, HostShards, host_copy, live_array, live_dtype, raise_if_deleted
 from torchorbax.errors import ConfigError
@@ -165,8 +166,7 @@ class _View:
     def __init__(self, array: jax.Array) -> None:
         self.shape, self.dtype, self.nbytes = tuple(array.shape), array.dtype, array.nbytes
         self._sharding = array.sharding
-        # Not by `addressable_shards`, which works out the index of each: that takes as long as all the rest.
-        parts = [array.addressable_data(at) for at in range(len(self._sharding.addressable_devices))]
+        parts = _parts(array)
         self._devices = [part.device for part in parts]
         self._views = [np.asarray(part) for part in parts]
 
@@ -181,6 +181,14 @@ _Staged = jax.Array | np.ndarray | HostShards | _View
 
 def _array(staged: _Staged) -> Any:
     return staged.array() if isinstance(staged, _View) else staged
+
+
+def _parts(array: jax.Array) -> list[jax.Array]:
+    """What each device of this process has of an array."""
+    if array.is_fully_replicated:  # of which `addressable_data` gives the first device's, whatever it is asked for
+        return [shard.data for shard in array.addressable_shards]
+    # `addressable_shards` would also work out the index of each, which takes as long as all the rest.
+    return [array.addressable_data(at) for at in range(len(array.sharding.addressable_devices))]
 
 
 def _is_worth_a_view(array: jax.Array) -> bool:
@@ -257,18 +265,42 @@ def _warn_of_full_devices() -> None:
 def _copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
     """Copies on the devices, dispatched and not waited for.
 
-    An array of several processes is copied shard by shard, by programs of this process alone: another may copy other
-    arrays, if its devices have room for others.
+    Of an array of several processes, what this one has is copied by programs of this process alone: another may copy
+    other arrays, if its devices have room for others.
     """
-    here = [key for key, array in arrays.items() if array.is_fully_addressable]
-    copies: dict[Key, _Staged] = dict(zip(here, _copied([arrays[key] for key in here]), strict=True))
-    apart = [key for key in arrays if key not in copies]
-    shards = {key: [shard.data for shard in arrays[key].addressable_shards] for key in apart}
-    parts = iter(_copied([part for key in apart for part in shards[key]]))
-    for key in apart:
-        array, copied = arrays[key], [next(parts) for _ in shards[key]]
-        copies[key] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, copied, dtype=array.dtype)
-    return copies
+    copied = _copied([_of_this_process(array) for array in arrays.values()])
+    return {
+        key: copy if array.is_fully_addressable else _of_all_processes(copy, array)
+        for (key, array), copy in zip(arrays.items(), copied, strict=True)
+    }
+
+
+def _of_this_process(array: jax.Array) -> jax.Array:
+    """An array of the shards that this process has, one after the other along the first axis; or the array itself if
+    that is all of it."""
+    if array.is_fully_addressable:
+        return array
+    shards = _parts(array)
+    mesh = _local_mesh(tuple(shard.device for shard in shards))
+    if not array.ndim:
+        return jax.make_array_from_single_device_arrays((), NamedSharding(mesh, PartitionSpec()), shards)
+    length, *rest = shards[0].shape
+    layout = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+    return jax.make_array_from_single_device_arrays((length * len(shards), *rest), layout, shards)
+
+
+def _of_all_processes(local: jax.Array, like: jax.Array) -> jax.Array:
+    """The reverse of `_of_this_process`."""
+    shards = {part.device: part for part in _parts(local)}
+    order = [part.device for part in _parts(like)]
+    return jax.make_array_from_single_device_arrays(
+        like.shape, like.sharding, [shards[device] for device in order], dtype=like.dtype
+    )
+
+
+@functools.cache
+def _local_mesh(devices: tuple[Any, ...]) -> Mesh:
+    return Mesh(np.array(devices), ("part",))
 
 
 _AT_ONCE = (64, 16, 4, 1)
@@ -311,10 +343,11 @@ def prepare(captured: Mapping[str, Captured], staging: Staging) -> None:
     for item, one in captured.items():
         for name, leaf in one.leaves.items():
             held = live_array(f"{item}.{name}", leaf)
-            if not isinstance(held, jax.Array) or held.is_deleted() or not held.is_fully_addressable:
+            if not isinstance(held, jax.Array) or held.is_deleted():
                 continue
             if staging == "device" or not _is_worth_a_view(held):
-                shapes.add((held.shape, held.dtype, held.sharding))
+                array = _of_this_process(held)
+                shapes.add((array.shape, array.dtype, array.sharding))
     if shapes:
         threading.Thread(target=_compile, args=(shapes,), name="torchorbax-prepare").start()
 

@@ -83,6 +83,16 @@ class Steps:
         info = self.infos[manifest.step]
         info.time, info.metrics, info.manifest = manifest.time, dict(manifest.metrics) or None, manifest
 
+    def know(self, manifest: Manifest) -> None:
+        """Its manifest has been read: nobody need ask the storage again."""
+        if manifest.step in self.infos:
+            self.commit(manifest)
+
+    def origin(self, step: int) -> str:
+        """Of which run and life a step of a local tier says that it is; empty if it says nothing."""
+        manifest = self.infos[step].manifest if step in self.infos else None
+        return "" if manifest is None else manifest.origin
+
     def drop(self, step: int) -> None:
         """It has not been saved, or been deleted."""
         self.infos.pop(step, None)

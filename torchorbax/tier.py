@@ -51,6 +51,7 @@ class Tier:
         policy: when to save.
         decider: asks it, for all processes.
         knows_frozen: frozen parameters are written once.
+        raises: errors are for the caller; else they are logged, for the other processes know nothing of them.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Tier:
         decider: Decider,
         *,
         knows_frozen: bool = True,
+        raises: bool = True,
     ) -> None:
         self.storage = storage
         self.steps = steps
-        self.saver = Saver(storage.path, steps, writer)
+        self.saver = Saver(storage.path, steps, writer, raises=raises)
         self.policy = policy
         self.decider = decider
         self._writer = writer
@@ -111,6 +113,7 @@ class Tier:
 
     def note_restored(self, restored: Restored, items: Mapping[str, Item]) -> None:
         """Frozen arrays that have just been restored from here need not be written again."""
+        self.steps.know(restored.manifest)
         self.saver.take_committed()  # it says nothing about the arrays that are live now
         in_base = {key: leaf for key, leaf in frozen.in_base(restored.manifest).items() if key in restored.exact}
         self._frozen.restored({item: items[item].capture() for item in {item for item, _ in in_base}}, in_base)

@@ -70,14 +70,18 @@ class Writer:
         storage: where to.
         steps: those there are.
         processes: all of the run; each writes its part.
+        origin: what the manifest says of itself.
         localized: write what this process has of everything, as if there were no other.
 
     Attributes:
         lost_base: a base that was taken to be there is gone, so nothing frozen is known any more.
     """
 
-    def __init__(self, storage: Storage, steps: Steps, processes: Processes, *, localized: bool = False) -> None:
+    def __init__(
+        self, storage: Storage, steps: Steps, processes: Processes, *, origin: str = "", localized: bool = False
+    ) -> None:
         self.lost_base = False
+        self._origin = origin
         self._localized = localized
         self._storage = storage
         self._steps = steps
@@ -149,34 +153,22 @@ class Writer:
         mine: dict[str, Json],
         when_committed: Callable[[Written], object],
     ) -> None:
-        error: SaveError | None = None
-        deleted: list[int] = []
-        nbytes = 0
+        step, path = ticket.step, self._storage.path
         try:
             written = self._write_first(ticket, holder, mine)
-            nbytes = written.nbytes
-            when_committed(written)
-            try:
-                deleted = self._steps.retain(ticket.step)
-            except Exception as failure:  # the step itself is good
-                error = SaveError(ticket.step, self._storage.path, told(failure), committed=True)
-                error.__cause__ = failure
-        except SaveError as failure:
-            error = failure
-        if self._processes.count > 1:
-            info = self._steps.infos.get(ticket.step)
-            outcome = {
-                "reason": error and error.reason,
-                "others": _others_in(error),
-                "committed": error is None or error.committed,
-                "metrics": info and info.metrics,
-                "deleted": deleted,
-                "lost_base": self.lost_base,
-                "nbytes": nbytes,
-            }
-            self._channel.publish("end", outcome)
-        if error is not None:
-            raise error
+        except SaveError as error:
+            outcome = {"reason": error.reason, "others": _others_in(error), "lost_base": self.lost_base}
+            self._channel.publish("commit", outcome)
+            raise
+        # Before older steps go, which takes time: the others are waiting.
+        self._channel.publish("commit", {"reason": None, "metrics": written.manifest.metrics, "nbytes": written.nbytes})
+        when_committed(written)
+        try:
+            deleted = self._steps.retain(step)
+        except Exception as failure:  # the step itself is good
+            self._channel.publish("end", {"reason": told(failure), "deleted": []})
+            raise SaveError(step, path, told(failure), committed=True) from failure
+        self._channel.publish("end", {"reason": None, "deleted": deleted})
 
     def _write_first(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
         """Come to terms with the others, write this process's part, and commit."""
@@ -194,6 +186,7 @@ class Writer:
                 del part.arrays[item][name]
             metrics = {name: float(np.asarray(value)) for name, value in ticket.metrics.items()}
             manifest = Manifest(ticket.step, ticket.time, metrics, items, _versions(), parts=part.parts)
+            manifest = dataclasses.replace(manifest, origin=self._origin)
             self._check_bases(manifest, part.arrays)
             self._steps.make_way(ticket.step)
         except Exception as error:
@@ -271,22 +264,27 @@ class Writer:
         except Exception as error:  # process 0 knows, and will say so
             failure = error
         try:
-            outcome = self._channel.publish("end")
+            outcome = self._channel.publish("commit")
         except ProcessError as error:
-            raise SaveError(step, path, told(error)) from (failure or error)
-        self.lost_base = self.lost_base or outcome["lost_base"]
-        if outcome["committed"] and written is not None:
-            metrics = outcome["metrics"] or {}
-            manifest = dataclasses.replace(written.manifest, metrics=metrics)
-            written = dataclasses.replace(written, manifest=manifest, nbytes=outcome["nbytes"])
-            self._steps.commit(written.manifest)
-            for deleted in outcome["deleted"]:
-                self._steps.drop(deleted)
-            when_committed(written)
-        if outcome["reason"] is not None:
-            if outcome["others"] is not None and (failure is None or isinstance(failure, SaveError)):
+            unknown = f"process 0 does not say how it ended, so it may have been saved all the same: {told(error)}"
+            raise SaveError(step, path, unknown) from (failure or error)
+        if outcome["reason"] is not None or written is None:
+            self.lost_base = self.lost_base or bool(outcome.get("lost_base"))
+            if outcome.get("others") is not None and (failure is None or isinstance(failure, SaveError)):
                 failure = ProcessError(*outcome["others"])
-            raise SaveError(step, path, outcome["reason"], committed=outcome["committed"]) from failure
+            raise SaveError(step, path, outcome["reason"] or str(failure)) from failure
+        manifest = dataclasses.replace(written.manifest, metrics=outcome["metrics"])
+        written = dataclasses.replace(written, manifest=manifest, nbytes=outcome["nbytes"])
+        self._steps.commit(manifest)
+        when_committed(written)
+        try:
+            end = self._channel.publish("end")
+        except ProcessError as error:
+            raise SaveError(step, path, told(error), committed=True) from error
+        for deleted in end["deleted"]:
+            self._steps.drop(deleted)
+        if end["reason"] is not None:
+            raise SaveError(step, path, end["reason"], committed=True)
 
     def _write_part(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
         part = holder.pop()
