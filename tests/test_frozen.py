@@ -204,11 +204,11 @@ def test_a_save_that_failed_after_its_base_is_no_base_to_rely_on(
     place_(model)
     write = Storage._write
 
-    def fail_once(self: Storage, manifest: Any, arrays: Any) -> None:
+    def fail_once(self: Storage, manifest: Any, arrays: Any, *others: Any) -> Any:
         if not self.path.endswith("base"):
             monkeypatch.setattr(Storage, "_write", write)
             raise SaveError(manifest.step, self.path, "disk full")
-        write(self, manifest, arrays)
+        return write(self, manifest, arrays, *others)
 
     monkeypatch.setattr(Storage, "_write", fail_once)
     with Checkpointer(str(tmp_path), {"model": model}, save=None, rng=False) as run:
@@ -244,7 +244,7 @@ def test_frozen_again_with_other_values_after_a_save_that_failed(
     assert (np.asarray(torchorbax.load(str(tmp_path), 2)["base.0.weight"]) == 1).all()
 
 
-def fail(storage: Storage, manifest: Any, arrays: Any) -> None:
+def fail(storage: Storage, manifest: Any, *others: Any) -> None:
     raise SaveError(manifest.step, storage.path, "disk full")
 
 
