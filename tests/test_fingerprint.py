@@ -264,7 +264,7 @@ def test_one_program_for_all_layouts_of_a_shard(mesh: Mesh, mesh_2d: Mesh, compi
 
 
 def test_the_devices_are_not_made_to_talk(mesh_2d: Mesh) -> None:
-    mesh = Mesh(mesh_2d.devices.reshape(-1), (fingerprint._AXIS,))
+    mesh = Mesh(mesh_2d.devices.reshape(-1), (fingerprint.AXIS,))
     with jax.enable_x64(True):
         places = fingerprint._places(mesh, (16, 4), (2, 4), tuple((2 * shard, 0) for shard in range(8)))
         lowered = fingerprint._sums_by_shard(mesh).lower(jax.ShapeDtypeStruct((16, 4), np.float32), *places)

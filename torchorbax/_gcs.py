@@ -18,6 +18,8 @@ import tensorstore as ts
 from torchorbax.errors import ConfigError, StorageError, TorchorbaxError
 
 _LONGEST_DELAY_S = 32.0
+PROBE = ".torchorbax-write-probe"
+"""Written and deleted to see that one may."""
 _LONGEST_LINE = 400  # TensorStore appends whole answers
 
 _SAID_BY_TENSORSTORE = (
@@ -31,11 +33,6 @@ _SAID_BY_TENSORSTORE = (
     "UNAVAILABLE",
 )
 """How errors of TensorStore begin that say nothing about the data. https://abseil.io/docs/cpp/guides/status-codes"""
-
-_ADVICE = {
-    "credentials": "run: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "bucket": "create it: gcloud storage buckets create",
-}
 
 
 def is_uri(path: str) -> bool:
@@ -152,13 +149,10 @@ def check_access(path: str, timeout_s: float) -> None:
     spec = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/".lstrip("/")}
     try:
         store = ts.KvStore.open(spec, context=context({}, timeout_s)).result(timeout=timeout_s)
-        store.write(_PROBE, b"").result(timeout=timeout_s)
-        store.delete_range(ts.KvStore.KeyRange(_PROBE, _PROBE + "\0")).result(timeout=timeout_s)
+        store.write(PROBE, b"").result(timeout=timeout_s)
+        store.delete_range(ts.KvStore.KeyRange(PROBE, PROBE + "\0")).result(timeout=timeout_s)
     except Exception as error:  # TensorStore has its own words for everything
         raise refused(path, error) from error
-
-
-_PROBE = ".torchorbax-write-probe"
 
 
 def refused(path: str, error: BaseException) -> ConfigError:
@@ -167,9 +161,9 @@ def refused(path: str, error: BaseException) -> ConfigError:
     bucket = path.removeprefix("gs://").split("/")[0]
     advice = ""
     if any(word in text for word in ("credential", "google.auth", "401", "unauthenticated", "anonymous")):
-        advice = f"; for credentials, {_ADVICE['credentials']}"
+        advice = "; for credentials, run: gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
     elif "403" in text or "forbidden" in text or "permission" in text:
         advice = f"; this account may not write there: grant it roles/storage.objectUser on gs://{bucket}"
     elif "404" in text or "not found" in text or "not_found" in text or isinstance(error, FileNotFoundError):
-        advice = f"; is there a bucket {bucket}? To {_ADVICE['bucket']} gs://{bucket}"
+        advice = f"; is there a bucket {bucket}? To create it: gcloud storage buckets create gs://{bucket}"
     return ConfigError(f"{path} cannot be used for a run: {told(error)}{advice}")

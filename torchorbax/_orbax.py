@@ -160,7 +160,7 @@ class Storage:
         self.check()
         with _as_config_error(self.path):
             self._root.mkdir(parents=True, exist_ok=True)
-            probe = self._root / ".torchorbax-write-probe"
+            probe = self._root / _gcs.PROBE
             probe.write_text("")
             probe.unlink()
         if _gcs.is_uri(self.path):
@@ -317,7 +317,7 @@ class Storage:
             raise failure
         failed = {one: part["error"] for one, part in enumerate(parts) if part and part["error"] is not None}
         if failed:
-            raise ProcessError(failed, "write", "; ".join(f"process {one}: {why}" for one, why in failed.items()))
+            raise ProcessError.of_failures(failed, "write")
         added = {(item, name): [own] for item, one in (sums or {}).items() for name, own in one.items()}
         for part in parts[1:]:
             for item, texts in part["sums"].items():

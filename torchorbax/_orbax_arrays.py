@@ -23,11 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_utils  # private, as Orbax's options are
 
 from torchorbax import _gcs, fingerprint
-from torchorbax.adapter import Array, HostShards, put
+from torchorbax.adapter import Array, put
 from torchorbax.dtypes import BY_NAME
 from torchorbax.fingerprint import Sums
 from torchorbax.manifest import LeafMeta
 from torchorbax.replicas import FirstReplica, first_devices, is_shared
+from torchorbax.shards import HostShards
 
 __all__ = ["LEAST_HOST_BYTES", "Traffic", "context_of", "is_gathered", "longest_wait_s", "read", "write"]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,49 +18,6 @@ from torchorbax.errors import ConfigError, DeletedArrayError, MismatchError, Pro
 
 Array = jax.Array | np.ndarray
 Live = TypeVar("Live")
-
-
-@dataclass(frozen=True)
-class HostShard:
-    """A part of an array, as `jax.Shard` tells it."""
-
-    index: tuple[slice, ...]
-    replica_id: int
-    data: np.ndarray
-
-
-@dataclass(frozen=True)
-class HostShards:
-    """What this process has of an array that is laid out over several processes, in host memory; looks like the array.
-
-    Attributes:
-        shape: of the whole array.
-        dtype: of the array.
-        sharding: how it is laid out.
-        addressable_shards: the parts that this process has.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    sharding: Sharding
-    addressable_shards: tuple[HostShard, ...]
-    is_fully_addressable: ClassVar[bool] = False
-
-    @property
-    def ndim(self) -> int:
-        """The number of dimensions."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """The number of elements of the whole array."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole array."""
-        return self.size * self.dtype.itemsize
-
 
 ARRAY_TYPES = (torch.Tensor, jax.Array, np.ndarray, np.generic)
 """A tuple, which `isinstance` is asked about for every leaf; to make a union of it each time takes a microsecond."""

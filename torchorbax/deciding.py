@@ -73,9 +73,7 @@ class Decider:
         if self._notice.received and not self._told:
             self._processes.tell(_PREEMPTED)
             self._told = True
-        due, self._next, self._preempted, left, reason = self._channel.publish(
-            "decide", self._decision(ask) if self._processes.is_first else None
-        )
+        due, self._next, self._preempted, left, reason = self._channel.first("decide", lambda: self._decision(ask))
         if left:
             raise ProcessError(left, "decide", reason)
         self._tidy()
@@ -109,7 +107,6 @@ class Decider:
             try:
                 self._channel.gather("decide", None)
             except ProcessError as error:  # in process 0, which says so where the others will look next
-                self._channel.publish(
-                    "decide", (False, self._calls, self._preempted, list(error.processes), error.reason)
-                )
+                answer = (False, self._calls, self._preempted, error.processes, error.reason)
+                self._channel.first("decide", lambda: answer)
                 raise

@@ -204,6 +204,11 @@ class ProcessError(TorchorbaxError, RuntimeError):
         self.phase = phase
         self.reason = reason
 
+    @classmethod
+    def of_failures(cls, failures: Mapping[int, str], phase: str) -> ProcessError:
+        """What to raise when processes have failed with these errors."""
+        return cls(failures, phase, "; ".join(f"process {process}: {why}" for process, why in failures.items()))
+
 
 class SaveError(TorchorbaxError):
     """A save failed. Older steps are untouched, and later saves are tried as usual.

@@ -47,6 +47,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from torchorbax.adapter import Array
+from torchorbax.shards import AXIS, local_mesh, stacked
 
 Key = TypeVar("Key", bound=Hashable)
 Sums = np.ndarray
@@ -62,7 +63,6 @@ _MOST_COLUMNS = 1 << 17
 _BLOCK_WORDS = 1 << 20
 _CACHED_WORDS = 1 << 15
 _SMALL_BYTES = 64 << 10
-_AXIS = "shard"
 
 
 def fingerprints(arrays: Mapping[Key, Array]) -> dict[Key, str]:
@@ -118,16 +118,11 @@ def _start_shards(array: Array, shards: Sequence[Any]) -> Callable[[], np.ndarra
     if not shards or array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype) or on_host:
         parts = [_host_sums(np.asarray(shard.data), shard.index, array.shape) for shard in shards]
         return lambda: np.asarray(parts, np.uint64).reshape(-1, len(_ROW_SEEDS))
-    mesh = Mesh(np.array([shard.device for shard in shards]), (_AXIS,))
-    local = shards[0].data.shape
-    stacked = jax.make_array_from_single_device_arrays(
-        (len(shards) * local[0], *local[1:]),
-        NamedSharding(mesh, PartitionSpec(_AXIS)),
-        [shard.data for shard in shards],
-    )
+    data = [shard.data for shard in shards]
+    mesh, local = local_mesh(tuple(part.device for part in data)), data[0].shape
     firsts = tuple(_starts(shard.index, array.shape) for shard in shards)
     with jax.enable_x64(True):  # of this thread only
-        result = _sums_by_shard(mesh)(stacked, *_places(mesh, array.shape, local, firsts))
+        result = _sums_by_shard(mesh)(stacked(data), *_places(mesh, array.shape, local, firsts))
     return lambda: np.asarray(result)
 
 
@@ -143,7 +138,7 @@ def _start_on_host(array: np.ndarray) -> Callable[[], Sums]:
     blocks = len(grid) // height
     results = []
     if blocks:
-        mesh = Mesh(np.array([_computing_device()]), (_AXIS,))
+        mesh = local_mesh((_computing_device(),))
         table, _, strides = _places(mesh, grid.shape, grid.shape, ((0, 0),))
         with jax.enable_x64(True):
             for start in range(0, blocks * height, height):
@@ -202,7 +197,7 @@ def _one_word_each(dtype: np.dtype) -> bool:
 def _sums_by_shard(mesh: Mesh) -> Callable[..., jax.Array]:
     """`(stacked shards, weights of their columns, first row of each, strides of rows) -> uint64[shards, 2]`; no
     communication."""
-    parts = PartitionSpec(_AXIS)
+    parts = PartitionSpec(AXIS)
     return jax.jit(
         jax.shard_map(_shard_sums, mesh=mesh, in_specs=(parts, parts, parts, PartitionSpec()), out_specs=parts)
     )
@@ -246,7 +241,7 @@ def _places(
     split = _split(shape)
     tables = np.stack([_column_weights(first[split:], shape[split:], local[split:]) for first in firsts])
     rows = np.array([_flat(first[:split], shape[:split]) for first in firsts], np.uint64)
-    parts = NamedSharding(mesh, PartitionSpec(_AXIS))
+    parts = NamedSharding(mesh, PartitionSpec(AXIS))
     with jax.enable_x64(True):
         table, first_rows = jax.device_put((tables, rows), parts)
         return table, first_rows, jax.device_put(_strides(shape[:split]), NamedSharding(mesh, PartitionSpec()))

@@ -18,7 +18,7 @@ import numpy as np
 from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME
 from torchorbax.fingerprint import fingerprints
-from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
+from torchorbax.manifest import ItemMeta, LeafMeta, Manifest, digest
 from torchorbax.values import Json
 
 
@@ -47,7 +47,7 @@ class HostItem:
         """The same in two processes if they have the same."""
         found = fingerprints(self.arrays)
         described = {name: [list(meta.shape), meta.dtype, found.get(name)] for name, meta in self.metas.items()}
-        return hashlib.sha256(json.dumps([self.values, described], sort_keys=True).encode()).hexdigest()
+        return digest([self.values, described])
 
     def to_json(self) -> Json:
         """All of it."""

@@ -6,9 +6,9 @@ manifest says which part of which array that is. Such a step is good for the sam
 everybody finds what it needs on its own host; of what is replicated over slices, the processes of one whole slice can
 feed the others.
 
-Orbax's `experimental.emergency.CheckpointManager` is the model. It is not built on: it needs slices as an axis of the
-mesh with identical device counts and at least two of them, keeps one array handler per process for the whole tree, and
-checks no data.
+Orbax's `experimental.emergency.CheckpointManager` is the model. It is not built on: it wants an axis of at least two
+slices in the mesh and the state's structure once and for all, and has no fingerprints (read in orbax-checkpoint
+0.12.8).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from torchorbax import hoststate, integrity
 from torchorbax._orbax import Storage
-from torchorbax.adapter import Array, HostShards
+from torchorbax.adapter import Array
 from torchorbax.dtypes import BY_NAME
 from torchorbax.errors import ConfigError, CorruptCheckpointError
 from torchorbax.hoststate import HostItem
@@ -32,11 +32,10 @@ from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 from torchorbax.processes import Channel
 from torchorbax.replicas import FirstReplica, is_shared
 from torchorbax.sharding import describe
+from torchorbax.shards import HostShards, stacked
 from torchorbax.values import Json
 
 Bounds = tuple[tuple[int, int], ...]
-
-_AXIS = "part"
 
 
 def local_path(path: str | os.PathLike[str], process: int) -> str:
@@ -68,19 +67,19 @@ def localized(
         array: Any
         for name, array in arrays[item].items():
             if hoststate.is_global(array):
-                stacked, bounds = _stacked(array)
+                own_part, bounds = _own_part(array)
                 parts.setdefault(item, {})[name] = {
                     "shape": list(array.shape),
                     "sharding": describe(array.sharding),
                     "bounds": bounds,
                 }
-                leaves[name] = replace(leaves[name], shape=tuple(stacked.shape), sharding=None)
-                arrays[item][name] = stacked
+                leaves[name] = replace(leaves[name], shape=tuple(own_part.shape), sharding=None)
+                arrays[item][name] = own_part
         own[item] = replace(meta, leaves=leaves)
     return own, parts
 
 
-def _stacked(array: Any) -> tuple[Array, list[Bounds]]:
+def _own_part(array: Any) -> tuple[Array, list[Bounds]]:
     """The distinct shards that this process has, along the first axis, where they are."""
     shards = {_bounds(shard.index, array.shape): shard for shard in array.addressable_shards}
     bounds = sorted(shards)
@@ -91,10 +90,7 @@ def _stacked(array: Any) -> tuple[Array, list[Bounds]]:
         return datas[0], bounds
     if isinstance(array, HostShards):
         return np.concatenate(datas), bounds
-    mesh = Mesh(np.array([shards[one].device for one in bounds]), (_AXIS,))
-    length, *rest = datas[0].shape
-    layout = NamedSharding(mesh, PartitionSpec(_AXIS))
-    return jax.make_array_from_single_device_arrays((len(datas) * length, *rest), layout, datas), bounds
+    return stacked(datas), bounds
 
 
 def _bounds(index: Iterable[slice], shape: tuple[int, ...]) -> Bounds:

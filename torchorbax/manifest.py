@@ -141,7 +141,7 @@ class Manifest:
         items = {name: item.to_json() for name, item in self.items.items()}
         shared = {"format": FORMAT, **vars(self), "time": self.time.isoformat(), "items": items}
         content = json.loads(json.dumps(shared))  # a copy; `asdict` would take 0.1 s for 2,000 leaves
-        return {**content, "sha256": _digest(content)}
+        return {**content, "sha256": digest(content)}
 
     @classmethod
     def from_json(cls, content: Json) -> Manifest:
@@ -154,7 +154,7 @@ class Manifest:
         try:
             if content["format"] > FORMAT:
                 raise ValueError(f"manifest format {content['format']} is newer than this torchorbax reads ({FORMAT})")
-            if content["sha256"] != _digest({key: value for key, value in content.items() if key != "sha256"}):
+            if content["sha256"] != digest({key: value for key, value in content.items() if key != "sha256"}):
                 raise ValueError("the manifest is not what was written: its SHA-256 differs")
             items = {name: _item_meta(name, item) for name, item in content["items"].items()}
             time = datetime.datetime.fromisoformat(content["time"])
@@ -178,7 +178,7 @@ class Manifest:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
 
 
-def _digest(content: Json) -> str:
+def digest(content: Json) -> str:
     """SHA-256 of JSON content: Orbax keeps no checksum, and a learning rate with a flipped bit is one, too."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

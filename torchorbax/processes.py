@@ -267,7 +267,7 @@ class Channel:
             raise failure
         failed = {process: text for process, text in enumerate(told) if text is not None}
         if failed:
-            raise ProcessError(failed, phase, "; ".join(f"process {one}: {text}" for one, text in failed.items()))
+            raise ProcessError.of_failures(failed, phase)
         return result
 
     @property

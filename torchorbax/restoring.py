@@ -180,7 +180,7 @@ def _together(channel: Channel, phase: str, path: str, step: int, action: Callab
     if failure is not None and (damage is None or not worse):
         raise failure
     if worse:
-        raise ProcessError(worse, phase, "; ".join(f"process {one}: {why}" for one, why in worse.items()))
+        raise ProcessError.of_failures(worse, phase)
     if failed:
         found = "; ".join(f"process {process} found: {told['damage']}" for process, told in failed.items())
         raise CorruptCheckpointError(path, {step: found})

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from torchorbax.adapter import Array, HostShard, HostShards, host_copy, live_array, live_dtype, raise_if_deleted
+from torchorbax.adapter import Array, host_copy, live_array, live_dtype, raise_if_deleted
 from torchorbax.errors import ConfigError
 from torchorbax.frozen import NEW_BASE, Identities, Key, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
+from torchorbax.shards import HostShard, HostShards, parts, stacked
 from torchorbax.state import Captured
 
 Staging = Literal["auto", "reference", "device", "host"]
@@ -166,9 +166,9 @@ class _View:
     def __init__(self, array: jax.Array) -> None:
         self.shape, self.dtype, self.nbytes = tuple(array.shape), array.dtype, array.nbytes
         self._sharding = array.sharding
-        parts = _parts(array)
-        self._devices = [part.device for part in parts]
-        self._views = [np.asarray(part) for part in parts]
+        here = parts(array)
+        self._devices = [part.device for part in here]
+        self._views = [np.asarray(part) for part in here]
 
     def array(self) -> jax.Array:
         """A `jax.Array` of the same memory, which nobody else has and can donate."""
@@ -181,14 +181,6 @@ _Staged = jax.Array | np.ndarray | HostShards | _View
 
 def _array(staged: _Staged) -> Any:
     return staged.array() if isinstance(staged, _View) else staged
-
-
-def _parts(array: jax.Array) -> list[jax.Array]:
-    """What each device of this process has of an array."""
-    if array.is_fully_replicated:  # of which `addressable_data` gives the first device's, whatever it is asked for
-        return [shard.data for shard in array.addressable_shards]
-    # `addressable_shards` would also work out the index of each, which takes as long as all the rest.
-    return [array.addressable_data(at) for at in range(len(array.sharding.addressable_devices))]
 
 
 def _is_worth_a_view(array: jax.Array) -> bool:
@@ -280,27 +272,16 @@ def _of_this_process(array: jax.Array) -> jax.Array:
     that is all of it."""
     if array.is_fully_addressable:
         return array
-    shards = _parts(array)
-    mesh = _local_mesh(tuple(shard.device for shard in shards))
-    if not array.ndim:
-        return jax.make_array_from_single_device_arrays((), NamedSharding(mesh, PartitionSpec()), shards)
-    length, *rest = shards[0].shape
-    layout = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
-    return jax.make_array_from_single_device_arrays((length * len(shards), *rest), layout, shards)
+    return stacked(parts(array))
 
 
 def _of_all_processes(local: jax.Array, like: jax.Array) -> jax.Array:
     """The reverse of `_of_this_process`."""
-    shards = {part.device: part for part in _parts(local)}
-    order = [part.device for part in _parts(like)]
+    shards = {part.device: part for part in parts(local)}
+    order = [part.device for part in parts(like)]
     return jax.make_array_from_single_device_arrays(
         like.shape, like.sharding, [shards[device] for device in order], dtype=like.dtype
     )
-
-
-@functools.cache
-def _local_mesh(devices: tuple[Any, ...]) -> Mesh:
-    return Mesh(np.array(devices), ("part",))
 
 
 _AT_ONCE = (64, 16, 4, 1)

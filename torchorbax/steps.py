@@ -98,7 +98,7 @@ class Steps:
         self.infos.pop(step, None)
 
     def make_way(self, step: int) -> None:
-        """Set a damaged step aside that has the number of one to be saved."""
+        """Have a damaged step out of the way: set aside, or deleted if it is not worth keeping."""
         if step in self._damaged:
             dispose = self._storage.set_aside if self._keep_damaged else self._storage.delete
             dispose(step)

@@ -6,9 +6,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import hashlib
 import importlib.metadata
-import json
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +22,7 @@ from torchorbax.errors import ProcessError, SaveError
 from torchorbax.fingerprint import Sums
 from torchorbax.frozen import NEW_BASE, Identities
 from torchorbax.hoststate import HostItem
-from torchorbax.manifest import ItemMeta, Manifest
+from torchorbax.manifest import ItemMeta, Manifest, digest
 from torchorbax.processes import Processes
 from torchorbax.snapshot import Snapshot
 from torchorbax.steps import Steps
@@ -185,8 +183,9 @@ class Writer:
             for item, name in known:
                 del part.arrays[item][name]
             metrics = {name: float(np.asarray(value)) for name, value in ticket.metrics.items()}
-            manifest = Manifest(ticket.step, ticket.time, metrics, items, _versions(), parts=part.parts)
-            manifest = dataclasses.replace(manifest, origin=self._origin)
+            manifest = Manifest(
+                ticket.step, ticket.time, metrics, items, _versions(), parts=part.parts, origin=self._origin
+            )
             self._check_bases(manifest, part.arrays)
             self._steps.make_way(ticket.step)
         except Exception as error:
@@ -208,7 +207,7 @@ class Writer:
         path, first = self._storage.path, parts[0]
         failed = {process: part["error"] for process, part in enumerate(parts) if part["error"] is not None}
         if failed:
-            raise ProcessError(failed, "start", "; ".join(f"process {one}: {why}" for one, why in failed.items()))
+            raise ProcessError.of_failures(failed, "start")
         for process, part in enumerate(parts):
             if part["step"] != step:
                 raise SaveError(step, path, f"process {process} saves step {part['step']} instead")
@@ -339,15 +338,11 @@ def _described(part: _Part) -> dict[str, Json]:
         for item, meta in part.items.items()
     }
     return {
-        "shared": _digest(shared),
-        "frozen": _digest(kept),
+        "shared": digest(shared),
+        "frozen": digest(kept),
         "sums": [[*key, fingerprint.text(sums)] for key, sums in part.sums.items()],
         "own": {item: one.digest() for item, one in part.own.items()},
     }
-
-
-def _digest(content: Json) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, int]]) -> dict[str, ItemMeta]:
