@@ -41,7 +41,7 @@ def live() -> dict[str, Any]:
 def signed(content: dict[str, Any]) -> dict[str, Any]:
     """With a digest that is right, as whoever means harm would make it."""
     plain = {key: value for key, value in content.items() if key != "sha256"}
-    return {**plain, "sha256": manifest._digest(plain)}
+    return {**plain, "sha256": manifest.digest(plain)}
 
 
 @pytest.fixture

@@ -84,9 +84,9 @@ def test_phases_by_hand() -> None:
         FREE, save_entry_s=1.0, save_entry_bytes=10.0, gather_per_byte_s=0.1, merge_per_key_s=2.0
     )
     save = Estimate(small(), told).save()
-    assert (save["sums"], save["merge"]) == (4 * 48 * 2.0, 2 * 48 * 4.0)
-    fewer = small(design=dataclasses.replace(scaling.TODAY, sums_of_writers=True))
-    assert Estimate(fewer, told).save()["sums"] == 2 * 48 * 2.0
+    assert (save["sums"], save["merge"]) == (2 * 48 * 2.0, 2 * 48 * 4.0)
+    more = small(design=dataclasses.replace(scaling.TODAY, sums_of_writers=False))
+    assert Estimate(more, told).save()["sums"] == 4 * 48 * 2.0
     shards = Estimate(small(), dataclasses.replace(FREE, restore_entry_s=1.0))
     assert shards.restore()["sums"] == 4 * 48 * 2
     assert Estimate(small(design=scaling.CHANGED), shards.measured).restore()["sums"] == 0
