@@ -257,7 +257,7 @@ def test_errors_of_background_saves_are_raised_once_with_the_step(storage: FakeS
     storage.failures[0] = OSError("disk full")
     run = fake_run(storage)
     run.save(0)
-    run._main.saver._thread.join()
+    run._main.saver._work_in_flight.exception()
     calls: dict[str, Callable[[], Any]] = {"save": lambda: run.save(1), "wait": run.wait, "close": run.close}
     with pytest.raises(SaveError, match="step 0 was not saved: OSError: disk full") as caught:
         calls[ask]()

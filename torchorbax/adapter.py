@@ -77,7 +77,7 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 def is_key(leaf: Any) -> bool:
     """Is this a typed PRNG key, or the abstract form of one?"""
-    typed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    typed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf.dtype, np.dtype)
     return typed and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 

@@ -314,6 +314,8 @@ class Checkpointer:
 
         `resume` calls this. It helps for what is on devices by now.
         """
+        for tier in self._tiers:
+            tier.saver.prepare()
         try:
             captured = self._capture()
         except TorchorbaxError as error:  # a module that is lazy or still to be placed; a save says so if it stays so
@@ -468,6 +470,8 @@ class Checkpointer:
 
     def _end(self) -> None:
         at_exit.closed(self)
+        for tier in self._tiers:
+            tier.saver.close()
         self._processes.close()
 
     def __enter__(self) -> Checkpointer:

@@ -6,6 +6,8 @@ keeps its bits, and a leaf of it is an `UnsupportedLeafError`.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -23,6 +25,12 @@ TORCH_TO_NUMPY: dict[torch.dtype, np.dtype] = {
 }
 NUMPY_TO_TORCH: dict[np.dtype, torch.dtype] = {numpy: torch_ for torch_, numpy in TORCH_TO_NUMPY.items()}
 BY_NAME: dict[str, np.dtype] = {dtype.name: dtype for dtype in NUMPY_TO_TORCH}
+
+
+@functools.cache
+def dtype_name(dtype: np.dtype) -> str:
+    """The name of a dtype, which numpy takes some microseconds to make up."""
+    return str(dtype)
 
 
 def fits_on_device(dtype: np.dtype) -> bool:

@@ -23,7 +23,7 @@ from torchorbax.adapter import (
     settle,
     without_key_type,
 )
-from torchorbax.dtypes import BY_NAME, fits_on_device
+from torchorbax.dtypes import BY_NAME, dtype_name, fits_on_device
 from torchorbax.errors import MismatchError, Problem
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.plan import Request, compare_leaves
@@ -185,10 +185,14 @@ class PytreeItem:
         return named, structure
 
     def capture(self, handed: Any = None) -> Captured:
-        captured = self._captured(self._slot[self._key])
+        live, _ = self._flatten(self._slot[self._key])
         if handed is None:
-            return captured
-        given = self._captured(handed)
+            return self._captured(live)
+        named, _ = self._flatten(handed)
+        given = self._captured(named)
+        if live.keys() == named.keys() and all(map(_are_alike, live.values(), named.values())):
+            return given  # as always, so what follows need not be fast
+        captured = self._captured(live)
         problems = compare_leaves(self._name, _metas(captured), _metas(given))
         problems += compare_values(
             self._name, captured.values.keys() - captured.leaves.keys(), given.values.keys() - given.leaves.keys()
@@ -197,8 +201,7 @@ class PytreeItem:
             raise MismatchError("the state handed to save", problems)
         return given
 
-    def _captured(self, tree: Any) -> Captured:
-        named, _ = self._flatten(tree)
+    def _captured(self, named: Mapping[str, Any]) -> Captured:
         leaves: dict[str, Any] = {}
         values = {
             name: encode(without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()
@@ -270,6 +273,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
+def _are_alike(leaf: Any, other: Any) -> bool:
+    return type(leaf) is type(other) and all(
+        getattr(leaf, name, None) == getattr(other, name, None) for name in ("shape", "dtype")
+    )
+
+
 def _metas(captured: Captured) -> dict[str, LeafMeta]:
     return {name: array_meta(leaf) for name, leaf in captured.leaves.items()}
 
@@ -278,7 +287,9 @@ def array_meta(leaf: Any) -> LeafMeta:
     """What a live tensor or array would be saved as."""
     if isinstance(leaf, torch.Tensor):
         return live_meta(leaf)
-    return LeafMeta(tuple(leaf.shape), str(np.dtype(leaf.dtype)), "jax" if isinstance(leaf, jax.Array) else "host")
+    return LeafMeta(
+        tuple(leaf.shape), dtype_name(np.dtype(leaf.dtype)), "jax" if isinstance(leaf, jax.Array) else "host"
+    )
 
 
 def _merged(live: Any, new: Any, undo: ExitStack) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
-import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +61,9 @@ class Saver:
         self._path = path
         self._steps = steps
         self._writer = writer
-        self._thread: threading.Thread | None = None
-        self._done = threading.Event()  # Ctrl-C in Thread.join makes Python take the thread for ended
+        # One thread for all saves: `submit` returns at once, while the start of a thread waits until it runs.
+        self._executor = ThreadPoolExecutor(1, "torchorbax-save")
+        self._work_in_flight: Future[None] | None = None
         self._record: SaveRecord | None = None
         self._unreported: SaveError | None = None
         self._committed: tuple[Manifest, Identities] | None = None
@@ -70,9 +71,13 @@ class Saver:
     @property
     def step_in_flight(self) -> int | None:
         """The step that is being written now."""
-        if self._record is None or self._done.is_set():
+        if self._record is None or self._work_in_flight is None or self._work_in_flight.done():
             return None
         return self._record.step
+
+    def prepare(self) -> None:
+        """Start the thread, so that the first save need not."""
+        self._executor.submit(int)
 
     def start(
         self, record: SaveRecord, snapshot: Snapshot | Exception, metrics: Mapping[str, Any], started_s: float
@@ -87,18 +92,15 @@ class Saver:
         """
         self._steps.start(record.step, record.time)
         self._record = record
-        self._done.clear()
         work = functools.partial(self._work, record, [snapshot], metrics, started_s)
-        self._thread = threading.Thread(target=work, name=f"torchorbax-save-{record.step}")
-        self._thread.start()
+        self._work_in_flight = self._executor.submit(work)
 
     def collect(self) -> None:
         """Wait for the save in flight, if any, and take note of how it ended."""
-        if self._record is None or self._thread is None:
+        if self._record is None or self._work_in_flight is None:
             return
-        self._done.wait()
-        self._thread.join()
-        error, self._record, self._thread = self._record.error, None, None
+        self._work_in_flight.result()
+        error, self._record, self._work_in_flight = self._record.error, None, None
         if error is not None:
             if not error.committed:
                 self._steps.drop(error.step)
@@ -108,6 +110,10 @@ class Saver:
                 self._unreported = error
             else:
                 _logger.error("%s", error)
+
+    def close(self) -> None:
+        """Let go of the thread. Nothing can be saved afterwards."""
+        self._executor.shutdown()
 
     def take_unreported(self) -> SaveError | None:
         """The error of a collected save, once."""
@@ -142,7 +148,5 @@ class Saver:
             reason = f"{type(error).__name__}: {error}"
             record.error = SaveError(record.step, self._path, reason, committed=record.commit_s is not None)
             record.error.__cause__ = error
-        finally:
-            if isinstance(record.error and record.error.__cause__, ProcessError):
-                _logger.error("%s", record.error)  # at once: the loop may hang where it waits for that process, too
-            self._done.set()
+        if isinstance(record.error and record.error.__cause__, ProcessError):
+            _logger.error("%s", record.error)  # at once: the loop may hang where it waits for that process, too

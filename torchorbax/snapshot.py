@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from torchorbax.adapter import Array, host_copy, live_array, live_dtype, raise_if_deleted
+from torchorbax.dtypes import dtype_name
 from torchorbax.errors import ConfigError
 from torchorbax.frozen import NEW_BASE, Identities, Key, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
@@ -87,8 +88,9 @@ class Snapshot:
 
 def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> LeafMeta:
     if isinstance(held, jax.Array):  # which says these things when it has been donated, too
-        return LeafMeta(tuple(held.shape), str(held.dtype), "jax", describe(held.sharding), base=base)
-    return LeafMeta(tuple(held.shape), str(live_dtype(held) if isinstance(held, torch.Tensor) else held.dtype), "host")
+        return LeafMeta(tuple(held.shape), dtype_name(held.dtype), "jax", describe(held.sharding), base=base)
+    dtype = live_dtype(held) if isinstance(held, torch.Tensor) else held.dtype
+    return LeafMeta(tuple(held.shape), dtype_name(dtype), "host")
 
 
 def check_staging(staging: str) -> Staging:
@@ -166,13 +168,12 @@ class _View:
     def __init__(self, array: jax.Array) -> None:
         self.shape, self.dtype, self.nbytes = tuple(array.shape), array.dtype, array.nbytes
         self._sharding = array.sharding
-        here = parts(array)
-        self._devices = [part.device for part in here]
-        self._views = [np.asarray(part) for part in here]
+        self._parts = parts(array)  # which know their devices even when the array has been donated
+        self._views = [np.asarray(part) for part in self._parts]
 
     def array(self) -> jax.Array:
         """A `jax.Array` of the same memory, which nobody else has and can donate."""
-        shards = jax.device_put(self._views, self._devices)
+        shards = jax.device_put(self._views, [part.device for part in self._parts])
         return jax.make_array_from_single_device_arrays(self.shape, self._sharding, shards, dtype=self.dtype)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from torchorbax import _torchax
 from torchorbax.adapter import Array, live_dtype, module_tensors, settle
-from torchorbax.dtypes import BY_NAME
+from torchorbax.dtypes import BY_NAME, dtype_name
 from torchorbax.errors import ConfigError, MismatchError, Problem, UnsupportedLeafError
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.placement import placed_dtype, target_shardings
@@ -104,7 +104,7 @@ def default_device() -> Sharding:
 def live_meta(tensor: torch.Tensor) -> LeafMeta:
     """What a live tensor would be saved as."""
     residence = "jax" if _torchax.is_torchax(tensor) or tensor.is_meta else "host"
-    return LeafMeta(tuple(tensor.shape), str(live_dtype(tensor)), residence)  # type: ignore[arg-type]
+    return LeafMeta(tuple(tensor.shape), dtype_name(live_dtype(tensor)), residence)  # type: ignore[arg-type]
 
 
 class ModuleItem:
@@ -235,8 +235,7 @@ def is_parameter(tensor: torch.Tensor) -> bool:
 
 
 def _dtype_name(leaf: Any) -> str:
-    dtype = live_dtype(leaf) if isinstance(leaf, torch.Tensor) else np.dtype(leaf.dtype)
-    return str(dtype)
+    return dtype_name(live_dtype(leaf) if isinstance(leaf, torch.Tensor) else np.dtype(leaf.dtype))
 
 
 def _leaf_names(json: Json) -> set[str]:
