@@ -28,7 +28,7 @@ from torchorbax.dtypes import BY_NAME
 from torchorbax.fingerprint import Sums
 from torchorbax.manifest import LeafMeta
 from torchorbax.replicas import FirstReplica, first_devices, is_shared
-from torchorbax.shards import HostShards
+from torchorbax.shards import HostShards, shards
 
 __all__ = ["LEAST_HOST_BYTES", "Traffic", "context_of", "is_gathered", "longest_wait_s", "read", "write"]
 
@@ -296,17 +296,16 @@ def _chunks(array: Any, chunks: tuple[int, ...], shares: int = 1) -> Iterator[tu
     if isinstance(array, np.ndarray):  # which only the first process has
         yield from ((index, array[index]) for index in _grid(array.shape, chunks))
         return
-    shards = [shard for shard in array.addressable_shards if shard.replica_id < shares]
+    held = [shard for shard in shards(array) if shard.replica_id < shares]
     share = _share_shape(array, shares)
-    if math.prod(chunks) * array.dtype.itemsize * len(shards) <= _CHUNK_BYTES and not _is_on_host(array):
+    if math.prod(chunks) * array.dtype.itemsize * len(held) <= _CHUNK_BYTES and not _is_on_host(array):
         array.copy_to_host_async()
-    for shard in shards:
-        offsets = [part.indices(size)[0] for part, size in zip(shard.index, array.shape, strict=True)]
+    for shard in held:
         for index in _grid(shard.data.shape, chunks):
             if shares > 1 and _share_of(index, share) != shard.replica_id:
                 continue
             moved = tuple(
-                slice(part.start + offset, part.stop + offset) for part, offset in zip(index, offsets, strict=True)
+                slice(part.start + offset, part.stop + offset) for part, offset in zip(index, shard.start, strict=True)
             )
             if isinstance(shard.data, np.ndarray):
                 yield moved, np.ascontiguousarray(shard.data[index])
@@ -326,10 +325,14 @@ def _is_on_host(array: Any) -> bool:
     return isinstance(array, HostShards) or array.platform() == "cpu"
 
 
-def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> Iterator[Index]:
+@functools.lru_cache(maxsize=256)
+def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> list[Index]:
+    """The chunks of a shape, the same for many arrays."""
     counts = [size // chunk for size, chunk in zip(shape, chunks, strict=True)]
-    for cell in np.ndindex(*counts):
-        yield tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(cell, chunks, strict=True))
+    return [
+        tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(cell, chunks, strict=True))
+        for cell in np.ndindex(*counts)
+    ]
 
 
 def _chunk_shape(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +12,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Sharding
 from orbax.checkpoint._src import asyncio_utils
-from orbax.checkpoint._src.serialization import jax_array_handlers, ocdbt_utils  # private: shardings, the merge
+from orbax.checkpoint._src.metadata import sharding as sharding_metadata  # private, as all of this
+from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from torchorbax import _gcs, _orbax_arrays
 from torchorbax._orbax_arrays import Traffic
@@ -41,16 +45,21 @@ def save(
         What `fill` has returned.
     """
     folders: dict[str, str] = {}
+    shardings: dict[str, dict[str, Sharding]] = {}
     manifests: list[Manifest] = []
 
     def content() -> Any:
+        for item, by_name in shardings.items():
+            _write_shardings(folders[item], by_name)
         manifests.append(fill(folders))
         return manifests[0].to_json()
 
     trees = {item: {name: _leaf_of(array) for name, array in one.items()} for item, one in leaves.items() if one}
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
-    handlers: dict[str, Any] = {item: _item_handler(item, folders, traffic, alone) for item in trees}
+    handlers: dict[str, Any] = {
+        item: _item_handler(item, folders, shardings.setdefault(item, {}), traffic, alone) for item in trees
+    }
     handlers[MANIFEST] = _manifest_handler(content, folders, alone)
     options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # they must be there to be written to
     composite = ocp.CompositeCheckpointHandler(
@@ -96,11 +105,11 @@ def _leaf_of(array: Array) -> _Leaf:
 class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped
     """Tells about leaves of one kind in place of Orbax's own handler, and leaves writing them to `fill`."""
 
-    def __init__(self, typestr: str, item: str, folders: dict[str, str], traffic: Traffic) -> None:
+    def __init__(self, typestr: str, item: str, folders: dict[str, str], shardings: dict[str, Sharding]) -> None:
         self._typestr = typestr
         self._item = item
         self._folders = folders
-        self._traffic = traffic
+        self._shardings = shardings
 
     def typestr(self) -> str:
         """What Orbax's metadata says that the leaf is."""
@@ -109,13 +118,12 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
     async def serialize(
         self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
-        """Write the shardings, and note the item's folder."""
-        folder = self._folders[self._item] = str(infos[0].parent_dir)
-        shardings = [value.sharding if isinstance(value, _DeviceLeaf) else None for value in values]
-        context = _orbax_arrays.context_of(folder, self._traffic)
-        infos = [info.replace(ts_context=context) for info in infos]
-        told = jax_array_handlers._async_serialize_shardings(shardings, infos, primary_host=jax.process_index())
-        await asyncio.wait_for(told, _orbax_arrays.longest_wait_s(folder, self._traffic))
+        """Note the item's folder, and the shardings."""
+        if self._item not in self._folders:
+            self._folders[self._item] = str(infos[0].parent_dir)
+        for value, info in zip(values, infos, strict=True):
+            if isinstance(value, _DeviceLeaf):
+                self._shardings[info.name] = value.sharding
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
@@ -127,11 +135,30 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
         raise NotImplementedError
 
 
+def _write_shardings(folder: str, shardings: Mapping[str, Sharding]) -> None:
+    """The file that Orbax has beside the arrays, at once: it would write it anew for every leaf."""
+    told = {name: text for name, sharding in shardings.items() if (text := _sharding_text(sharding)) is not None}
+    if told:
+        encoded = {base64.urlsafe_b64encode(name.encode()).decode(): text for name, text in told.items()}
+        (epath.Path(folder) / "_sharding").write_text(json.dumps(encoded))
+
+
+@functools.lru_cache(maxsize=1024)
+def _sharding_text(sharding: Sharding) -> str | None:
+    """A sharding as Orbax writes it; None if it has no words for it."""
+    metadata = sharding_metadata.from_jax_sharding(sharding)
+    return None if metadata is None else str(metadata.to_serialized_string())
+
+
 def _item_handler(
-    item: str, folders: dict[str, str], traffic: Traffic, processes: ocp.options.MultiprocessingOptions
+    item: str,
+    folders: dict[str, str],
+    shardings: dict[str, Sharding],
+    traffic: Traffic,
+    processes: ocp.options.MultiprocessingOptions,
 ) -> ocp.PyTreeCheckpointHandler:
     handlers = [
-        (kind, _LeafHandler(typestr, item, folders, traffic))
+        (kind, _LeafHandler(typestr, item, folders, shardings))
         for kind, typestr in ((_HostLeaf, "np.ndarray"), (_DeviceLeaf, "jax.Array"))
     ]
     # Orbax looks for a handler of jax.Array to learn where further metadata of such arrays is: nowhere.

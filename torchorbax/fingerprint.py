@@ -47,7 +47,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from torchorbax.adapter import Array
-from torchorbax.shards import AXIS, local_mesh, stacked
+from torchorbax.shards import AXIS, Shard, local_mesh, shards, stacked
 
 Key = TypeVar("Key", bound=Hashable)
 Sums = np.ndarray
@@ -100,27 +100,27 @@ def start(array: Array) -> Callable[[], Sums]:
         if array.platform() != "cpu":
             array.copy_to_host_async()
         return lambda: _start_on_host(np.asarray(array))()
-    rows = _start_shards(array, [shard for shard in array.addressable_shards if shard.replica_id == 0])
+    rows = _start_shards(array, [shard for shard in shards(array) if shard.replica_id == 0])
     return lambda: total(rows())
 
 
 def start_parts(array: jax.Array) -> Callable[[], dict[int, Sums]]:
     """Start to sum every part of an array that this process has, replicas included, and return how to wait for it: the
     sums by the index that the part's first element has in the array."""
-    parts = {_first_index(shard.index, array.shape): shard for shard in array.addressable_shards}
+    parts = {_flat(shard.start, array.shape): shard for shard in shards(array)}
     rows = _start_shards(array, list(parts.values()))
     return lambda: dict(zip(parts, rows(), strict=True))
 
 
-def _start_shards(array: Array, shards: Sequence[Any]) -> Callable[[], np.ndarray]:
+def _start_shards(array: Array, held: Sequence[Shard]) -> Callable[[], np.ndarray]:
     """The same of some shards; gives `uint64[shards, 2]`."""
-    on_host = bool(shards) and isinstance(shards[0].data, np.ndarray)
-    if not shards or array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype) or on_host:
-        parts = [_host_sums(np.asarray(shard.data), shard.index, array.shape) for shard in shards]
+    on_host = bool(held) and isinstance(held[0].data, np.ndarray)
+    if not held or array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype) or on_host:
+        parts = [_host_sums(np.asarray(shard.data), shard.start, array.shape) for shard in held]
         return lambda: np.asarray(parts, np.uint64).reshape(-1, len(_ROW_SEEDS))
-    data = [shard.data for shard in shards]
+    data = [shard.data for shard in held]
     mesh, local = local_mesh(tuple(part.device for part in data)), data[0].shape
-    firsts = tuple(_starts(shard.index, array.shape) for shard in shards)
+    firsts = tuple(shard.start for shard in held)
     with jax.enable_x64(True):  # of this thread only
         result = _sums_by_shard(mesh)(stacked(data), *_places(mesh, array.shape, local, firsts))
     return lambda: np.asarray(result)
@@ -164,15 +164,6 @@ def _split(shape: tuple[int, ...]) -> int:
         split -= 1
         columns *= shape[split]
     return split
-
-
-def _first_index(index: tuple[slice, ...], shape: tuple[int, ...]) -> int:
-    """The row-major index, in the whole array, of the first element of a part."""
-    return _flat(_starts(index, shape), shape)
-
-
-def _starts(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(part.indices(size)[0] for part, size in zip(index, shape, strict=True))
 
 
 def _flat(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
@@ -291,13 +282,13 @@ def _words(array: np.ndarray) -> np.ndarray:
     return array.reshape(*array.shape, 1).view(np.uint32)
 
 
-def _host_sums(part: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]) -> Sums:
+def _host_sums(part: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> Sums:
     """The sums of a part of an array."""
     words = _words(part)
     if words.size == 0:
         return total([])
     added = words.shape[len(shape) :]  # axes, of which every part has all
-    first, shape = (*_starts(index, shape), *(0 for _ in added)), (*shape, *added)
+    first, shape = (*start, *(0 for _ in added)), (*shape, *added)
     split = _split(shape)
     rows = _indices(first[:split], shape[:split], words.shape[:split]).reshape(-1)
     weights = _column_weights(first[split:], shape[split:], words.shape[split:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,12 +18,20 @@ AXIS = "shard"
 
 
 @dataclass(frozen=True)
-class HostShard:
-    """A part of an array, as `jax.Shard` tells it."""
+class Shard:
+    """What one device has of an array, as `jax.Shard` tells it; the data may lie in host memory.
+
+    Attributes:
+        index: the part of the array.
+        start: its first element, along each axis.
+        replica_id: how many devices with the same part come before this one.
+        data: the part.
+    """
 
     index: tuple[slice, ...]
+    start: tuple[int, ...]
     replica_id: int
-    data: np.ndarray
+    data: Any
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class HostShards:
     shape: tuple[int, ...]
     dtype: np.dtype
     sharding: Sharding
-    addressable_shards: tuple[HostShard, ...]
+    addressable_shards: tuple[Shard, ...]
     is_fully_addressable: ClassVar[bool] = False
 
     @property
@@ -56,6 +65,26 @@ class HostShards:
     def nbytes(self) -> int:
         """Bytes of the whole array."""
         return self.size * self.dtype.itemsize
+
+
+def shards(array: jax.Array | HostShards) -> Sequence[Shard]:
+    """This process's shards of an array."""
+    if isinstance(array, HostShards):
+        return array.addressable_shards
+    places = _places(array.sharding, tuple(array.shape))
+    return [Shard(*place, part) for place, part in zip(places, parts(array), strict=True)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], tuple[int, ...], int]]:
+    """Index, start and replica of what each device of this process has: jax works them out for every array anew."""
+    places, seen = [], Counter[tuple[int, ...]]()
+    for device, index in sharding.devices_indices_map(shape).items():
+        start = tuple(part.indices(size)[0] for part, size in zip(index, shape, strict=True))
+        if device in sharding.addressable_devices:
+            places.append((index, start, seen[start]))
+        seen[start] += 1
+    return places
 
 
 def parts(array: jax.Array) -> list[jax.Array]:

@@ -8,6 +8,7 @@ and are copied at once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -27,7 +28,7 @@ from torchorbax.errors import ConfigError
 from torchorbax.frozen import NEW_BASE, Identities, Key, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
-from torchorbax.shards import HostShard, HostShards, parts, stacked
+from torchorbax.shards import HostShards, Shard, parts, shards, stacked
 from torchorbax.state import Captured
 
 Staging = Literal["auto", "reference", "device", "host"]
@@ -203,14 +204,13 @@ def _host_copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
 
 def _host_shards(array: jax.Array) -> HostShards:
     """What this process has of an array of several processes; what several of its devices have, once."""
-    copies: dict[Any, np.ndarray] = {}
-    shards = []
-    for shard in array.addressable_shards:
-        bounds = tuple((part.start, part.stop) for part in shard.index)
-        if bounds not in copies:
-            copies[bounds] = np.array(shard.data)
-        shards.append(HostShard(shard.index, shard.replica_id, copies[bounds]))
-    return HostShards(tuple(array.shape), np.dtype(array.dtype), array.sharding, tuple(shards))
+    copies: dict[tuple[int, ...], np.ndarray] = {}
+    copied: list[Shard] = []
+    for shard in shards(array):
+        if shard.start not in copies:
+            copies[shard.start] = np.array(shard.data)
+        copied.append(dataclasses.replace(shard, data=copies[shard.start]))
+    return HostShards(tuple(array.shape), np.dtype(array.dtype), array.sharding, tuple(copied))
 
 
 def _fitting(arrays: Mapping[Key, jax.Array]) -> dict[Key, jax.Array]:
