@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, warmup: int = 1) -> Samples:
-    """Run all contenders in turn, so that whatever else the machine does hits them alike.
+    """Run all contenders in turn, so that whatever else the machine does hits them alike, each time in another order:
+    what one leaves behind, such as freed memory and dirty pages, is paid for by the next.
 
     Args:
         contenders: each returns measures by name; they are kept as `contender/measure`.
@@ -26,10 +28,10 @@ def interleaved(contenders: Mapping[str, Callable[[], Mapping[str, float]]], rep
         warmup: rounds before them that do not.
     """
     samples: Samples = {}
-    names = list(contenders)
+    names, order = list(contenders), random.Random(0)
     for round_ in range(warmup + repeats):
-        start = round_ % len(names)  # nobody always follows the same one, whose dirty pages are still being written
-        for name in names[start:] + names[:start]:
+        order.shuffle(names)
+        for name in names:
             for measure, value in contenders[name]().items():
                 if round_ >= warmup:
                     samples.setdefault(f"{name}/{measure}", []).append(value)
