@@ -159,12 +159,12 @@ def filled(page: str, texts: Mapping[str, str]) -> str:
         ValueError: the page has no such marks.
     """
     for name, text in texts.items():
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, found, rest = page.partition(start)
         _, closed, after = rest.partition(end)
         if not found or not closed:
             raise ValueError(f"no marks for {name}")
-        page = f"{before}{start}{text}{end}{after}"
+        page = f"{before}{start}{text}\n{end}{after}"
     return page
 
 

@@ -78,5 +78,6 @@ def test_pages_are_filled_between_their_marks() -> None:
     filled = report.filled(page, {"x": "new\nlines"})
     assert filled == "a\n<!-- x -->\nnew\nlines\n<!-- /x -->\nb\n"
     assert report.filled(filled, {"x": "old"}) == page
+    assert report.filled("<!-- x -->\n<!-- /x -->", {"x": "new"}) == "<!-- x -->\nnew\n<!-- /x -->"
     with pytest.raises(ValueError, match="no marks for y"):
         report.filled(page, {"y": ""})
