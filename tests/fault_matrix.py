@@ -71,7 +71,7 @@ PLACES = [
     Place("array data", "save", "kind=read,data-write name=/{step}/.*ocdbt.process"),
     Place("merge of the array data", "save", "kind=read,data-write name=/{step}/[^/]+/(d/|manifest.ocdbt)"),
     Place("metadata", "save", "kind=metadata-write name=/{step}/.*(_METADATA|metadata)$"),
-    Place("shardings", "save", "kind=read,data-write name=/{step}/.*_sharding$"),
+    Place("shardings", "save", "kind=metadata-write name=/{step}/.*_sharding$"),
     Place("commit marker", "save", "kind=metadata-write name=/{step}/commit_success"),
     Place("listing", "save", "kind=list,stat"),
     Place("deletion of a commit marker", "save", "kind=delete,batch name=/{old}/commit_success"),

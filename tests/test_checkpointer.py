@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -1120,6 +1121,22 @@ def test_bad_arguments(what: str, tmp_path: Path) -> None:
     call, message = BAD_ARGUMENTS[what]
     with pytest.raises(ConfigError, match=message):
         call(seeded(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("live", "wrong"),
+    [
+        (Counter({"a": np.int64(1)}), Counter({"a": np.int64(1), "b": np.int64(2)})),
+        (Counter({"a": np.int64(1)}), Counter({"a": np.float32(1)})),
+        ({np.float32(1)}, {np.float32(1), np.float32(2)}),
+    ],
+)
+def test_values_with_arrays_in_them_are_compared_to_the_end(tmp_path: Path, live: Any, wrong: Any) -> None:
+    with (
+        Checkpointer(tmp_path, {"seen": live}, rng=False) as run,
+        pytest.raises(torchorbax.MismatchError, match="the state handed to save does not fit"),
+    ):
+        run.save(0, {"seen": wrong}, force=True)
 
 
 def test_a_tree_handed_over_must_fit_the_live_one(tmp_path: Path) -> None:

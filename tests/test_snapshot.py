@@ -231,6 +231,15 @@ def test_large_arrays_on_cpu_devices_are_viewed_not_copied(mesh: Mesh, compilati
     assert compilations == ["_copy"]
 
 
+def test_a_viewed_array_may_be_deleted(mesh: Mesh) -> None:
+    """Whoever makes room by hand deletes arrays that are no longer needed."""
+    array = jax.block_until_ready(jax.device_put(jnp.arange(1 << 18), NamedSharding(mesh, P("fsdp"))) + 0)
+    expected = bits(array)
+    taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto")
+    array.delete()
+    assert bits(taken.arrays["state"]["array"]) == expected
+
+
 def test_nothing_is_waited_for(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     array = jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), NamedSharding(mesh, P("fsdp")))
     monkeypatch.setattr(type(array), "is_ready", lambda self: False)

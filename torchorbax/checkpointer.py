@@ -313,7 +313,12 @@ class Checkpointer:
         """Compile in the background what the first save will need, so that it keeps the loop no longer than later ones.
 
         `resume` calls this. It helps for what is on devices by now.
+
+        Raises:
+            ConfigError: the checkpointer is closed.
         """
+        if self._closed:
+            raise ConfigError(f"{self.path}: this checkpointer is closed")
         for tier in self._tiers:
             tier.saver.prepare()
         try:

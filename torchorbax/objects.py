@@ -13,6 +13,7 @@ import torch
 
 from torchorbax import _torchax
 from torchorbax.adapter import (
+    ARRAY_TYPES,
     Array,
     array_in,
     host_copy,
@@ -274,9 +275,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _are_alike(leaf: Any, other: Any) -> bool:
-    return type(leaf) is type(other) and all(
-        getattr(leaf, name, None) == getattr(other, name, None) for name in ("shape", "dtype")
-    )
+    if type(leaf) is not type(other):
+        return False
+    if isinstance(leaf, ARRAY_TYPES):
+        return bool(leaf.shape == other.shape and leaf.dtype == other.dtype)
+    return _is_plain(leaf)  # a set may have arrays in it
 
 
 def _metas(captured: Captured) -> dict[str, LeafMeta]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,10 @@ class SaveRecord:
     path: str = ""
 
 
+def _new_executor() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "torchorbax-save")
+
+
 class Saver:
     """Writes snapshots, never two at a time.
 
@@ -62,7 +67,8 @@ class Saver:
         self._steps = steps
         self._writer = writer
         # One thread for all saves: `submit` returns at once, while the start of a thread waits until it runs.
-        self._executor = ThreadPoolExecutor(1, "torchorbax-save")
+        self._executor = _new_executor()
+        self._pid = os.getpid()
         self._work_in_flight: Future[None] | None = None
         self._record: SaveRecord | None = None
         self._unreported: SaveError | None = None
@@ -93,6 +99,8 @@ class Saver:
         self._steps.start(record.step, record.time)
         self._record = record
         work = functools.partial(self._work, record, [snapshot], metrics, started_s)
+        if self._pid != os.getpid():  # forked, and the thread has stayed behind
+            self._executor, self._pid = _new_executor(), os.getpid()
         self._work_in_flight = self._executor.submit(work)
 
     def collect(self) -> None:

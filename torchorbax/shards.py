@@ -72,17 +72,28 @@ def shards(array: jax.Array | HostShards) -> Sequence[Shard]:
     if isinstance(array, HostShards):
         return array.addressable_shards
     places = _places(array.sharding, tuple(array.shape))
-    return [Shard(*place, part) for place, part in zip(places, parts(array), strict=True)]
+    return [
+        Shard(index, start, replica, part)
+        for (_, index, start, replica), part in zip(places, parts(array), strict=True)
+    ]
+
+
+def devices(sharding: Sharding, shape: tuple[int, ...]) -> list[jax.Device]:
+    """This process's devices of an array, in the order of its `parts`."""
+    return [place[0] for place in _places(sharding, shape)]
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[tuple[slice, ...], tuple[int, ...], int]]:
-    """Index, start and replica of what each device of this process has: jax works them out for every array anew."""
+def _places(
+    sharding: Sharding, shape: tuple[int, ...]
+) -> list[tuple[jax.Device, tuple[slice, ...], tuple[int, ...], int]]:
+    """The devices of this process, with index, start and replica of what each has: jax works them out for every array
+    anew."""
     places, seen = [], Counter[tuple[int, ...]]()
     for device, index in sharding.devices_indices_map(shape).items():
         start = tuple(part.indices(size)[0] for part, size in zip(index, shape, strict=True))
         if device in sharding.addressable_devices:
-            places.append((index, start, seen[start]))
+            places.append((device, index, start, seen[start]))
         seen[start] += 1
     return places
 

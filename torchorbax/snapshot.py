@@ -28,7 +28,7 @@ from torchorbax.errors import ConfigError
 from torchorbax.frozen import NEW_BASE, Identities, Key, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
-from torchorbax.shards import HostShards, Shard, parts, shards, stacked
+from torchorbax.shards import HostShards, Shard, devices, parts, shards, stacked
 from torchorbax.state import Captured
 
 Staging = Literal["auto", "reference", "device", "host"]
@@ -169,12 +169,11 @@ class _View:
     def __init__(self, array: jax.Array) -> None:
         self.shape, self.dtype, self.nbytes = tuple(array.shape), array.dtype, array.nbytes
         self._sharding = array.sharding
-        self._parts = parts(array)  # which know their devices even when the array has been donated
-        self._views = [np.asarray(part) for part in self._parts]
+        self._views = [np.asarray(part) for part in parts(array)]
 
     def array(self) -> jax.Array:
         """A `jax.Array` of the same memory, which nobody else has and can donate."""
-        shards = jax.device_put(self._views, [part.device for part in self._parts])
+        shards = jax.device_put(self._views, devices(self._sharding, self.shape))
         return jax.make_array_from_single_device_arrays(self.shape, self._sharding, shards, dtype=self.dtype)
 
 
@@ -221,10 +220,10 @@ def _fitting(arrays: Mapping[Key, jax.Array]) -> dict[Key, jax.Array]:
     fitting: dict[Key, jax.Array] = {}
     for key, array in arrays.items():
         nbytes = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        devices = array.sharding.addressable_devices & free.keys()
-        if all(free[device] >= nbytes for device in devices):
+        holders = array.sharding.addressable_devices & free.keys()
+        if all(free[device] >= nbytes for device in holders):
             fitting[key] = array
-            for device in devices:
+            for device in holders:
                 free[device] -= nbytes
     return fitting
 
