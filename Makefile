@@ -37,6 +37,7 @@ format: setup  ## Format, and mend what the linter can
 bench: setup  ## Measure beside raw Orbax and torch, and write docs/performance.md; takes the machine for an hour
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m scripts.scaling --write
 
 clean:  ## Remove what was set up and built
 	rm -rf $(VENV) build dist *.egg-info runs

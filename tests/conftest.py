@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -36,6 +37,10 @@ for _profile, _examples in (("usual", 50), ("thorough", 2000)):  # pytest --hypo
         suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
     )
 hypothesis.settings.load_profile("usual")
+
+
+# A shell that runs the tests in the background has them, and the programs that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _with_devices(flags: str, devices: int | None) -> str:
