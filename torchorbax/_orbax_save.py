@@ -119,7 +119,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
         self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
         """Note the item's folder, and the shardings."""
-        if self._item not in self._folders:
+        if self._item not in self._folders:  # Orbax calls this for every leaf, and takes its time to tell the folder
             self._folders[self._item] = str(infos[0].parent_dir)
         for value, info in zip(values, infos, strict=True):
             if isinstance(value, _DeviceLeaf):

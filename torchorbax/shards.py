@@ -102,8 +102,8 @@ def parts(array: jax.Array) -> list[jax.Array]:
     """What each device of this process has of an array."""
     # Private, but `addressable_shards` would also work out the index of each, which takes as long as all the rest, and
     # `addressable_data` gives the first device's of a replicated array whatever it is asked for.
-    array._check_if_deleted()  # type: ignore[attr-defined]  # its parts would be None
-    return list(array._arrays)  # type: ignore[attr-defined]
+    array._check_if_deleted()  # type: ignore[attr-defined]  # private, too: of a deleted array the parts are None
+    return list(array._arrays)  # type: ignore[attr-defined]  # private, for the reason above
 
 
 def stacked(parts: Sequence[jax.Array]) -> jax.Array:

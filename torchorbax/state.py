@@ -20,7 +20,7 @@ from torchorbax import _torchax
 from torchorbax.adapter import Array, live_dtype, module_tensors, settle
 from torchorbax.dtypes import BY_NAME, dtype_name
 from torchorbax.errors import ConfigError, MismatchError, Problem, UnsupportedLeafError
-from torchorbax.manifest import ItemMeta, LeafMeta
+from torchorbax.manifest import ItemMeta, LeafMeta, Residence
 from torchorbax.placement import placed_dtype, target_shardings
 from torchorbax.plan import Request, compare_leaves, compare_ties
 from torchorbax.sharding import ShardingRules
@@ -103,8 +103,8 @@ def default_device() -> Sharding:
 
 def live_meta(tensor: torch.Tensor) -> LeafMeta:
     """What a live tensor would be saved as."""
-    residence = "jax" if _torchax.is_torchax(tensor) or tensor.is_meta else "host"
-    return LeafMeta(tuple(tensor.shape), dtype_name(live_dtype(tensor)), residence)  # type: ignore[arg-type]
+    residence: Residence = "jax" if _torchax.is_torchax(tensor) or tensor.is_meta else "host"
+    return LeafMeta(tuple(tensor.shape), dtype_name(live_dtype(tensor)), residence)
 
 
 class ModuleItem:
