@@ -349,10 +349,11 @@ def test_storage_that_cannot_be_used(
     assert impatient.run(OPEN, path=path)[:2] == ["", ""]
 
 
-def test_there_is_no_bucket(impatient: Client) -> None:
-    kind, text, _ = impatient.run(OPEN, path="gs://missing/run")
+@pytest.mark.parametrize("bucket", ["missing", "403", "401-credentials-forbidden"])
+def test_there_is_no_bucket(bucket: str, impatient: Client) -> None:
+    kind, text, _ = impatient.run(OPEN, path=f"gs://{bucket}/run")
     assert kind == "ConfigError"
-    assert "is there a bucket missing? To create it: gcloud storage buckets create gs://missing" in text
+    assert f"is there a bucket {bucket}? To create it: gcloud storage buckets create gs://{bucket}" in text
 
 
 def test_nobody_listens(run_python: RunPython) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -157,7 +158,8 @@ def check_access(path: str, timeout_s: float) -> None:
 
 def refused(path: str, error: BaseException) -> ConfigError:
     """What to say when a URI cannot be used."""
-    text = f"{type(error).__module__} {error}".lower()
+    said = re.sub(r"\w+://\S*", "", str(error)).replace(path.removeprefix("gs://"), "")  # a port may hold 403
+    text = f"{type(error).__module__} {said}".lower()
     bucket = path.removeprefix("gs://").split("/")[0]
     advice = ""
     if any(word in text for word in ("credential", "google.auth", "401", "unauthenticated", "anonymous")):
