@@ -28,7 +28,7 @@ from torchorbax.dtypes import BY_NAME
 from torchorbax.fingerprint import Sums
 from torchorbax.manifest import LeafMeta
 from torchorbax.replicas import FirstReplica, first_devices, is_shared
-from torchorbax.shards import HostShards, shards
+from torchorbax.shards import HostShards, is_on_device, place, shards
 
 __all__ = ["LEAST_HOST_BYTES", "Traffic", "context_of", "is_gathered", "longest_wait_s", "read", "write"]
 
@@ -142,6 +142,9 @@ def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
             yield name, array.addressable_shards[0].data
         elif isinstance(array, jax.Array):
             array = array if array.is_fully_addressable else array.addressable_data(0)
+            if not is_on_device(array.sharding):
+                yield name, np.asarray(array)
+                continue
             here[name] = array
             alike.setdefault((array.shape, array.dtype, array.sharding), []).append(name)
         else:
@@ -301,19 +304,20 @@ def _chunks(array: Any, chunks: tuple[int, ...], shares: int = 1) -> Iterator[tu
     if math.prod(chunks) * array.dtype.itemsize * len(held) <= _CHUNK_BYTES and not _is_on_host(array):
         array.copy_to_host_async()
     for shard in held:
-        for index in _grid(shard.data.shape, chunks):
+        data = shard.data if is_on_device(array.sharding) else np.asarray(shard.data)
+        for index in _grid(data.shape, chunks):
             if shares > 1 and _share_of(index, share) != shard.replica_id:
                 continue
             moved = tuple(
                 slice(part.start + offset, part.stop + offset) for part, offset in zip(index, shard.start, strict=True)
             )
-            if isinstance(shard.data, np.ndarray):
-                yield moved, np.ascontiguousarray(shard.data[index])
-            elif shard.data.shape == chunks:
-                yield moved, np.asarray(shard.data)
+            if isinstance(data, np.ndarray):
+                yield moved, np.ascontiguousarray(data[index])
+            elif data.shape == chunks:
+                yield moved, np.asarray(data)
             else:  # never the whole shard on the host
                 starts = [part.start for part in index]
-                yield moved, np.asarray(jax.lax.dynamic_slice(shard.data, starts, chunks))
+                yield moved, np.asarray(jax.lax.dynamic_slice(data, starts, chunks))
 
 
 def _share_of(index: Index, share: tuple[int, ...]) -> int:
@@ -322,7 +326,7 @@ def _share_of(index: Index, share: tuple[int, ...]) -> int:
 
 
 def _is_on_host(array: Any) -> bool:
-    return isinstance(array, HostShards) or array.platform() == "cpu"
+    return isinstance(array, HostShards) or array.platform() == "cpu" or not is_on_device(array.sharding)
 
 
 @functools.lru_cache(maxsize=256)
@@ -458,7 +462,8 @@ def _read_small(
 def _spread(array: np.ndarray, meta: LeafMeta, target: Any, traffic: Traffic) -> Array | FirstReplica:
     if not _has_one_reader(target, meta, traffic):
         return put(array, target)
-    shards = {device: jax.device_put(array[index], device) for device, index in _devices(meta, target, traffic).items()}
+    held = _devices(meta, target, traffic).items()
+    shards = {device: place(array[index], device, target) for device, index in held}
     return FirstReplica(meta.shape, array.dtype, target, shards)
 
 
@@ -551,7 +556,7 @@ def _placed(
         placed: jax.Array = jax.device_put(values[0], target)
         return placed
     shards = {
-        device: jax.device_put(value, device)
+        device: place(value, device, target)
         for part, value in zip(parts, values, strict=True)
         for device in part.devices
     }

@@ -47,7 +47,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from torchorbax.adapter import Array
-from torchorbax.shards import AXIS, Shard, local_mesh, shards, stacked
+from torchorbax.shards import AXIS, HostShards, Shard, is_on_device, local_mesh, shards, stacked
 
 Key = TypeVar("Key", bound=Hashable)
 Sums = np.ndarray
@@ -95,11 +95,11 @@ def total(parts: Any) -> Sums:
 def start(array: Array) -> Callable[[], Sums]:
     """Start to sum what this process has of an array (of replicas the first only), and return how to wait for it."""
     if isinstance(array, np.ndarray):
-        return _start_on_host(array)
+        return _start_on_host(array, (0,) * array.ndim, array.shape)
     if array.nbytes <= _SMALL_BYTES and array.is_fully_addressable:  # to start a program costs more than to sum it here
         if array.platform() != "cpu":
             array.copy_to_host_async()
-        return lambda: _start_on_host(np.asarray(array))()
+        return lambda: _start_on_host(np.asarray(array), (0,) * array.ndim, array.shape)()
     rows = _start_shards(array, [shard for shard in shards(array) if shard.replica_id == 0])
     return lambda: total(rows())
 
@@ -114,10 +114,10 @@ def start_parts(array: jax.Array) -> Callable[[], dict[int, Sums]]:
 
 def _start_shards(array: Array, held: Sequence[Shard]) -> Callable[[], np.ndarray]:
     """The same of some shards; gives `uint64[shards, 2]`."""
-    on_host = bool(held) and isinstance(held[0].data, np.ndarray)
+    on_host = isinstance(array, HostShards) or not is_on_device(array.sharding)
     if not held or array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype) or on_host:
-        parts = [_host_sums(np.asarray(shard.data), shard.start, array.shape) for shard in held]
-        return lambda: np.asarray(parts, np.uint64).reshape(-1, len(_ROW_SEEDS))
+        parts = [_start_on_host(np.asarray(shard.data), shard.start, array.shape) for shard in held]
+        return lambda: np.asarray([part() for part in parts], np.uint64).reshape(-1, len(_ROW_SEEDS))
     data = [shard.data for shard in held]
     mesh, local = local_mesh(tuple(part.device for part in data)), data[0].shape
     firsts = tuple(shard.start for shard in held)
@@ -126,25 +126,32 @@ def _start_shards(array: Array, held: Sequence[Shard]) -> Callable[[], np.ndarra
     return lambda: np.asarray(result)
 
 
-def _start_on_host(array: np.ndarray) -> Callable[[], Sums]:
-    words = _words(array)
+def _start_on_host(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> Callable[[], Sums]:
+    """The same of a part, in host memory, of an array of some shape, given the indices of its first element."""
+    words = _words(part)
     if words.size == 0:
         return lambda: total([])
-    split = _split(words.shape)
+    added = words.shape[len(shape) :]  # axes, of which every part has all
+    first, shape = (*first, *(0 for _ in added)), (*shape, *added)
+    split = _split(shape)
     grid = words.reshape(math.prod(words.shape[:split]), -1)
-    columns = grid.shape[1]
-    weights = _column_weights((0,), (columns,), (columns,))
-    height = _BLOCK_WORDS // columns
-    blocks = len(grid) // height
+    weights = _column_weights(first[split:], shape[split:], words.shape[split:]).reshape(len(_ROW_SEEDS), -1)
+    if words.shape[1:split] != shape[1:split]:  # its rows do not follow each other
+        rows = _indices(first[:split], shape[:split], words.shape[:split]).reshape(-1)
+        return lambda: _grid_sums(grid, rows, weights)
+    first_row = _flat(first[:split], shape[:split])
+    height = _BLOCK_WORDS // grid.shape[1]
+    in_blocks = len(grid) // height * height
     results = []
-    if blocks:
+    if in_blocks:
         mesh = local_mesh((_computing_device(),))
-        table, _, strides = _places(mesh, grid.shape, grid.shape, ((0, 0),))
         with jax.enable_x64(True):
-            for start in range(0, blocks * height, height):
+            table, stride = jax.device_put((weights[None], np.ones(1, np.uint64)), mesh.devices.flat[0])
+            for start in range(0, in_blocks, height):
                 block = jax.device_put(grid[start : start + height], mesh.devices.flat[0])
-                results.append(_sums_by_shard(mesh)(block, table, np.array([start], np.uint64), strides))
-    rest = _grid_sums(grid[blocks * height :], np.arange(blocks * height, len(grid), dtype=np.uint64), weights)
+                row = np.array([first_row + start], np.uint64)
+                results.append(_sums_by_shard(mesh)(block, table, row, stride))
+    rest = _grid_sums(grid[in_blocks:], first_row + np.arange(in_blocks, len(grid), dtype=np.uint64), weights)
     return lambda: total([rest, *(np.asarray(result)[0] for result in results)])
 
 
@@ -280,19 +287,6 @@ def _words(array: np.ndarray) -> np.ndarray:
     if array.dtype.itemsize in _UNSIGNED:
         return array.view(_UNSIGNED[array.dtype.itemsize])
     return array.reshape(*array.shape, 1).view(np.uint32)
-
-
-def _host_sums(part: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> Sums:
-    """The sums of a part of an array."""
-    words = _words(part)
-    if words.size == 0:
-        return total([])
-    added = words.shape[len(shape) :]  # axes, of which every part has all
-    first, shape = (*start, *(0 for _ in added)), (*shape, *added)
-    split = _split(shape)
-    rows = _indices(first[:split], shape[:split], words.shape[:split]).reshape(-1)
-    weights = _column_weights(first[split:], shape[split:], words.shape[split:])
-    return _grid_sums(words.reshape(len(rows), -1), rows, weights.reshape(len(weights), -1))
 
 
 def _grid_sums(grid: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Sums:

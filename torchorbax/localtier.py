@@ -191,7 +191,7 @@ class LocalStep:
         here = {device: devices[device] for device in givers if device.process_index == jax.process_index()}
         if missing := set(here.values()) - set(mine):
             raise self._unusable(step, f"{item}: {name} at {min(missing)} is not on this host: another layout saved it")
-        shards = {device: jax.device_put(mine[bounds], device) for device, bounds in here.items()}
+        shards = {device: place(mine[bounds], device, target) for device, bounds in here.items()}
         dtype = self.seen.items[item].leaves[name].dtype
         if self.everyone:
             ordered = [shards[device] for device in target.addressable_devices_indices_map(shape)]

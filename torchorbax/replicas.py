@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from torchorbax.shards import is_on_device
+
 Key = TypeVar("Key", bound=tuple[str, ...])
 
 _BATCH_BYTES = 256 << 20
@@ -46,7 +48,7 @@ class FirstReplica:
 
 def is_shared(sharding: Sharding | None, dtype: np.dtype) -> bool:
     """Do several processes hold the same parts of an array, and can its bits be summed?"""
-    if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable:
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable or not is_on_device(sharding):
         return False
     return math.prod(sharding.mesh.shape[axis] for axis in _free_axes(sharding)) > 1 and (
         dtype.itemsize in _WORDS and dtype.kind != "c"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 AXIS = "shard"
 """Of the mesh of a process's own devices."""
@@ -104,6 +104,19 @@ def parts(array: jax.Array) -> list[jax.Array]:
     # `addressable_data` gives the first device's of a replicated array whatever it is asked for.
     array._check_if_deleted()  # type: ignore[attr-defined]  # private, too: of a deleted array the parts are None
     return list(array._arrays)  # type: ignore[attr-defined]  # private, for the reason above
+
+
+@functools.lru_cache(maxsize=1024)
+def is_on_device(sharding: Sharding) -> bool:
+    """Is it of the memory that programs compute in? Not so for what is offloaded to the host's (`pinned_host`)."""
+    kind = sharding.memory_kind
+    return kind is None or all(kind == device.default_memory().kind for device in sharding.addressable_devices)
+
+
+def place(part: np.ndarray, device: jax.Device, sharding: Sharding) -> jax.Array:
+    """A device's part of an array with this sharding, in the same kind of memory."""
+    placed: jax.Array = jax.device_put(part, SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+    return placed
 
 
 def stacked(parts: Sequence[jax.Array]) -> jax.Array:

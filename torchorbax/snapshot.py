@@ -28,7 +28,7 @@ from torchorbax.errors import ConfigError
 from torchorbax.frozen import NEW_BASE, Identities, Key, Look
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
-from torchorbax.shards import HostShards, Shard, devices, parts, shards, stacked
+from torchorbax.shards import HostShards, Shard, devices, is_on_device, parts, shards, stacked
 from torchorbax.state import Captured
 
 Staging = Literal["auto", "reference", "device", "host"]
@@ -150,8 +150,9 @@ def _stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, _Stag
         return _host_copies(arrays)
     views = {key: _View(array) for key, array in arrays.items() if staging == "auto" and _is_worth_a_view(array)}
     rest = {key: array for key, array in arrays.items() if key not in views}
-    fitting = _fitting(rest)
-    if len(fitting) < len(rest):
+    on_device = {key: array for key, array in rest.items() if is_on_device(array.sharding)}
+    fitting = _fitting(on_device)
+    if len(fitting) < len(on_device):
         _warn_of_full_devices()
     others = {key: array for key, array in rest.items() if key not in fitting}
     return {**views, **_copies(fitting), **_host_copies(others)}
@@ -186,6 +187,8 @@ def _array(staged: _Staged) -> Any:
 
 def _is_worth_a_view(array: jax.Array) -> bool:
     if array.nbytes < _WORTH_A_VIEW_BYTES * array.sharding.num_devices or array.platform() != "cpu":
+        return False
+    if not is_on_device(array.sharding):
         return False
     return bool(array.is_ready())  # type: ignore[attr-defined]  # a view of what is being computed would wait for it
 
