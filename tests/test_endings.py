@@ -237,6 +237,27 @@ def test_every_ending_commits_and_tells_where_the_run_stands(
     assert verify(str(tmp_path / "run"))[-1] == newest
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_in_flight_of_a_run_that_nobody_has_any_more(fails: bool, tmp_path: Path, run_python: RunPython) -> None:
+    program = """
+        import gc, sys, threading, numpy as np, torchorbax
+        from torchorbax import _orbax_arrays
+        if sys.argv[2] == "True":
+            def write(*args):
+                raise OSError("no more disk")
+            _orbax_arrays.write = write
+        def save():
+            x = {"x": {"a": np.zeros(1 << 24, np.float32)}}
+            torchorbax.Checkpointer(sys.argv[1], x, rng=False).save(5)
+        save()
+        gc.collect()
+    """
+    done = run_python(program, tmp_path / "run", fails, warnings="ignore")
+    assert ("step 5 was not saved: OSError: no more disk" in done.stderr) is fails
+    assert (tmp_path / "run" / "5").exists() is not fails
+    assert fails or verify(str(tmp_path / "run")) == [5]
+
+
 def test_no_thread_is_left_when_a_run_is_closed(tmp_path: Path) -> None:
     with Checkpointer(str(tmp_path / "warm"), state()) as run:
         save_and_wait(run, 0)

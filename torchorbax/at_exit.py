@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures.thread  # noqa: F401  # see the last line
+import concurrent.futures.thread  # see the last line
 import logging
 import os
 import threading
@@ -38,6 +38,16 @@ def closed(run: Run) -> None:
     _open.pop(run, None)
 
 
+_saves: dict[concurrent.futures.Future[None], int] = {}
+"""Those in flight, and the processes that they belong to."""
+
+
+def saving(save: concurrent.futures.Future[None]) -> None:
+    """It is waited for when this process ends, though nobody may have its run any more."""
+    _saves[save] = os.getpid()
+    save.add_done_callback(_saves.pop)
+
+
 def _close_all() -> None:
     for run, pid in list(_open.items()):
         if pid != os.getpid():
@@ -47,6 +57,7 @@ def _close_all() -> None:
         except SaveError as error:
             _logger.error("at exit: %s", error)
         _logger.warning("the program has ended without close(). %s", run.last_line())
+    concurrent.futures.wait([save for save, pid in list(_saves.items()) if pid == os.getpid()])
 
 
 # Orbax hands work to executors, which refuse it as soon as `threading` winds down; `atexit` functions run later than

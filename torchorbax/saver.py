@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchorbax import at_exit
 from torchorbax.errors import ProcessError, SaveError
 from torchorbax.frozen import Identities
 from torchorbax.manifest import Manifest
@@ -102,6 +103,7 @@ class Saver:
         if self._pid != os.getpid():  # forked, and the thread has stayed behind
             self._executor, self._pid = _new_executor(), os.getpid()
         self._work_in_flight = self._executor.submit(work)
+        at_exit.saving(self._work_in_flight)
 
     def collect(self) -> None:
         """Wait for the save in flight, if any, and take note of how it ended."""
@@ -122,6 +124,12 @@ class Saver:
     def close(self) -> None:
         """Let go of the thread. Nothing can be saved afterwards."""
         self._executor.shutdown()
+
+    def __del__(self) -> None:
+        """Nobody can ask any more how the last save ended."""
+        for error in (self._unreported, self._record and self._record.error):
+            if error is not None:
+                _logger.error("%s", error)
 
     def take_unreported(self) -> SaveError | None:
         """The error of a collected save, once."""
