@@ -49,6 +49,7 @@ class TorchPeers:
 
 def torch_save(folder: Path, state: State) -> dict[str, float]:
     """`torch.save`, until it is on the disk as ours is: with fsync."""
+    (folder / "state.pt").unlink(missing_ok=True)
 
     def save() -> None:
         with (folder / "state.pt").open("wb") as out:
@@ -71,6 +72,7 @@ def dcp_async_save(folder: Path, state: State) -> dict[str, float]:
 
 def disk(folder: Path, state: State) -> dict[str, float]:
     """The least that saving takes here: the bytes into one file, and fsync."""
+    (folder / "bytes").unlink(missing_ok=True)
 
     def write() -> None:
         with (folder / "bytes").open("wb", buffering=0) as out:

@@ -263,11 +263,33 @@ def test_one_program_for_all_layouts_of_a_shard(mesh: Mesh, mesh_2d: Mesh, compi
     assert not compilations
 
 
+@pytest.mark.parametrize("spec", [P("fsdp"), P("tp"), P(None, "tp"), P()], ids=str)
+def test_arrays_alike_are_summed_by_one_program(
+    spec: P, mesh_2d: Mesh, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_SMALL_BYTES", 0)
+    rng = np.random.default_rng(0)
+    hosts = {
+        f"{dtype}.{index}": rng.integers(0, 1 << 16, (16, 24)).astype(dtype)
+        for index in range(19)  # two programs of eight, and three by themselves
+        for dtype in ("float32", "bfloat16", "int8", "complex64")
+    }
+    arrays = {name: jax.device_put(host, NamedSharding(mesh_2d, spec)) for name, host in hosts.items()}
+    assert sorted(map(len, fingerprint.batches(arrays))) == [*[1] * (3 * 3 + 19), *[8] * (3 * 2)]
+    del compilations[:]
+    found = fingerprints(arrays)
+    assert list(found) == list(arrays)
+    assert found == {name: by_definition(host) for name, host in hosts.items()}
+    assert compilations.count("_shard_sums") <= 3 * 2
+    monkeypatch.setattr(fingerprint, "_AT_ONCE_BYTES", 0)
+    assert set(map(len, fingerprint.batches(arrays))) == {1}
+
+
 def test_the_devices_are_not_made_to_talk(mesh_2d: Mesh) -> None:
     mesh = Mesh(mesh_2d.devices.reshape(-1), (fingerprint.AXIS,))
     with jax.enable_x64(True):
         places = fingerprint._places(mesh, (16, 4), (2, 4), tuple((2 * shard, 0) for shard in range(8)))
-        lowered = fingerprint._sums_by_shard(mesh).lower(jax.ShapeDtypeStruct((16, 4), np.float32), *places)
+        lowered = fingerprint._sums_by_shard(mesh).lower([jax.ShapeDtypeStruct((16, 4), np.float32)], *places)
     text = lowered.compile().as_text()
     assert "reduce" in text
     for collective in ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter"):

@@ -139,6 +139,23 @@ SEVERAL = """
 """
 
 
+SEVERAL += """
+    options = {"local": sys.argv[1] + "/fast", "local_save": 1, "save": None, "barrier_timeout_s": 60}
+    saved = state("pinned_host", values)
+    with torchorbax.Checkpointer(sys.argv[1] + "/run", {"state": saved}, **options) as run:
+        run.save(1)
+        run.wait()
+        local = run._local.steps.good()
+    found = state("pinned_host", 0 * values)
+    with torchorbax.Checkpointer(sys.argv[1] + "/run", {"state": found}, **options) as run:
+        assert run.restore() == 1 and run.all_steps() == [] and local == [1]
+    for name, array in found.items():
+        for part in array.addressable_shards:
+            assert part.data.sharding.memory_kind == "pinned_host"
+            assert np.array_equal(np.asarray(part.data), values[part.index]), (name, part)
+"""
+
+
 def test_several_processes(tmp_path: Path, run_processes: RunProcesses) -> None:
     run_processes(SEVERAL, tmp_path, processes=2, devices=4, timeout=170)
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import CorruptCheckpointError, SaveError, _orbax_arrays
+from torchorbax import CorruptCheckpointError, SaveError, _orbax_arrays, gathering
 from torchorbax._orbax import Storage
 from torchorbax._orbax_arrays import Traffic
 from torchorbax.dtypes import BY_NAME, fits_on_device
@@ -27,7 +27,7 @@ from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 
 from tests.conftest import bits
 
-SMALL = _orbax_arrays._GATHERED_BYTES
+SMALL = gathering.GATHERED_BYTES
 
 
 def metas(arrays: dict[str, Any]) -> dict[str, LeafMeta]:
@@ -71,6 +71,7 @@ def test_every_dtype(compressed: bool, rows: int, mesh: Mesh, tmp_path: Path) ->
 @pytest.mark.parametrize("spec", [P(), P("fsdp"), P(None, "fsdp")], ids=str)
 def test_many_small_leaves_alike(spec: P, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are stacked on their devices, which must not tidy up a bit of them."""
+    monkeypatch.setattr(gathering, "AT_ONCE", (4, 1))
     monkeypatch.setattr(_orbax_arrays, "_STACKED", 4)
     sharding = NamedSharding(mesh, spec)
     dtypes = [dtype for dtype in BY_NAME if fits_on_device(BY_NAME[dtype])]

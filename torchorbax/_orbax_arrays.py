@@ -16,26 +16,24 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, Sharding
 from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_utils  # private, as Orbax's options are
 
 from torchorbax import _gcs, fingerprint
 from torchorbax.adapter import Array, put
 from torchorbax.dtypes import BY_NAME
 from torchorbax.fingerprint import Sums
+from torchorbax.gathering import GATHERED_BYTES, Stack, alike, can_be_stacked, in_programs
 from torchorbax.manifest import LeafMeta
 from torchorbax.replicas import FirstReplica, first_devices, is_shared
 from torchorbax.shards import HostShards, is_on_device, place, shards
 
 __all__ = ["LEAST_HOST_BYTES", "Traffic", "context_of", "is_gathered", "longest_wait_s", "read", "write"]
 
-_GATHERED_BYTES = 64 << 10
-"""Up to here a leaf is one key: cheaper than a chunk for each of its shards."""
 _STACKED = 64
-"""So many small leaves alike are gathered by one program: few enough to be compiled in no time."""
+"""So many small leaves alike are worth a program, which has to be compiled; no loop waits for fewer, one by one."""
 _CHUNK_BYTES = 64 << 20
 """The largest chunk: what is read at least for any part of it, and held in host memory at most for each."""
 LEAST_HOST_BYTES = _CHUNK_BYTES
@@ -86,7 +84,7 @@ def longest_wait_s(folder: str, traffic: Traffic) -> float | None:
 
 def is_gathered(array: Array) -> bool:
     """Is the array small enough to be written as one host array, and all of it in every process that has any?"""
-    if array.nbytes > _GATHERED_BYTES:
+    if array.nbytes > GATHERED_BYTES:
         return False
     return isinstance(array, np.ndarray) or array.is_fully_addressable or array.sharding.is_fully_replicated
 
@@ -122,8 +120,10 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
             for name, on_host in _gathered(small):
                 started[name] = fingerprint.start(on_host)
                 out.add_small(name, on_host)
+        batch_of = {name: batch for batch in fingerprint.batches(arrays) for name in batch}
         for name in list(arrays):
-            started[name] = fingerprint.start(arrays[name])
+            if name not in started:
+                started |= fingerprint.start_batch({one: arrays[one] for one in batch_of[name]})
             out.add_large(name, arrays[name])
             out.when_written(functools.partial(arrays.pop, name))
         out.finish()
@@ -134,48 +134,20 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
 
 
 def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
-    """Small arrays on the host. Those of one shape and layout come together, for every transfer has its price."""
-    alike: dict[Any, list[str]] = {}
+    """Small arrays on the host. Those of one shape and layout come together."""
     here: dict[str, jax.Array] = {}
     for name, array in arrays.items():
         if isinstance(array, HostShards):
             yield name, array.addressable_shards[0].data
         elif isinstance(array, jax.Array):
-            array = array if array.is_fully_addressable else array.addressable_data(0)
-            if not is_on_device(array.sharding):
-                yield name, np.asarray(array)
-                continue
-            here[name] = array
-            alike.setdefault((array.shape, array.dtype, array.sharding), []).append(name)
+            here[name] = array if array.is_fully_addressable else array.addressable_data(0)
         else:
-            yield name, array
-    for (_, dtype, sharding), names in alike.items():
-        for start in range(0, len(names), _STACKED):
-            some = names[start : start + _STACKED]
-            held = [here[name] for name in some]
-            if len(some) < _STACKED or dtype.kind == "c":  # of complex numbers XLA cannot take the bits
-                yield from zip(some, map(np.asarray, held), strict=True)
-            else:
-                stacked = np.asarray(_stack(sharding)(*held))
-                yield from zip(some, stacked.view(dtype), strict=True)
-
-
-@functools.lru_cache(maxsize=64)
-def _stack(sharding: Sharding) -> Callable[..., jax.Array]:
-    """Arrays of a sharding as one along a new axis; every device stacks what it has.
-
-    As integers: XLA makes quiet NaNs of others where it moves small floats about.
-    """
-
-    def stack(*arrays: jax.Array) -> jax.Array:
-        if arrays[0].dtype == np.bool_:
-            return jnp.stack(arrays)
-        word = np.dtype(f"uint{8 * arrays[0].dtype.itemsize}")
-        return jnp.stack([jax.lax.bitcast_convert_type(array, word) for array in arrays])
-
-    if not isinstance(sharding, NamedSharding):
-        return jax.jit(stack)
-    return jax.jit(stack, out_shardings=NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec)))
+            yield name, np.asarray(array)
+    for layout, group in alike(here).items():
+        for names in in_programs(list(group)):
+            some = [group[name] for name in names]
+            stacked = len(some) >= _STACKED and can_be_stacked(layout) and is_on_device(layout[2])
+            yield from zip(names, Stack(some).rows if stacked else map(np.asarray, some), strict=True)
 
 
 @dataclass
@@ -403,7 +375,7 @@ def read(
         for name, (meta, target) in wanted.items()
         if isinstance(target, NamedSharding) and not _devices(meta, target, traffic)
     }
-    small = {name: one for name, one in wanted.items() if one[0].nbytes <= _GATHERED_BYTES and name not in found}
+    small = {name: one for name, one in wanted.items() if one[0].nbytes <= GATHERED_BYTES and name not in found}
     if small:
         found |= _read_small(ts.KvStore.open(spec, context=context).result(wait_s), small, traffic, wait_s)
     for name, array in found.items():

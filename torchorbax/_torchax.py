@@ -107,7 +107,11 @@ class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
 
 def is_torchax(value: object) -> bool:
     """Is `value` a torchax tensor or a view of one?"""
-    return isinstance(value, Tensor | View)
+    return isinstance(value, _TENSORS)
+
+
+_TENSORS = (Tensor, View)
+"""A tuple, as `adapter.ARRAY_TYPES`."""
 
 
 @functools.cache

@@ -116,12 +116,12 @@ def live_array(name: str, leaf: Any) -> jax.Array | np.ndarray | torch.Tensor:
     Raises:
         UnsupportedLeafError: there are no values, or no array can hold them bit for bit.
     """
-    if _torchax.is_torchax(leaf):
-        return _torchax.array_of(leaf)
     if isinstance(leaf, jax.Array):
         if leaf.dtype not in _HOST_DTYPES:
             raise UnsupportedLeafError(name, f"jax dtype {leaf.dtype} is not supported")
         return leaf
+    if _torchax.is_torchax(leaf):
+        return _torchax.array_of(leaf)
     if isinstance(leaf, np.ndarray | np.generic):
         if np.dtype(leaf.dtype) not in _HOST_DTYPES:
             raise UnsupportedLeafError(name, f"numpy dtype {leaf.dtype} is not supported")

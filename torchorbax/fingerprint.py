@@ -47,7 +47,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from torchorbax.adapter import Array
-from torchorbax.shards import AXIS, HostShards, Shard, is_on_device, local_mesh, shards, stacked
+from torchorbax.gathering import Row, alike
+from torchorbax.shards import AXIS, Shard, is_on_device, local_mesh, shards, stacked
 
 Key = TypeVar("Key", bound=Hashable)
 Sums = np.ndarray
@@ -63,6 +64,10 @@ _MOST_COLUMNS = 1 << 17
 _BLOCK_WORDS = 1 << 20
 _CACHED_WORDS = 1 << 15
 _SMALL_BYTES = 64 << 10
+_AT_ONCE = 8
+"""So many arrays alike are summed by one program, which takes little more than half the time of as many programs."""
+_AT_ONCE_BYTES = 8 << 20
+"""But of larger shards only one: what the training step has to wait for should be short."""
 
 
 def fingerprints(arrays: Mapping[Key, Array]) -> dict[Key, str]:
@@ -72,8 +77,7 @@ def fingerprints(arrays: Mapping[Key, Array]) -> dict[Key, str]:
         arrays: jax or numpy arrays of any dtype and shape. Large jax arrays are summed on their devices, each distinct
             part once; all of it is dispatched before any result is waited for.
     """
-    started = {key: start(array) for key, array in arrays.items()}
-    return {key: text(finish()) for key, finish in started.items()}
+    return {key: text(finish()) for key, finish in start_all(arrays).items()}
 
 
 def text(sums: Sums) -> str:
@@ -92,38 +96,88 @@ def total(parts: Any) -> Sums:
     return added
 
 
+def start_all(arrays: Mapping[Key, Array]) -> dict[Key, Callable[[], Sums]]:
+    """`start` for each of several arrays."""
+    started: dict[Key, Callable[[], Sums]] = {}
+    for keys in batches(arrays):
+        started |= start_batch({key: arrays[key] for key in keys})
+    return {key: started[key] for key in arrays}
+
+
+def batches(arrays: Mapping[Key, Array]) -> list[list[Key]]:
+    """Arrays in such groups as `start_batch` takes: every program on every device has its price."""
+    found: list[list[Key]] = []
+    programs: dict[Key, jax.Array] = {}
+    for key, array in arrays.items():
+        if isinstance(array, jax.Array) and _runs_on_devices(array) and array.nbytes > _SMALL_BYTES:
+            programs[key] = array
+        else:
+            found.append([key])
+    for (shape, dtype, sharding), group in alike(programs).items():
+        keys = list(group)
+        size = _AT_ONCE if math.prod(sharding.shard_shape(shape)) * dtype.itemsize <= _AT_ONCE_BYTES else 1
+        whole = len(keys) // size * size
+        found += [keys[start : start + size] for start in range(0, whole, size)]
+        found += [[key] for key in keys[whole:]]  # a program for another number would have to be compiled
+    return found
+
+
+def start_batch(arrays: Mapping[Key, Array]) -> dict[Key, Callable[[], Sums]]:
+    """`start` for one of the `batches`."""
+    keys, several = list(arrays), list(arrays.values())
+    if len(several) == 1:
+        return {keys[0]: start(several[0])}
+    rows = functools.cache(_start_shards(several, [_first_replicas(array) for array in several]))
+    return {key: functools.partial(lambda at: total(rows()[:, at]), at) for at, key in enumerate(keys)}
+
+
 def start(array: Array) -> Callable[[], Sums]:
     """Start to sum what this process has of an array (of replicas the first only), and return how to wait for it."""
-    if isinstance(array, np.ndarray):
-        return _start_on_host(array, (0,) * array.ndim, array.shape)
+    if isinstance(array, np.ndarray | Row):
+        return _start_on_host(np.asarray(array), (0,) * len(array.shape), array.shape)
     if array.nbytes <= _SMALL_BYTES and array.is_fully_addressable:  # to start a program costs more than to sum it here
         if array.platform() != "cpu":
             array.copy_to_host_async()
         return lambda: _start_on_host(np.asarray(array), (0,) * array.ndim, array.shape)()
-    rows = _start_shards(array, [shard for shard in shards(array) if shard.replica_id == 0])
+    rows = _start_shards([array], [_first_replicas(array)])
     return lambda: total(rows())
+
+
+def _first_replicas(array: Any) -> list[Shard]:
+    return [shard for shard in shards(array) if shard.replica_id == 0]
 
 
 def start_parts(array: jax.Array) -> Callable[[], dict[int, Sums]]:
     """Start to sum every part of an array that this process has, replicas included, and return how to wait for it: the
     sums by the index that the part's first element has in the array."""
     parts = {_flat(shard.start, array.shape): shard for shard in shards(array)}
-    rows = _start_shards(array, list(parts.values()))
-    return lambda: dict(zip(parts, rows(), strict=True))
+    rows = _start_shards([array], [list(parts.values())])
+    return lambda: dict(zip(parts, rows()[:, 0], strict=True))
 
 
-def _start_shards(array: Array, held: Sequence[Shard]) -> Callable[[], np.ndarray]:
-    """The same of some shards; gives `uint64[shards, 2]`."""
-    on_host = isinstance(array, HostShards) or not is_on_device(array.sharding)
-    if not held or array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype) or on_host:
-        parts = [_start_on_host(np.asarray(shard.data), shard.start, array.shape) for shard in held]
-        return lambda: np.asarray([part() for part in parts], np.uint64).reshape(-1, len(_ROW_SEEDS))
-    data = [shard.data for shard in held]
-    mesh, local = local_mesh(tuple(part.device for part in data)), data[0].shape
-    firsts = tuple(shard.start for shard in held)
+def _start_shards(arrays: Sequence[Array], held: Sequence[Sequence[Shard]]) -> Callable[[], np.ndarray]:
+    """The same of some shards of arrays alike; gives `uint64[shards, arrays, 2]`."""
+    first, firsts = arrays[0], tuple(shard.start for shard in held[0])
+    if not firsts or not _runs_on_devices(first):
+        parts = [
+            _start_on_host(np.asarray(one[at].data), start, first.shape)
+            for at, start in enumerate(firsts)
+            for one in held
+        ]
+        shape = (len(firsts), len(arrays), len(_ROW_SEEDS))
+        return lambda: np.asarray([part() for part in parts], np.uint64).reshape(shape)
+    data = [[shard.data for shard in one] for one in held]
+    mesh, local = local_mesh(tuple(part.device for part in data[0])), data[0][0].shape
     with jax.enable_x64(True):  # of this thread only
-        result = _sums_by_shard(mesh)(stacked(data), *_places(mesh, array.shape, local, firsts))
+        places = _places(mesh, first.shape, local, firsts)
+        result = _sums_by_shard(mesh)([stacked(one) for one in data], *places)
     return lambda: np.asarray(result)
+
+
+def _runs_on_devices(array: Array) -> bool:
+    if array.ndim == 0 or array.size == 0 or not _one_word_each(array.dtype):
+        return False
+    return isinstance(array, jax.Array) and is_on_device(array.sharding)
 
 
 def _start_on_host(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> Callable[[], Sums]:
@@ -150,9 +204,9 @@ def _start_on_host(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, .
             for start in range(0, in_blocks, height):
                 block = jax.device_put(grid[start : start + height], mesh.devices.flat[0])
                 row = np.array([first_row + start], np.uint64)
-                results.append(_sums_by_shard(mesh)(block, table, row, stride))
+                results.append(_sums_by_shard(mesh)([block], table, row, stride))
     rest = _grid_sums(grid[in_blocks:], first_row + np.arange(in_blocks, len(grid), dtype=np.uint64), weights)
-    return lambda: total([rest, *(np.asarray(result)[0] for result in results)])
+    return lambda: total([rest, *(np.asarray(result)[0, 0] for result in results)])
 
 
 @functools.cache
@@ -193,15 +247,19 @@ def _one_word_each(dtype: np.dtype) -> bool:
 
 @functools.cache
 def _sums_by_shard(mesh: Mesh) -> Callable[..., jax.Array]:
-    """`(stacked shards, weights of their columns, first row of each, strides of rows) -> uint64[shards, 2]`; no
-    communication."""
+    """`([stacked shards of an array, ...], weights of their columns, first row of each, strides of rows) ->
+    uint64[shards, arrays, 2]`; no communication."""
     parts = PartitionSpec(AXIS)
     return jax.jit(
         jax.shard_map(_shard_sums, mesh=mesh, in_specs=(parts, parts, parts, PartitionSpec()), out_specs=parts)
     )
 
 
-def _shard_sums(shard: jax.Array, weights: jax.Array, first: jax.Array, strides: jax.Array) -> jax.Array:
+def _shard_sums(parts: Sequence[jax.Array], weights: jax.Array, first: jax.Array, strides: jax.Array) -> jax.Array:
+    return jnp.stack([_sums_of(part, weights, first, strides) for part in parts])[None]
+
+
+def _sums_of(shard: jax.Array, weights: jax.Array, first: jax.Array, strides: jax.Array) -> jax.Array:
     word = _UNSIGNED[shard.dtype.itemsize]
     bits = shard.astype(word) if shard.dtype == np.bool_ else lax.bitcast_convert_type(shard, word)
     bits = bits.astype(np.uint64)
@@ -214,7 +272,7 @@ def _shard_sums(shard: jax.Array, weights: jax.Array, first: jax.Array, strides:
     for axis in range(split):
         index = index + lax.broadcasted_iota(np.uint64, shard.shape[:split], axis) * strides[axis]
     weighted = [lane * _row_weights(index, seed) for lane, seed in zip(in_rows, _ROW_SEEDS, strict=True)]
-    return jnp.stack(_both_sums(weighted, tuple(range(split))))[None]
+    return jnp.stack(_both_sums(weighted, tuple(range(split))))
 
 
 def _both_sums(terms: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[jax.Array]:

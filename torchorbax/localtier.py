@@ -32,7 +32,7 @@ from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
 from torchorbax.processes import Channel
 from torchorbax.replicas import FirstReplica, is_shared
 from torchorbax.sharding import describe
-from torchorbax.shards import HostShards, stacked
+from torchorbax.shards import HostShards, place, stacked
 from torchorbax.values import Json
 
 Bounds = tuple[tuple[int, int], ...]

@@ -176,14 +176,26 @@ class PytreeItem:
         self._name = name
         self._slot = slot
         self._key = key
+        self._structure: Any = None
+        self._names: list[str] = []  # of the leaves of that structure: to make them up takes microseconds for each
+        self._values: dict[str, Any] | None = (
+            None  # the same of what `Captured.values` says if all of them are arrays on devices
+        )
 
-    @staticmethod
-    def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-        flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_value)
-        named: dict[str, Any] = {}
-        for path, leaf in flat:
-            add_leaf(leaf_name(path), leaf, named)
-        return named, structure
+    def _flatten(self, tree: Any) -> tuple[dict[str, Any], Any]:
+        leaves, structure = jax.tree_util.tree_flatten(tree, is_leaf=_is_value)
+        if not self._is_known(structure):
+            named: dict[str, Any] = {}
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_value)[0]:
+                add_leaf(leaf_name(path), leaf, named)
+            self._structure, self._names, self._values = structure, list(named), None
+        return dict(zip(self._names, leaves, strict=True)), structure
+
+    def _is_known(self, structure: Any) -> bool:
+        try:
+            return bool(structure == self._structure)
+        except Exception:  # it compares what nodes of others are registered with: perhaps numpy arrays
+            return False
 
     def capture(self, handed: Any = None) -> Captured:
         live, _ = self._flatten(self._slot[self._key])
@@ -203,6 +215,11 @@ class PytreeItem:
         return given
 
     def _captured(self, named: Mapping[str, Any]) -> Captured:
+        one_of_each_type = {type(leaf): leaf for leaf in named.values()}.values()
+        if all(isinstance(leaf, jax.Array) and not is_key(leaf) for leaf in one_of_each_type):
+            if self._values is None:
+                self._values = {name: encode(leaf, {}, lambda path: path[0], (name,)) for name, leaf in named.items()}
+            return Captured(self.kind, named, values=self._values)
         leaves: dict[str, Any] = {}
         values = {
             name: encode(without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()

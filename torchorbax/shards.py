@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import numpy as np
@@ -109,8 +109,8 @@ def parts(array: jax.Array) -> list[jax.Array]:
 @functools.lru_cache(maxsize=1024)
 def is_on_device(sharding: Sharding) -> bool:
     """Is it of the memory that programs compute in? Not so for what is offloaded to the host's (`pinned_host`)."""
-    kind = sharding.memory_kind
-    return kind is None or all(kind == device.default_memory().kind for device in sharding.addressable_devices)
+    kind, held_by = sharding.memory_kind, cast("set[Any]", sharding.addressable_devices)
+    return kind is None or all(kind == device.default_memory().kind for device in held_by)
 
 
 def place(part: np.ndarray, device: jax.Device, sharding: Sharding) -> jax.Array:

@@ -13,7 +13,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from torchorbax import gathering
 from torchorbax.adapter import Array, host_copy, live_array, live_dtype, raise_if_deleted
 from torchorbax.dtypes import dtype_name
 from torchorbax.errors import ConfigError
 from torchorbax.frozen import NEW_BASE, Identities, Key, Look
+from torchorbax.gathering import Layout, Row, alike, can_be_stacked, in_programs
 from torchorbax.manifest import ItemMeta, LeafMeta
 from torchorbax.sharding import describe
 from torchorbax.shards import HostShards, Shard, devices, is_on_device, parts, shards, stacked
@@ -35,8 +37,13 @@ Staging = Literal["auto", "reference", "device", "host"]
 
 _WORTH_A_VIEW_BYTES = 64 << 10
 """Bytes of a shard from which on a view of it (some microseconds) is cheaper than a copy."""
+_GROWTH = 4
+"""So many times the arrays of a model are there when its optimizer has made its state: moments, master weights."""
 _SPARE = 0.05
 """The part of a device's memory that copies leave alone: the step needs some for itself."""
+
+Groups = dict[Layout, dict[Key, jax.Array]]
+"""Arrays by their layout."""
 
 _logger = logging.getLogger(__name__)
 
@@ -148,49 +155,62 @@ def _stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, _Stag
         return dict(arrays)
     if staging == "host":
         return _host_copies(arrays)
-    views = {key: _View(array) for key, array in arrays.items() if staging == "auto" and _is_worth_a_view(array)}
-    rest = {key: array for key, array in arrays.items() if key not in views}
-    on_device = {key: array for key, array in rest.items() if is_on_device(array.sharding)}
-    fitting = _fitting(on_device)
-    if len(fitting) < len(on_device):
+    staged: dict[Key, _Staged] = {}
+    offloaded: dict[Key, jax.Array] = {}
+    to_copy: Groups = {}
+    for layout, group in alike(arrays).items():
+        if not is_on_device(layout[2]):
+            offloaded |= group
+        elif staging == "auto" and _are_worth_views(layout):
+            ready = {key: array for key, array in group.items() if _is_ready(array)}  # a view of others would wait
+            staged |= {key: _View(array) for key, array in ready.items()}
+            to_copy[layout] = {key: array for key, array in group.items() if key not in ready}
+        else:
+            to_copy[layout] = group
+    fitting, others = _fitting(to_copy)
+    if others:
         _warn_of_full_devices()
-    others = {key: array for key, array in rest.items() if key not in fitting}
-    return {**views, **_copies(fitting), **_host_copies(others)}
+    return {**staged, **_copies(fitting), **_host_copies({**others, **offloaded})}
 
 
 # -------------------------------------------------------------------------------------------------------------- views
 
 
 class _View:
-    """An array on CPU devices, kept from being overwritten by numpy views of its shards.
+    """An array on CPU devices, kept from being overwritten by views of its shards.
 
     Of an array of several processes, of the shards of this one.
     """
 
     def __init__(self, array: jax.Array) -> None:
-        self.shape, self.dtype, self.nbytes = tuple(array.shape), array.dtype, array.nbytes
-        self._sharding = array.sharding
-        self._views = [np.asarray(part) for part in parts(array)]
+        self._shape, self._dtype, self._sharding = array.shape, array.dtype, array.sharding
+        # A `memoryview` takes a tenth of the time, but has no names for bfloat16 and the like.
+        view = memoryview if array.dtype.isbuiltin == 1 else np.asarray
+        self._views: list[Any] = [view(part) for part in parts(array)]
 
     def array(self) -> jax.Array:
         """A `jax.Array` of the same memory, which nobody else has and can donate."""
-        shards = jax.device_put(self._views, devices(self._sharding, self.shape))
-        return jax.make_array_from_single_device_arrays(self.shape, self._sharding, shards, dtype=self.dtype)
+        views = [np.asarray(view) for view in self._views]
+        shards = jax.device_put(views, devices(self._sharding, self._shape))
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards, dtype=self._dtype)
 
 
-_Staged = jax.Array | np.ndarray | HostShards | _View
+_Staged = jax.Array | np.ndarray | HostShards | Row | _View
 
 
 def _array(staged: _Staged) -> Any:
     return staged.array() if isinstance(staged, _View) else staged
 
 
-def _is_worth_a_view(array: jax.Array) -> bool:
-    if array.nbytes < _WORTH_A_VIEW_BYTES * array.sharding.num_devices or array.platform() != "cpu":
+def _is_ready(array: jax.Array) -> bool:
+    return bool(array.is_ready())  # type: ignore[attr-defined]  # public, but not declared
+
+
+def _are_worth_views(layout: Layout) -> bool:
+    shape, dtype, sharding = layout
+    if math.prod(shape) * dtype.itemsize < _WORTH_A_VIEW_BYTES * sharding.num_devices:
         return False
-    if not is_on_device(array.sharding):
-        return False
-    return bool(array.is_ready())  # type: ignore[attr-defined]  # a view of what is being computed would wait for it
+    return all(device.platform == "cpu" for device in devices(sharding, shape))
 
 
 # ------------------------------------------------------------------------------------------------------------- copies
@@ -215,20 +235,23 @@ def _host_shards(array: jax.Array) -> HostShards:
     return HostShards(tuple(array.shape), np.dtype(array.dtype), array.sharding, tuple(copied))
 
 
-def _fitting(arrays: Mapping[Key, jax.Array]) -> dict[Key, jax.Array]:
-    """Those of which the devices have room for a copy, the first ones first."""
+def _fitting(groups: Groups) -> tuple[Groups, dict[Key, jax.Array]]:
+    """Those of which the devices have room for a copy, the first ones first; and the others."""
     free = {device: room for device in jax.local_devices() if (room := _room(device)) is not None}
+    others: dict[Key, jax.Array] = {}
     if not free:
-        return dict(arrays)
-    fitting: dict[Key, jax.Array] = {}
-    for key, array in arrays.items():
-        nbytes = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
-        holders = array.sharding.addressable_devices & free.keys()
-        if all(free[device] >= nbytes for device in holders):
-            fitting[key] = array
-            for device in holders:
-                free[device] -= nbytes
-    return fitting
+        return groups, others
+    fitting: Groups = {}
+    for (shape, dtype, sharding), group in groups.items():
+        nbytes = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
+        holders = sharding.addressable_devices & free.keys()
+        room = min((max(free[device], 0) // nbytes for device in holders), default=len(group)) if nbytes else len(group)
+        keys = list(group)
+        fitting[shape, dtype, sharding] = {key: group[key] for key in keys[:room]}
+        others |= {key: group[key] for key in keys[room:]}
+        for device in holders:
+            free[device] -= nbytes * len(keys[:room])
+    return fitting, others
 
 
 def _room(device: jax.Device) -> int | None:
@@ -257,17 +280,24 @@ def _warn_of_full_devices() -> None:
     )
 
 
-def _copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
-    """Copies on the devices, dispatched and not waited for.
+def _copies(groups: Groups) -> dict[Key, _Staged]:
+    """Copies on the devices, dispatched and not waited for; small arrays as rows of stacks, as they will be written.
 
     Of an array of several processes, what this one has is copied by programs of this process alone: another may copy
     other arrays, if its devices have room for others.
     """
-    copied = _copied([_of_this_process(array) for array in arrays.values()])
-    return {
-        key: copy if array.is_fully_addressable else _of_all_processes(copy, array)
-        for (key, array), copy in zip(arrays.items(), copied, strict=True)
-    }
+    copies: dict[Key, _Staged] = {}
+    for layout, group in groups.items():
+        if can_be_stacked(layout):
+            copies.update(gathering.rows(group))
+            continue
+        for keys in in_programs(list(group)):
+            copied = _copy([_of_this_process(group[key]) for key in keys])
+            copies.update(
+                (key, copy if layout[2].is_fully_addressable else _of_all_processes(copy, group[key]))
+                for key, copy in zip(keys, copied, strict=True)
+            )
+    return copies
 
 
 def _of_this_process(array: jax.Array) -> jax.Array:
@@ -287,30 +317,6 @@ def _of_all_processes(local: jax.Array, like: jax.Array) -> jax.Array:
     )
 
 
-_AT_ONCE = (64, 16, 4, 1)
-"""So many arrays alike are copied by one program. One for all arrays would take seconds to compile (2.8 s for 2,000,
-the first time), and one for each milliseconds to start."""
-
-
-def _copied(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    alike: dict[Any, list[int]] = {}
-    for at, array in enumerate(arrays):
-        alike.setdefault((array.shape, array.dtype, array.sharding), []).append(at)
-    copies: dict[int, jax.Array] = {}
-    for places in alike.values():
-        for some in _split(places):
-            copies.update(zip(some, _copy([arrays[at] for at in some]), strict=True))
-    return [copies[at] for at in range(len(arrays))]
-
-
-def _split(places: Sequence[int]) -> Iterator[Sequence[int]]:
-    start = 0
-    while start < len(places):
-        size = next(size for size in _AT_ONCE if size <= len(places) - start)
-        yield places[start : start + size]
-        start += size
-
-
 @jax.jit
 def _copy(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(array) for array in arrays]
@@ -323,21 +329,27 @@ def prepare(captured: Mapping[str, Captured], staging: Staging) -> None:
     """
     if staging not in ("auto", "device"):
         return
-    shapes: set[Any] = set()
-    for item, one in captured.items():
-        for name, leaf in one.leaves.items():
-            held = live_array(f"{item}.{name}", leaf)
-            if not isinstance(held, jax.Array) or held.is_deleted():
-                continue
-            if staging == "device" or not _is_worth_a_view(held):
-                array = _of_this_process(held)
-                shapes.add((array.shape, array.dtype, array.sharding))
-    if shapes:
-        threading.Thread(target=_compile, args=(shapes,), name="torchorbax-prepare").start()
+    held = {
+        (item, name): live_array(f"{item}.{name}", leaf)
+        for item, one in captured.items()
+        for name, leaf in one.leaves.items()
+    }
+    arrays = {key: one for key, one in held.items() if isinstance(one, jax.Array) and not one.is_deleted()}
+    to_compile: list[tuple[Layout, jax.ShapeDtypeStruct, int]] = []
+    for layout, group in alike(arrays).items():
+        viewed = staging == "auto" and _are_worth_views(layout) and all(map(_is_ready, group.values()))
+        if is_on_device(layout[2]) and not viewed:
+            here = _of_this_process(next(iter(group.values())))
+            one = jax.ShapeDtypeStruct(here.shape, here.dtype, sharding=here.sharding)
+            to_compile.append((layout, one, _GROWTH * len(group)))
+    if to_compile:
+        threading.Thread(target=_compile, args=(to_compile,), name="torchorbax-prepare").start()
 
 
-def _compile(shapes: Collection[Any]) -> None:
-    for shape, dtype, sharding in shapes:
-        one = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for size in _AT_ONCE:
-            _copy.lower([one] * size).compile()
+def _compile(layouts: Sequence[tuple[Layout, jax.ShapeDtypeStruct, int]]) -> None:
+    for layout, one, count in layouts:
+        for size in gathering.AT_ONCE:
+            if size <= count and can_be_stacked(layout):
+                gathering.compile_stack(one, size)
+            elif size <= count:
+                _copy.lower([one] * size).compile()

@@ -138,8 +138,7 @@ class Writer:
             if not self._processes.is_first:
                 hoststate.drop_host_arrays(arrays)
                 new = {key: array for key, array in new.items() if hoststate.is_global(array)}
-        started = {key: fingerprint.start(array) for key, array in new.items()}
-        sums = {key: sums() for key, sums in started.items()}
+        sums = {key: sums() for key, sums in fingerprint.start_all(new).items()}
         return _Part(items, arrays, own, sums, snapshot.identities, parts)
 
     # ---------------------------------------------------------------------------------------------------- process 0
