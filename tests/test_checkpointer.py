@@ -930,7 +930,9 @@ def test_sigterm_saves_what_the_body_handed_over(storage: FakeStorage, monkeypat
     """The signal comes after `save` has said that nothing is due; the live values are stale in a functional loop."""
     seen: list[float] = []
     write = storage.write
-    monkeypatch.setattr(storage, "write", lambda m, a, c: (seen.append(float(a["w"]["w"][0])), write(m, a, c))[1])
+    monkeypatch.setattr(
+        storage, "write", lambda m, a, c: (seen.append(float(np.asarray(a["w"]["w"])[0])), write(m, a, c))[1]
+    )
     with fake_run(storage, save=100) as run:
         for step in run.steps(9):
             run.save(step, {"w": weights(step + 1.0)}, metrics={"loss": step})

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torchorbax
-from torchorbax import Checkpointer, SaveError, _orbax, verify
+from torchorbax import Checkpointer, SaveError, _orbax_folder, verify
 
 from tests.conftest import RunPython
 
@@ -156,7 +156,7 @@ def test_a_flush_that_fails(failing: str, tmp_path: Path, monkeypatch: pytest.Mo
             raise OSError(errno.EIO, "Input/output error", name)
         real(descriptor)
 
-    monkeypatch.setattr(_orbax.os, "fsync", fsync)
+    monkeypatch.setattr(_orbax_folder.os, "fsync", fsync)
     with Checkpointer(str(tmp_path / "run"), {"x": {"a": jnp.ones(8)}}, rng=False, keep=1) as run:
         run.save(0, force=True)
         run.wait()
@@ -184,7 +184,7 @@ def test_everything_is_flushed_before_an_older_step_goes(tmp_path: Path, monkeyp
         deleted_after.append(set(flushed))
         delete(step)
 
-    monkeypatch.setattr(_orbax.os, "fsync", fsync)
+    monkeypatch.setattr(_orbax_folder.os, "fsync", fsync)
     monkeypatch.setattr(run._main.storage, "delete", note_and_delete)
     with run:
         save_and_wait(run, 0)

@@ -1,4 +1,4 @@
-"""The only module that imports Orbax: one run's folder, its steps, and reading and writing them.
+"""Steps, written and read: the only modules that import Orbax are this one and its parts, `_orbax_*`.
 
 A step is an ordinary Orbax checkpoint (`CheckpointManager`'s layout): one item per entry of the state and the JSON item
 `manifest`. Orbax's errors are translated here.
@@ -10,15 +10,11 @@ import errno
 import functools
 import importlib.metadata
 import json
-import logging
 import math
 import os
-import re
-import uuid
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -27,11 +23,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers as orbax_policies
-from orbax.checkpoint.path import step as orbax_steps
 
 from torchorbax import _gcs, _orbax_arrays, _orbax_save, fingerprint, hoststate
 from torchorbax._orbax_arrays import LEAST_HOST_BYTES, Traffic
-from torchorbax._orbax_save import MANIFEST
+from torchorbax._orbax_folder import BASE, COMMITTED, MANIFEST, RunFolder, answered, few
 from torchorbax.adapter import Array, put
 from torchorbax.dtypes import BY_NAME, fits_on_device
 from torchorbax.errors import CheckpointNotFoundError, ConfigError, CorruptCheckpointError, ProcessError, SaveError
@@ -42,20 +37,11 @@ from torchorbax.values import Json
 
 __all__ = ["MANIFEST", "Storage", "Traffic", "decision_context", "orbax_policies", "traffic"]
 
-BASE = "base"
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
-_NAMES = orbax_steps.standard_name_format()
-_COMMITTED = "commit_success.txt"
-_IDENTITY = ".torchorbax-run"
-_DAMAGED = ".torchorbax-damaged"
-_DELETED = ".torchorbax-deleted"
-_TEMPORARY = ".orbax-checkpoint-tmp"
 _MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
 
 _LONGEST_TIMEOUT_S = 86_400
-
-_logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -103,142 +89,27 @@ def traffic(
     return Traffic(compression is not None, max_host_bytes, all_write, single_replica_restore, float(storage_timeout_s))
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _answered(method: Method) -> Method:
-    """The method, which raises StorageError if the storage does not answer."""
-
-    @functools.wraps(method)
-    def asked(self: Storage, *args: Any, **kwargs: Any) -> Any:
-        with _gcs.answering(self.path):
-            return method(self, *args, **kwargs)
-
-    return asked  # type: ignore[return-value]
-
-
-class Storage:
-    """The folder of one run, on local disk or under a URI that Orbax knows (`gs://`).
+class Storage(RunFolder):
+    """A run's folder whose steps are written and read.
 
     Args:
         path: relative paths are taken from the current folder, now.
         traffic: how arrays are written and read.
 
     Raises:
-        ConfigError: the path is a file, or holds something that is no run, or its file system needs an extra.
+        ConfigError: the path is none, or its file system needs an extra.
     """
 
     def __init__(self, path: str | os.PathLike[str], traffic: Traffic = Traffic()) -> None:  # noqa: B008  # immutable
-        self.path = _absolute(path)
+        super().__init__(path, traffic.timeout_s)
         self._traffic = traffic
-        self._root = epath.Path(self.path)
-        self._unremoved: set[int] = set()  # what may be half written or half deleted, as the storage did not answer
         self._base: Storage | None = None
-        if _gcs.is_uri(self.path):
-            _gcs.prepare(self.path, traffic.timeout_s)
 
-    def check(self) -> None:
-        """Raise ConfigError if the path is a file or holds something that is no run."""
-        with _as_config_error(self.path):
-            if not self._root.exists():
-                return
-            if not self._root.is_dir():
-                raise ConfigError(f"{self.path} is a file; a run needs a folder")
-            entries = [entry for entry in self._root.iterdir() if not entry.name.startswith(".")]
-        if entries and not any(_belongs_to_run(entry) for entry in entries):
-            names = sorted(entry.name for entry in entries)
-            raise ConfigError(
-                f"{self.path} holds no run but other things ({_few(names)}); choose a folder that is new or empty"
-            )
-
-    def create(self) -> None:
-        """Make the folder and see that it can be written to.
-
-        Raises:
-            ConfigError: it cannot, or it is a file or holds something that is no run.
-        """
-        self.check()
-        with _as_config_error(self.path):
-            self._root.mkdir(parents=True, exist_ok=True)
-            probe = self._root / _gcs.PROBE
-            probe.write_text("")
-            probe.unlink()
-        if _gcs.is_uri(self.path):
-            _gcs.check_access(self.path, self._traffic.timeout_s)
-
-    def identity(self) -> str:
-        """What tells this run from any other, whatever its path; made when it is first asked for."""
-        file = self._root / _IDENTITY
-        if not file.exists():
-            file.write_text(uuid.uuid4().hex)
-        return str(file.read_text())
-
-    def check_visible(self) -> None:
-        """Raise ConfigError if the folder, which process 0 has made, is not there."""
-        with _as_config_error(self.path):
-            if not _gcs.is_uri(self.path) and not self._root.is_dir():
-                raise ConfigError(
-                    f"{self.path} was made by another process of this run and cannot be seen here; several processes "
-                    "need a folder that all of them share, or gs://"
-                )
-
-    @_answered
     def remove_leftovers(self) -> None:
-        """Delete what interrupted saves and deletions left behind. Call it before the first save."""
-        if not self._root.exists():
-            return
+        """Of the base area, too."""
         if (self._root / BASE).exists():
             self._base_area().remove_leftovers()
-        for entry in self._root.iterdir():
-            if _TEMPORARY in entry.name or entry.name.startswith(_DELETED) or self._is_half_written(entry):
-                _logger.info("removing %s, left behind by an interrupted run", entry)
-                entry.rmtree(missing_ok=True)
-
-    def _is_half_written(self, entry: Any) -> bool:
-        """Without an atomic rename, a step that is being written or deleted lies where a committed one would."""
-        return _gcs.is_uri(self.path) and entry.name.isdecimal() and not (entry / _COMMITTED).exists()
-
-    @_answered
-    def steps(self) -> list[int]:
-        """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged."""
-        if _gcs.is_uri(self.path):
-            return sorted(self._steps_of_uri())
-        if not self._root.exists():
-            return []
-        return sorted(found.step for found in _NAMES.find_all(self._root) if self._is_step(found))
-
-    def _steps_of_uri(self) -> Iterator[int]:
-        """Orbax's own way asks for the bucket, which needs a permission of its own, and waits for that for ever."""
-        try:
-            names = [entry.name for entry in self._root.iterdir()]
-        except FileNotFoundError:
-            return
-        for name in names:
-            if name.isdecimal() and name == str(int(name)) and (self._root / name / _COMMITTED).exists():
-                yield int(name)
-
-    @_answered
-    def existing_steps(self) -> list[int]:
-        """`steps`, of which there must be some.
-
-        Raises:
-            CheckpointNotFoundError: there is none.
-        """
-        if found := self.steps():
-            return found
-        hint = ""
-        if self._root.exists() and self._root.is_dir():
-            runs = sorted(entry.name for entry in self._root.iterdir() if Storage(str(entry)).steps())
-            hint = f"; there are runs below it: {_few(runs)}" if runs else ""
-        if not hint and self._root.name.isdecimal() and self.path.removesuffix(f"/{self._root.name}") != self.path:
-            parent = self.path.removesuffix(f"/{self._root.name}")
-            if int(self._root.name) in Storage(parent).steps():
-                hint = f"; it is step {self._root.name} of the run {parent}"
-        raise CheckpointNotFoundError(self.path, hint=hint)
-
-    def _is_step(self, found: Any) -> bool:
-        """Not a file, nor a name in other digits, which Orbax takes as well."""
-        return bool(found.path.name == _NAMES.build_name(found.step) and found.path.is_dir())
+        super().remove_leftovers()
 
     def write(
         self, manifest: Manifest, arrays: Mapping[str, MutableMapping[str, Array]], channel: Channel | None = None
@@ -283,9 +154,7 @@ class Storage:
             return self._filled(folders, manifest, arrays, channel)
 
         try:
-            if step in self._unremoved:
-                self._delete_from_uri(self._folder(step))
-                self._unremoved.remove(step)
+            self._remove_rest(step)
             if self._folder(step).exists():
                 reason = "somebody else has saved it meanwhile; is another run writing to this path?"
                 raise SaveError(step, self.path, reason)
@@ -298,7 +167,7 @@ class Storage:
             if isinstance(error, SaveError):
                 raise
             self._remove_failed(step, error)
-            reason = _gcs.told(error) if _gcs.is_uri(self.path) else f"{type(error).__name__}: {error}"
+            reason = _gcs.told(error) if self.is_uri else f"{type(error).__name__}: {error}"
             raise SaveError(step, self.path, reason) from error
         self._remove_unremoved()
         return stamped
@@ -390,7 +259,7 @@ class Storage:
         (epath.Path(folder) / _own_name(process)).write_text(text)
         return hoststate.digest_of(text)
 
-    @_answered
+    @answered
     def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, dict[str, HostItem]]:
         """A step as a process finds it, and what that process has of it for itself.
 
@@ -406,55 +275,7 @@ class Storage:
             own = hoststate.from_text(text)
             return hoststate.as_seen_by(manifest, own), own
 
-    def _make_durable(self, folder: Any) -> None:
-        """Flush a step and its name to the disk, since older ones may be deleted next.
-
-        TensorStore flushes its own files; Orbax does not flush its metadata, nor anybody the folders. Object storage
-        needs none of it.
-        """
-        if _gcs.is_uri(self.path):
-            return
-        for place, _, files in os.walk(folder):
-            for path in (*(os.path.join(place, file) for file in files), place):
-                _flush(path)
-        _flush(self.path)
-
-    def _remove_failed(self, step: int, error: Exception) -> None:
-        """Give back the space of a save that has failed, which may have failed for want of space.
-
-        Of a storage that does not answer it is not asked now, which would take as long again.
-        """
-        if _gcs.is_uri(self.path):
-            self._unremoved.add(step)
-            if not _gcs.is_unanswered(error):
-                self._remove_unremoved()
-            return
-        try:
-            for entry in self._root.iterdir():
-                if entry.name == _NAMES.build_name(step) or entry.name.startswith(f"{step}{_TEMPORARY}"):
-                    entry.rmtree()
-        except OSError as failure:
-            _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, failure)
-
-    def _remove_unremoved(self) -> None:
-        """Delete what failed saves and deletions have left behind under a URI.
-
-        A step whose commit was acknowledged too late is whole, and stays. What is deleted is looked for again the next
-        time: a write that nobody waits for any more may arrive later.
-        """
-        for step in sorted(self._unremoved):
-            folder = self._folder(step)
-            try:
-                if folder.exists() and self._is_half_written(folder):
-                    self._delete_from_uri(folder)
-                else:
-                    self._unremoved.remove(step)
-            except Exception as error:  # of gcsfs, which has its own; the next process removes it
-                _logger.warning(
-                    "%s: what is left of step %d could not be removed: %s", self.path, step, _gcs.told(error)
-                )
-
-    @_answered
+    @answered
     def manifest(self, step: int) -> Manifest:
         """What the step says about itself.
 
@@ -463,7 +284,7 @@ class Storage:
             CorruptCheckpointError: there is, but its manifest is missing or unreadable.
         """
         folder = self._folder(step)
-        if not ((folder / _COMMITTED) if _gcs.is_uri(self.path) else folder).exists():
+        if not ((folder / COMMITTED) if self.is_uri else folder).exists():
             raise CheckpointNotFoundError(self.path, step, self.steps())
         with self._as_corrupt(step):
             self._check_whole(folder)
@@ -479,14 +300,14 @@ class Storage:
             if not inside:
                 raise ValueError("the folder is empty")
             raise ValueError(
-                f"it has no manifest, so it is half deleted or was not written by torchorbax (there is {_few(inside)})"
+                f"it has no manifest, so it is half deleted or was not written by torchorbax (there is {few(inside)})"
             )
         for name in (f"{MANIFEST}/metadata", *(f"{item.name}/_METADATA" for item in folder.iterdir())):
             file = folder / name
             if file.exists() and file.stat().length > _MOST_METADATA_BYTES:
                 raise ValueError(f"{name} has {file.stat().length} bytes; metadata has {_MOST_METADATA_BYTES} at most")
 
-    @_answered
+    @answered
     def read(
         self,
         step: int,
@@ -543,45 +364,12 @@ class Storage:
                     name: read[name] if name in read else _empty(meta[name], target) for name, target in leaves.items()
                 }
             except Exception as error:  # TensorStore and the file system raise whatever they like on damaged files
-                if _is_shortage(error) or (_gcs.is_uri(self.path) and _gcs.is_unanswered(error)):
+                if _is_shortage(error) or (self.is_uri and _gcs.is_unanswered(error)):
                     raise
                 reasons.append(f"item {item}: {_gcs.told(error)}")
         if reasons:
             raise CorruptCheckpointError(self.path, {step: "; ".join(reasons)})
         return arrays
-
-    @_answered
-    def set_aside(self, step: int) -> None:
-        """Rename a damaged step, so that another can take its place and nothing is lost that might be repaired."""
-        folder = self._folder(step)
-        count = 1
-        while (aside := self._root / f"{folder.name}{_DAMAGED}{'' if count == 1 else f'-{count}'}").exists():
-            count += 1
-        folder.rename(aside)
-        _logger.warning("%s: damaged step %d is now %s", self.path, step, aside.name)
-
-    @_answered
-    def has_set_aside(self) -> bool:
-        """Is there a damaged step that was renamed?"""
-        return any(_DAMAGED in entry.name for entry in self._root.iterdir())
-
-    @_answered
-    def delete(self, step: int) -> None:
-        """Delete a step so that it is never listed half deleted."""
-        folder = self._folder(step)
-        if _gcs.is_uri(self.path):
-            self._unremoved.add(step)
-            self._delete_from_uri(folder)
-            self._unremoved.remove(step)
-        else:
-            hidden = self._root / f"{_DELETED}-{step}"
-            folder.rename(hidden)
-            hidden.rmtree()
-
-    def _delete_from_uri(self, folder: Any) -> None:
-        """There is no atomic rename: take the commit marker away first."""
-        (folder / _COMMITTED).unlink(missing_ok=True)
-        folder.rmtree(missing_ok=True)  # and what was deleted without an acknowledgement is missing
 
     def _base_area(self) -> Storage:
         """Where frozen parameters lie, as steps with numbers of their own. It remembers what it has left behind."""
@@ -589,7 +377,7 @@ class Storage:
             self._base = Storage(f"{self.path}/{BASE}", self._traffic)
         return self._base
 
-    @_answered
+    @answered
     def bases(self) -> set[int]:
         """The numbers of the bases there are."""
         return set(self._base_area().steps())
@@ -598,13 +386,10 @@ class Storage:
         """The number of a base that is not there yet."""
         return max(self.bases(), default=-1) + 1
 
-    @_answered
+    @answered
     def delete_base(self, base: int) -> None:
         """Delete a base that no step needs."""
         self._base_area().delete(base)
-
-    def _folder(self, step: int) -> Any:
-        return self._root / _NAMES.build_name(step)
 
     @contextmanager
     def _as_corrupt(self, step: int) -> Iterator[None]:
@@ -613,7 +398,7 @@ class Storage:
         except (CheckpointNotFoundError, CorruptCheckpointError):
             raise
         except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
-            if _is_shortage(error) or (_gcs.is_uri(self.path) and _gcs.is_unanswered(error)):
+            if _is_shortage(error) or (self.is_uri and _gcs.is_unanswered(error)):
                 raise
             raise CorruptCheckpointError(self.path, {step: _gcs.told(error)}) from error
 
@@ -642,14 +427,6 @@ def _by_base(
     return {**parts, None: step}
 
 
-def _flush(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _is_shortage(error: Exception) -> bool:
     """Is it this process that lacks something, so that the files may be good all the same?"""
     return (
@@ -659,51 +436,6 @@ def _is_shortage(error: Exception) -> bool:
     )
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
 def _empty(meta: LeafMeta, target: Sharding | None) -> Array:
     array = np.empty(meta.shape, BY_NAME[meta.dtype])
     return array if target is None or not fits_on_device(array.dtype) else put(array, target)
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
-        raise ConfigError(f"a path must be a string or a Path, not {path!r}")
-    path = str(path)
-    if not _gcs.is_uri(path):
-        if re.match(r"[a-z0-9]+:/", path):
-            raise ConfigError(f"{path}: a URI has two slashes: {path.replace(':/', '://', 1)}")
-        try:
-            return str(Path(path).expanduser().absolute())
-        except RuntimeError as error:
-            raise ConfigError(f"{path}: {error}") from error
-    _gcs.check_supported(path)
-    return path.rstrip("/")
-
-
-@contextmanager
-def _as_config_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # gcsfs and google-auth have errors of their own
-        if _gcs.is_uri(path):
-            raise _gcs.refused(path, error) from error
-        if not isinstance(error, OSError):
-            raise
-        raise ConfigError(f"{path} cannot be used for a run: {type(error).__name__}: {error}") from error
-
-
-def _belongs_to_run(entry: Any) -> bool:
-    if _TEMPORARY in entry.name:
-        return True
-    if entry.name == BASE and entry.is_dir():
-        return any(_belongs_to_run(one) for one in entry.iterdir())
-    return entry.name.isdigit() and entry.is_dir() and (_is_checkpoint(entry) or not any(entry.iterdir()))
-
-
-def _is_checkpoint(folder: Any) -> bool:
-    return any((folder / name).exists() for name in ("_CHECKPOINT_METADATA", MANIFEST, _COMMITTED))

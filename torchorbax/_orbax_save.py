@@ -20,10 +20,9 @@ from orbax.checkpoint._src.serialization import ocdbt_utils
 
 from torchorbax import _gcs, _orbax_arrays
 from torchorbax._orbax_arrays import Traffic
+from torchorbax._orbax_folder import MANIFEST
 from torchorbax.adapter import Array
 from torchorbax.manifest import Manifest
-
-MANIFEST = "manifest"
 
 
 def save(
