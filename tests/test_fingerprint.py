@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import weakref
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from torchorbax import fingerprint
 from torchorbax.dtypes import BY_NAME, fits_on_device, torch_to_host
 from torchorbax.fingerprint import fingerprints
+from torchorbax.shards import HostShards, shards
 
 from tests.conftest import tensors
 
@@ -261,6 +264,18 @@ def test_one_program_for_all_layouts_of_a_shard(mesh: Mesh, mesh_2d: Mesh, compi
     fingerprints({"again": jax.device_put(np.zeros((64, 8), np.float32), places[0])})
     fingerprints({"of a larger array": jax.device_put(np.zeros((8, 64), np.float32), places[1])})
     assert not compilations
+
+
+@pytest.mark.parametrize("spec", [P("fsdp"), P(None, "fsdp"), P(None, None, "fsdp")], ids=str)
+def test_whoever_waits_for_sums_of_host_memory_does_not_hold_it(spec: P, mesh: Mesh) -> None:
+    placed = jax.device_put(np.ones((64, 8, 4096), np.float32), NamedSharding(mesh, spec))
+    copies = tuple(dataclasses.replace(one, data=np.array(one.data)) for one in shards(placed))
+    alive = [weakref.ref(one.data) for one in copies]
+    finish = fingerprint.start(HostShards(placed.shape, np.dtype(np.float32), placed.sharding, copies))
+    del copies
+    assert finish().any()
+    assert [ref() for ref in alive] == [None] * 8
+    assert fingerprint.text(finish()) == fingerprint_of(placed)
 
 
 @pytest.mark.parametrize("spec", [P("fsdp"), P("tp"), P(None, "tp"), P()], ids=str)

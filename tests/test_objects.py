@@ -217,6 +217,22 @@ def test_a_tree_may_change_from_save_to_save(tmp_path: Path) -> None:
             assert one == other if _is_key(one) or isinstance(one, int) else bits(one) == bits(other)
 
 
+def test_a_tree_that_was_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    holder: dict[str, Any] = {"a": jnp.ones(2)}
+    with Checkpointer(str(tmp_path), {"x": holder}, rng=False) as run:
+        with pytest.raises(MismatchError) as caught:
+            run.save(0, {"x": {"b": np.ones(2, np.float32)}}, force=True)
+        assert [(problem.kind, problem.name) for problem in caught.value.problems] == [
+            ("missing", "a"),
+            ("unexpected", "b"),
+        ]
+        holder["b"] = holder.pop("a")
+        run.save(1, force=True)
+    blank = {"b": jnp.zeros(2)}
+    assert restored(str(tmp_path), x=blank).step == 1
+    assert bits(blank["b"]) == bits(jnp.ones(2))
+
+
 def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 

@@ -140,19 +140,21 @@ SEVERAL = """
 
 
 SEVERAL += """
-    options = {"local": sys.argv[1] + "/fast", "local_save": 1, "save": None, "barrier_timeout_s": 60}
-    saved = state("pinned_host", values)
-    with torchorbax.Checkpointer(sys.argv[1] + "/run", {"state": saved}, **options) as run:
-        run.save(1)
-        run.wait()
-        local = run._local.steps.good()
-    found = state("pinned_host", 0 * values)
-    with torchorbax.Checkpointer(sys.argv[1] + "/run", {"state": found}, **options) as run:
-        assert run.restore() == 1 and run.all_steps() == [] and local == [1]
-    for name, array in found.items():
-        for part in array.addressable_shards:
-            assert part.data.sharding.memory_kind == "pinned_host"
-            assert np.array_equal(np.asarray(part.data), values[part.index]), (name, part)
+    for staging in ("auto", "reference"):
+        path, local = f"{sys.argv[1]}/run-{staging}", f"{sys.argv[1]}/fast-{staging}"
+        options = {"local": local, "local_save": 1, "save": None, "staging": staging, "barrier_timeout_s": 60}
+        saved = state("pinned_host", values)
+        with torchorbax.Checkpointer(path, {"state": saved}, **options) as run:
+            run.save(1)
+            run.wait()
+            assert run._local.steps.good() == [1], run.history
+        found = state("pinned_host", 0 * values)
+        with torchorbax.Checkpointer(path, {"state": found}, **options) as run:
+            assert run.restore() == 1 and run.all_steps() == []
+        for name, array in found.items():
+            for part in array.addressable_shards:
+                assert part.data.sharding.memory_kind == "pinned_host"
+                assert np.array_equal(np.asarray(part.data), values[part.index]), (name, part)
 """
 
 

@@ -358,11 +358,14 @@ class Storage(RunFolder):
             meta = items[item].leaves
             wanted = {name: (meta[name], target) for name, target in leaves.items() if not meta[name].is_empty}
             try:
-                folder, placed = f"{self._folder(step)}/{item}", None if then is None else functools.partial(then, item)
+                placed = None if then is None else functools.partial(_called, then, item)
+                folder = f"{self._folder(step)}/{item}"
                 read = _orbax_arrays.read(folder, wanted, self._traffic, placed) if wanted else {}
                 arrays[item] = {
                     name: read[name] if name in read else _empty(meta[name], target) for name, target in leaves.items()
                 }
+            except _CallerError as error:
+                raise error.error from None
             except Exception as error:  # TensorStore and the file system raise whatever they like on damaged files
                 if _is_shortage(error) or (self.is_uri and _gcs.is_unanswered(error)):
                     raise
@@ -401,6 +404,20 @@ class Storage(RunFolder):
             if _is_shortage(error) or (self.is_uri and _gcs.is_unanswered(error)):
                 raise
             raise CorruptCheckpointError(self.path, {step: _gcs.told(error)}) from error
+
+
+class _CallerError(Exception):
+    """Carries an error that says nothing about what is read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _called(then: Callable[[str, str, Any], object], item: str, name: str, array: Any) -> None:
+    try:
+        then(item, name, array)
+    except Exception as error:
+        raise _CallerError(error) from error
 
 
 def _attempted(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -23,6 +23,7 @@ from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_
 
 from torchorbax import _gcs, fingerprint
 from torchorbax.adapter import Array, put
+from torchorbax.contexts import own_context
 from torchorbax.dtypes import BY_NAME
 from torchorbax.fingerprint import Sums
 from torchorbax.gathering import GATHERED_BYTES, Stack, alike, can_be_stacked, in_programs
@@ -113,24 +114,30 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
     at_once = traffic.max_host_bytes if _gcs.is_uri(folder) else _LOCAL_BATCHES * _BATCH_BYTES
     wait_s = longest_wait_s(folder, traffic)
     out = _Batches(ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s)
-    started: dict[str, Callable[[], Sums]] = {}
     try:
-        small = {name: arrays.pop(name) for name in names if is_gathered(arrays[name])}
-        if process == 0:
-            for name, on_host in _gathered(small):
-                started[name] = fingerprint.start(on_host)
-                out.add_small(name, on_host)
-        batch_of = {name: batch for batch in fingerprint.batches(arrays) for name in batch}
-        for name in list(arrays):
-            if name not in started:
-                started |= fingerprint.start_batch({one: arrays[one] for one in batch_of[name]})
-            out.add_large(name, arrays[name])
-            out.when_written(functools.partial(arrays.pop, name))
-        out.finish()
+        with own_context():
+            started = _add_small(out, arrays, process)
+            batch_of = {name: batch for batch in fingerprint.batches(arrays) for name in batch}
+            for name in list(arrays):
+                if name not in started:
+                    started |= fingerprint.start_batch({one: arrays[one] for one in batch_of[name]})
+                out.add_large(name, arrays[name])
+                out.when_written(functools.partial(arrays.pop, name))
+            out.finish()
     except BaseException:
         out.abort()
         raise
     return {name: started[name]() for name in names if name in started}
+
+
+def _add_small(out: _Batches, arrays: MutableMapping[str, Array], process: int) -> dict[str, Callable[[], Sums]]:
+    """Take the small arrays, which the first process writes."""
+    small = {name: arrays.pop(name) for name in list(arrays) if is_gathered(arrays[name])}
+    started = {}
+    for name, on_host in _gathered(small) if process == 0 else ():
+        started[name] = fingerprint.start(on_host)
+        out.add_small(name, on_host)
+    return started
 
 
 def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,6 +13,7 @@ import torch
 from jax.sharding import Sharding
 
 from torchorbax import _torchax
+from torchorbax.contexts import own_context
 from torchorbax.dtypes import NUMPY_TO_TORCH, TORCH_TO_NUMPY, fits_on_device, host_to_torch, torch_to_host
 from torchorbax.errors import ConfigError, DeletedArrayError, MismatchError, Problem, UnsupportedLeafError
 
@@ -412,7 +413,8 @@ def put(array: Array, sharding: Sharding | None) -> jax.Array:
         return placed
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         data = put(jax.random.key_data(array), sharding)
-        placed = jax.jit(jax.random.wrap_key_data, static_argnames="impl")(data, impl=jax.random.key_impl(array))
+        with own_context():
+            placed = jax.jit(jax.random.wrap_key_data, static_argnames="impl")(data, impl=jax.random.key_impl(array))
         return placed
     on_host = np.asarray(array)
     return jax.make_array_from_callback(on_host.shape, sharding, on_host.__getitem__)

@@ -47,6 +47,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from torchorbax.adapter import Array
+from torchorbax.contexts import own_context
 from torchorbax.gathering import Row, alike
 from torchorbax.shards import AXIS, Shard, is_on_device, local_mesh, shards, stacked
 
@@ -127,8 +128,8 @@ def start_batch(arrays: Mapping[Key, Array]) -> dict[Key, Callable[[], Sums]]:
     keys, several = list(arrays), list(arrays.values())
     if len(several) == 1:
         return {keys[0]: start(several[0])}
-    rows = functools.cache(_start_shards(several, [_first_replicas(array) for array in several]))
-    return {key: functools.partial(lambda at: total(rows()[:, at]), at) for at, key in enumerate(keys)}
+    by_shard = functools.cache(_start_on_devices(several, [_first_replicas(array) for array in several]))
+    return {key: functools.partial(lambda at: total(by_shard()[:, at]), at) for at, key in enumerate(keys)}
 
 
 def start(array: Array) -> Callable[[], Sums]:
@@ -139,8 +140,8 @@ def start(array: Array) -> Callable[[], Sums]:
         if array.platform() != "cpu":
             array.copy_to_host_async()
         return lambda: _start_on_host(np.asarray(array), (0,) * array.ndim, array.shape)()
-    rows = _start_shards([array], [_first_replicas(array)])
-    return lambda: total(rows())
+    by_shard = _start_shards(array, _first_replicas(array))
+    return lambda: total(by_shard())
 
 
 def _first_replicas(array: Any) -> list[Shard]:
@@ -151,25 +152,28 @@ def start_parts(array: jax.Array) -> Callable[[], dict[int, Sums]]:
     """Start to sum every part of an array that this process has, replicas included, and return how to wait for it: the
     sums by the index that the part's first element has in the array."""
     parts = {_flat(shard.start, array.shape): shard for shard in shards(array)}
-    rows = _start_shards([array], [list(parts.values())])
-    return lambda: dict(zip(parts, rows()[:, 0], strict=True))
+    by_shard = _start_shards(array, list(parts.values()))
+    return lambda: dict(zip(parts, by_shard(), strict=True))
 
 
-def _start_shards(arrays: Sequence[Array], held: Sequence[Sequence[Shard]]) -> Callable[[], np.ndarray]:
-    """The same of some shards of arrays alike; gives `uint64[shards, arrays, 2]`."""
-    first, firsts = arrays[0], tuple(shard.start for shard in held[0])
-    if not firsts or not _runs_on_devices(first):
-        parts = [
-            _start_on_host(np.asarray(one[at].data), start, first.shape)
-            for at, start in enumerate(firsts)
-            for one in held
-        ]
-        shape = (len(firsts), len(arrays), len(_ROW_SEEDS))
-        return lambda: np.asarray([part() for part in parts], np.uint64).reshape(shape)
+def _start_shards(array: Array, held: Sequence[Shard]) -> Callable[[], np.ndarray]:
+    """Start to sum some shards of an array; gives `uint64[shards, 2]`."""
+    if _runs_on_devices(array):
+        by_shard = _start_on_devices([array], [held])
+        return lambda: by_shard()[:, 0]
+    parts = [_start_on_host(np.asarray(shard.data), shard.start, array.shape) for shard in held]
+    return lambda: np.asarray([part() for part in parts], np.uint64).reshape(-1, len(_ROW_SEEDS))
+
+
+def _start_on_devices(arrays: Sequence[Array], held: Sequence[Sequence[Shard]]) -> Callable[[], np.ndarray]:
+    """Start to sum the same shards of arrays alike, where they are; gives `uint64[shards, arrays, 2]`."""
+    firsts = tuple(shard.start for shard in held[0])
+    if not firsts:
+        return lambda: np.zeros((0, len(arrays), len(_ROW_SEEDS)), np.uint64)
     data = [[shard.data for shard in one] for one in held]
     mesh, local = local_mesh(tuple(part.device for part in data[0])), data[0][0].shape
-    with jax.enable_x64(True):  # of this thread only
-        places = _places(mesh, first.shape, local, firsts)
+    with own_context():
+        places = _places(mesh, arrays[0].shape, local, firsts)
         result = _sums_by_shard(mesh)([stacked(one) for one in data], *places)
     return lambda: np.asarray(result)
 
@@ -192,14 +196,15 @@ def _start_on_host(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, .
     weights = _column_weights(first[split:], shape[split:], words.shape[split:]).reshape(len(_ROW_SEEDS), -1)
     if words.shape[1:split] != shape[1:split]:  # its rows do not follow each other
         rows = _indices(first[:split], shape[:split], words.shape[:split]).reshape(-1)
-        return lambda: _grid_sums(grid, rows, weights)
+        found = _grid_sums(grid, rows, weights)  # now, for whoever waits for it must not hold the array
+        return lambda: found
     first_row = _flat(first[:split], shape[:split])
     height = _BLOCK_WORDS // grid.shape[1]
     in_blocks = len(grid) // height * height
     results = []
     if in_blocks:
         mesh = local_mesh((_computing_device(),))
-        with jax.enable_x64(True):
+        with own_context():
             table, stride = jax.device_put((weights[None], np.ones(1, np.uint64)), mesh.devices.flat[0])
             for start in range(0, in_blocks, height):
                 block = jax.device_put(grid[start : start + height], mesh.devices.flat[0])
@@ -298,7 +303,7 @@ def _places(
     tables = np.stack([_column_weights(first[split:], shape[split:], local[split:]) for first in firsts])
     rows = np.array([_flat(first[:split], shape[:split]) for first in firsts], np.uint64)
     parts = NamedSharding(mesh, PartitionSpec(AXIS))
-    with jax.enable_x64(True):
+    with own_context():
         table, first_rows = jax.device_put((tables, rows), parts)
         return table, first_rows, jax.device_put(_strides(shape[:split]), NamedSharding(mesh, PartitionSpec()))
 

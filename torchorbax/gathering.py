@@ -56,13 +56,13 @@ class Stack:
 
     def __init__(self, arrays: Sequence[jax.Array]) -> None:
         self._dtype = arrays[0].dtype
-        self._stacked: jax.Array | None = _stack(arrays[0].sharding)(*arrays)
+        self._stacked: jax.Array | None = _program(arrays[0].sharding)(*arrays)
 
     @cached_property
     def rows(self) -> np.ndarray:
         """The arrays in host memory, one after the other; waits for them, and frees those on the devices."""
-        stacked, self._stacked = self._stacked, None
-        rows: np.ndarray = np.asarray(stacked).view(self._dtype)
+        rows: np.ndarray = np.asarray(self._stacked).view(self._dtype)
+        self._stacked = None
         return rows
 
 
@@ -98,22 +98,22 @@ class Row:
         return np.asarray(self.stack.rows[self.index], dtype, copy=copy)
 
 
-def rows(arrays: Mapping[Key, jax.Array]) -> Iterator[tuple[Key, Row]]:
-    """Small arrays alike as rows of stacks, all of which are dispatched first."""
-    for some in list(in_programs(list(arrays))):
+def stack(arrays: Mapping[Key, jax.Array]) -> Iterator[tuple[Key, Row]]:
+    """Small arrays alike as rows of stacks."""
+    for some in in_programs(list(arrays)):
         first = arrays[some[0]]
-        stack = Stack([arrays[key] for key in some])
+        together = Stack([arrays[key] for key in some])
         for index, key in enumerate(some):
-            yield key, Row(stack, index, first.shape, first.dtype)
+            yield key, Row(together, index, first.shape, first.dtype)
 
 
 def compile_stack(one: jax.ShapeDtypeStruct, size: int) -> None:
     """Do ahead of time what the first stack of so many arrays like this one would wait for."""
-    _stack(one.sharding).lower(*[one] * size).compile()
+    _program(one.sharding).lower(*[one] * size).compile()
 
 
 @functools.lru_cache(maxsize=64)
-def _stack(sharding: Sharding) -> Any:
+def _program(sharding: Sharding) -> Any:
     """Arrays of a sharding as one along a new axis; every device stacks what it has.
 
     As integers: XLA makes quiet NaNs of others where it moves small floats about.

@@ -176,11 +176,11 @@ class PytreeItem:
         self._name = name
         self._slot = slot
         self._key = key
+        # Kept, for to make them up takes microseconds a leaf: the names of the leaves of a structure, and what
+        # `Captured.values` says of leaves with some names if all of them are arrays on devices.
         self._structure: Any = None
-        self._names: list[str] = []  # of the leaves of that structure: to make them up takes microseconds for each
-        self._values: dict[str, Any] | None = (
-            None  # the same of what `Captured.values` says if all of them are arrays on devices
-        )
+        self._names: list[str] = []
+        self._values: dict[str, Any] = {}
 
     def _flatten(self, tree: Any) -> tuple[dict[str, Any], Any]:
         leaves, structure = jax.tree_util.tree_flatten(tree, is_leaf=_is_value)
@@ -188,7 +188,7 @@ class PytreeItem:
             named: dict[str, Any] = {}
             for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_value)[0]:
                 add_leaf(leaf_name(path), leaf, named)
-            self._structure, self._names, self._values = structure, list(named), None
+            self._structure, self._names = structure, list(named)
         return dict(zip(self._names, leaves, strict=True)), structure
 
     def _is_known(self, structure: Any) -> bool:
@@ -217,7 +217,7 @@ class PytreeItem:
     def _captured(self, named: Mapping[str, Any]) -> Captured:
         one_of_each_type = {type(leaf): leaf for leaf in named.values()}.values()
         if all(isinstance(leaf, jax.Array) and not is_key(leaf) for leaf in one_of_each_type):
-            if self._values is None:
+            if self._values.keys() != named.keys():
                 self._values = {name: encode(leaf, {}, lambda path: path[0], (name,)) for name, leaf in named.items()}
             return Captured(self.kind, named, values=self._values)
         leaves: dict[str, Any] = {}

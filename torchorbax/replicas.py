@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from torchorbax.contexts import own_context
 from torchorbax.shards import is_on_device
 
 Key = TypeVar("Key", bound=tuple[str, ...])
@@ -82,8 +83,9 @@ def broadcast(arrays: Mapping[Key, FirstReplica]) -> dict[Key, jax.Array]:
 
 
 def _broadcast_at_once(keys: Sequence[Key], arrays: Sequence[FirstReplica]) -> dict[Key, jax.Array]:
-    program = _sum(tuple(array.sharding for array in arrays), tuple(array.dtype for array in arrays))
-    return dict(zip(keys, program(*(_stacked(array) for array in arrays)), strict=True))
+    with own_context():
+        program = _sum(tuple(array.sharding for array in arrays), tuple(array.dtype for array in arrays))
+        return dict(zip(keys, program(*(_stacked(array) for array in arrays)), strict=True))
 
 
 def _stacked(array: FirstReplica) -> jax.Array:

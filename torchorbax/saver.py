@@ -127,9 +127,10 @@ class Saver:
 
     def __del__(self) -> None:
         """Nobody can ask any more how the last save ended."""
-        for error in (self._unreported, self._record and self._record.error):
-            if error is not None:
-                _logger.error("%s", error)
+        if self._pid == os.getpid():  # else it is the parent's
+            for error in (self._unreported, self._record.error if self._record else None):
+                if error is not None and not isinstance(error.__cause__, ProcessError):  # told at once
+                    _logger.error("%s", error)
 
     def take_unreported(self) -> SaveError | None:
         """The error of a collected save, once."""

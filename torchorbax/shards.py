@@ -124,11 +124,12 @@ def stacked(parts: Sequence[jax.Array]) -> jax.Array:
 
     0-d arrays, which have no axis, must be the same and stay one.
     """
-    mesh = local_mesh(tuple(part.device for part in parts))
+    mesh, memory = local_mesh(tuple(part.device for part in parts)), parts[0].sharding.memory_kind
     if not parts[0].ndim:
-        return jax.make_array_from_single_device_arrays((), NamedSharding(mesh, PartitionSpec()), list(parts))
+        layout = NamedSharding(mesh, PartitionSpec(), memory_kind=memory)
+        return jax.make_array_from_single_device_arrays((), layout, list(parts))
     length, *rest = parts[0].shape
-    layout = NamedSharding(mesh, PartitionSpec(AXIS))
+    layout = NamedSharding(mesh, PartitionSpec(AXIS), memory_kind=memory)
     return jax.make_array_from_single_device_arrays((length * len(parts), *rest), layout, list(parts))
 
 

@@ -24,6 +24,7 @@ import torch
 
 from torchorbax import gathering
 from torchorbax.adapter import Array, host_copy, live_array, live_dtype, raise_if_deleted
+from torchorbax.contexts import own_context
 from torchorbax.dtypes import dtype_name
 from torchorbax.errors import ConfigError
 from torchorbax.frozen import NEW_BASE, Identities, Key, Look
@@ -170,7 +171,9 @@ def _stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, _Stag
     fitting, others = _fitting(to_copy)
     if others:
         _warn_of_full_devices()
-    return {**staged, **_copies(fitting), **_host_copies({**others, **offloaded})}
+    with own_context():
+        copies = _copies(fitting)
+    return {**staged, **copies, **_host_copies({**others, **offloaded})}
 
 
 # -------------------------------------------------------------------------------------------------------------- views
@@ -191,8 +194,9 @@ class _View:
     def array(self) -> jax.Array:
         """A `jax.Array` of the same memory, which nobody else has and can donate."""
         views = [np.asarray(view) for view in self._views]
-        shards = jax.device_put(views, devices(self._sharding, self._shape))
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards, dtype=self._dtype)
+        with own_context():
+            shards = jax.device_put(views, devices(self._sharding, self._shape))
+            return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards, dtype=self._dtype)
 
 
 _Staged = jax.Array | np.ndarray | HostShards | Row | _View
@@ -289,7 +293,7 @@ def _copies(groups: Groups) -> dict[Key, _Staged]:
     copies: dict[Key, _Staged] = {}
     for layout, group in groups.items():
         if can_be_stacked(layout):
-            copies.update(gathering.rows(group))
+            copies.update(gathering.stack(group))
             continue
         for keys in in_programs(list(group)):
             copied = _copy([_of_this_process(group[key]) for key in keys])
@@ -347,9 +351,10 @@ def prepare(captured: Mapping[str, Captured], staging: Staging) -> None:
 
 
 def _compile(layouts: Sequence[tuple[Layout, jax.ShapeDtypeStruct, int]]) -> None:
-    for layout, one, count in layouts:
-        for size in gathering.AT_ONCE:
-            if size <= count and can_be_stacked(layout):
-                gathering.compile_stack(one, size)
-            elif size <= count:
-                _copy.lower([one] * size).compile()
+    with own_context():
+        for layout, one, count in layouts:
+            for size in gathering.AT_ONCE:
+                if size <= count and can_be_stacked(layout):
+                    gathering.compile_stack(one, size)
+                elif size <= count:
+                    _copy.lower([one] * size).compile()
