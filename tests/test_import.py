@@ -284,7 +284,7 @@ def test_everything_public_is_documented(name: str) -> None:
     assert (getattr(torchorbax, name).__doc__ or "").strip()
 
 
-ORBAX = {"_orbax.py", "_orbax_arrays.py", "_orbax_save.py"}
+ORBAX = {"_orbax.py", "_orbax_arrays.py", "_orbax_folder.py", "_orbax_save.py"}
 TENSORSTORE = {"_gcs.py", "_orbax_arrays.py"}
 
 
