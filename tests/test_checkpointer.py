@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import logging
+import math
 import os
 import shutil
 import threading
@@ -208,6 +209,20 @@ def test_preservation(storage: FakeStorage, keep: Any, left: list[int]) -> None:
             run.save(step, metrics={"loss": loss}, force=True)
         run.wait()
         assert run.all_steps() == left
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("at", range(6))
+def test_a_step_whose_loss_is_nan_is_never_the_best(at: int, reverse: bool, storage: FakeStorage) -> None:
+    losses = {0: 0.9, 1: 0.2, 2: 0.5, 3: 0.1, 4: 0.4, 5: 0.7, 6: 0.8} | {at: math.nan}
+    sign = 1 if reverse else -1
+    keep = policies.BestN(get_metric_fn=lambda metrics: sign * metrics["loss"], reverse=reverse, n=2)
+    with fake_run(storage, save=1, keep=keep) as run:
+        for step, loss in losses.items():
+            run.save(step, metrics={"loss": loss})
+            run.wait()
+        numbers = [step for step in losses if step != at]
+        assert run.all_steps() == sorted({*sorted(numbers, key=losses.__getitem__)[:2], 6})
 
 
 def test_the_new_step_is_committed_before_an_old_one_goes(storage: FakeStorage) -> None:
@@ -913,6 +928,25 @@ def test_two_runs_on_one_path(tmp_path: Path) -> None:
         ):
             other.wait()
     assert torchorbax.load(str(tmp_path), item="w")["w"][0] == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["lr=[0.1,0.2]", "a*b", "what?", "{x}", "50%", "a b", "über/日本", "a,b;c", "[", "$HOME"]
+)
+def test_a_path_may_have_any_name(name: str, tmp_path: Path) -> None:
+    state = {"x": {"small": jnp.ones(3), "large": jnp.arange(1 << 17), "frozen": np.arange(4)}}
+    with Checkpointer(str(tmp_path / name), state) as run:
+        run.save(0, force=True)
+    blank = jax.tree.map(lambda leaf: leaf * 0, state)
+    with Checkpointer(str(tmp_path / name), blank) as run:
+        assert run.restore() == 0
+    assert jax.tree.all(jax.tree.map(lambda one, other: bool((one == other).all()), state, blank))
+    assert torchorbax.verify(str(tmp_path / name)) == [0]
+
+
+def test_a_path_with_a_backslash_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a path with a backslash in it; choose another"):
+        Checkpointer(str(tmp_path / "a\\b"), {})
 
 
 def test_a_path_beside_the_run_gives_a_hint(saved: str) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import Checkpointer, verify
+from torchorbax import Checkpointer, OptaxOptimizer, _torchax, place_, train_step, verify
 
 from tests.conftest import bits
+from tests.models import RULES, TiedNet, batch_of, loss_fn
 from tests.several import RunProcesses
 
 STAGINGS = ["auto", "device", "reference", "host"]
@@ -84,6 +87,33 @@ def test_arrays_of_64_bits_where_only_a_context_enables_them(when: str, staging:
     assert {name: (array.dtype, bits(array)) for name, array in found.items()} == {
         name: (array.dtype, bits(array)) for name, array in saved.items()
     }
+
+
+def losses_of(optimizer_of: Callable[[Any], Any], rules: bool) -> list[float]:
+    torch.manual_seed(0)
+    _torchax.set_rng_key(jax.random.key(0))
+    model = TiedNet(dropout=0.0)
+    optimizer = optimizer_of(model)
+    if rules:
+        place_(model, optimizer, (mesh_of(AxisType.Auto), RULES))
+    step = train_step(model, optimizer, loss_fn)
+    return [float(step(batch_of(index))) for index in range(3)]
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
+    "optax": lambda model: OptaxOptimizer(model, optax.adamw(0.01)),
+}
+
+
+@pytest.mark.parametrize("rules", [True, False], ids=["sharded", "on one device"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_under_any_mesh(optimizer: str, rules: bool) -> None:
+    expected = losses_of(OPTIMIZERS[optimizer], rules)
+    for context in CONTEXTS.values():
+        with context():
+            assert losses_of(OPTIMIZERS[optimizer], rules) == expected
 
 
 SEVERAL = """

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torchorbax
-from torchorbax import Checkpointer, SaveError, _orbax_folder, verify
+from torchorbax import Checkpointer, SaveError, _orbax_folder, at_exit, verify
+from torchorbax._orbax import Storage
 
 from tests.conftest import RunPython
 
@@ -256,6 +257,49 @@ def test_a_save_in_flight_of_a_run_that_nobody_has_any_more(fails: bool, tmp_pat
     assert ("step 5 was not saved: OSError: no more disk" in done.stderr) is fails
     assert (tmp_path / "run" / "5").exists() is not fails
     assert fails or verify(str(tmp_path / "run")) == [5]
+
+
+def test_sigterm_ends_a_program_that_has_no_run_any_more(tmp_path: Path, run_python: RunPython) -> None:
+    program = """
+        import gc, os, signal, sys, torch, torchorbax
+        def train():
+            run = torchorbax.resume(torch.nn.Linear(2, 2), None, sys.argv[1])
+            run.save(0)
+            run.wait()
+        train()
+        gc.collect()
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("still here")
+    """
+    done = run_python(program, tmp_path / "run", check=False, warnings="ignore")
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+
+
+def test_a_new_run_waits_for_the_save_of_one_that_was_not_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a second Ctrl-C in a notebook, which starts its cell again."""
+    writing, go = threading.Event(), threading.Event()
+    write = Storage.write
+
+    def slow(*args: Any) -> Any:
+        writing.set()
+        assert go.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(Storage, "write", slow)
+    Checkpointer(str(tmp_path), state(5)).save(5)
+    assert writing.wait(60)
+    said: list[str] = []
+    monkeypatch.setattr(at_exit._logger, "warning", lambda text, *args: (said.append(text), go.set()))
+    blank = state()
+    try:
+        with Checkpointer(str(tmp_path), blank) as run:
+            assert run.restore() == 5
+    finally:
+        go.set()
+    assert said == ["%s: waiting for a save of a run that was not closed"]
+    assert blank["x"]["a"].tolist() == state(5)["x"]["a"].tolist()
 
 
 def test_no_thread_is_left_when_a_run_is_closed(tmp_path: Path) -> None:

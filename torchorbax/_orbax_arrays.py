@@ -130,6 +130,27 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
     return {name: started[name]() for name in names if name in started}
 
 
+def merge(folder: Any, traffic: Traffic) -> None:
+    """Make what the processes have written into an item's folder, an epath, one database; their files stay.
+
+    Raises:
+        FileNotFoundError: none has written anything.
+    """
+    context, wait_s = context_of(str(folder), traffic), longest_wait_s(str(folder), traffic)
+    options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.MERGE)
+    written = [entry for entry in folder.iterdir() if entry.name.startswith(ocdbt_process_spec.PROCESS_PREFIX)]
+    if not written:
+        raise FileNotFoundError(f"no array data in {folder}")
+    transaction = ts.Transaction(atomic=True)
+    spec = tensorstore_utils.build_kvstore_tspec(folder.as_posix(), use_ocdbt=True, ocdbt_write_options=options)
+    whole = ts.KvStore.open(spec, context=context).result(wait_s).with_transaction(transaction)
+    for entry in written:
+        spec = tensorstore_utils.build_kvstore_tspec(entry.as_posix(), use_ocdbt=True)
+        part = ts.KvStore.open(spec, context=context).result(wait_s)
+        part.experimental_copy_range_to(whole).result(wait_s)
+    transaction.commit_async().result(wait_s)
+
+
 def _add_small(out: _Batches, arrays: MutableMapping[str, Array], process: int) -> dict[str, Callable[[], Sums]]:
     """Take the small arrays, which the first process writes."""
     small = {name: arrays.pop(name) for name in list(arrays) if is_gathered(arrays[name])}

@@ -286,6 +286,8 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise ConfigError(f"a path must be a string or a Path, not {path!r}")
     path = str(path)
+    if "\\" in path:
+        raise ConfigError(f"{path}: Orbax loses files below a path with a backslash in it; choose another")
     if not _gcs.is_uri(path):
         if re.match(r"[a-z0-9]+:/", path):
             raise ConfigError(f"{path}: a URI has two slashes: {path.replace(':/', '://', 1)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import functools
 import json
@@ -14,11 +13,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Sharding
-from orbax.checkpoint._src import asyncio_utils
 from orbax.checkpoint._src.metadata import sharding as sharding_metadata  # private, as all of this
-from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from torchorbax import _gcs, _orbax_arrays
+from torchorbax import _orbax_arrays
 from torchorbax._orbax_arrays import Traffic
 from torchorbax._orbax_folder import MANIFEST
 from torchorbax.adapter import Array
@@ -165,17 +162,9 @@ def _item_handler(
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=traffic.compressed, type_handler_registry=registry, multiprocessing_options=processes
     )
-    finalize = handler.finalize
-
-    def finalize_in_time(directory: Any) -> None:
-        if not _gcs.is_uri(str(directory)):
-            finalize(directory)
-            return
-        context = _orbax_arrays.context_of(str(directory), traffic)  # Orbax's own tries again for a quarter of an hour
-        merged = ocdbt_utils.merge_ocdbt_per_process_files(directory, context, use_zarr3=False)
-        asyncio_utils.run_sync(asyncio.wait_for(merged, _orbax_arrays.longest_wait_s(str(directory), traffic)))
-
-    handler.finalize = finalize_in_time
+    # Orbax's own looks for what to merge with a glob, finds nothing where the path has a `[`, and says nothing; under a
+    # URI it tries again for a quarter of an hour.
+    handler.finalize = lambda directory: _orbax_arrays.merge(directory, traffic)
     return handler
 
 

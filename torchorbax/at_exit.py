@@ -38,14 +38,23 @@ def closed(run: Run) -> None:
     _open.pop(run, None)
 
 
-_saves: dict[concurrent.futures.Future[None], int] = {}
-"""Those in flight, and the processes that they belong to."""
+_saves: dict[concurrent.futures.Future[None], tuple[int, str]] = {}
+"""Those in flight, with the processes that they belong to and where to."""
 
 
-def saving(save: concurrent.futures.Future[None]) -> None:
+def saving(save: concurrent.futures.Future[None], path: str) -> None:
     """It is waited for when this process ends, though nobody may have its run any more."""
-    _saves[save] = os.getpid()
+    _saves[save] = os.getpid(), path
     save.add_done_callback(_saves.pop)
+
+
+def wait_for_saves(path: str | None = None) -> None:
+    """Wait for the saves of this process that are in flight, of a run's path or all, and whoever has that run."""
+    pid = os.getpid()
+    mine = [save for save, (owner, where) in list(_saves.items()) if owner == pid and path in (None, where)]
+    if mine and path is not None:
+        _logger.warning("%s: waiting for a save of a run that was not closed", path)
+    concurrent.futures.wait(mine)
 
 
 def _close_all() -> None:
@@ -57,7 +66,7 @@ def _close_all() -> None:
         except SaveError as error:
             _logger.error("at exit: %s", error)
         _logger.warning("the program has ended without close(). %s", run.last_line())
-    concurrent.futures.wait([save for save, pid in list(_saves.items()) if pid == os.getpid()])
+    wait_for_saves()
 
 
 # Orbax hands work to executors, which refuse it as soon as `threading` winds down; `atexit` functions run later than

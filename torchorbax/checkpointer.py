@@ -125,7 +125,9 @@ class Checkpointer:
         self._items = items_of(self._state, rng=rng)
         self._preemption = PreemptionNotice()
         how = traffic(compression, max_host_bytes, replicas, single_replica_restore, storage_timeout_s)
-        self._main = self._open_main(Storage(path, how), *policies)
+        storage = Storage(path, how)
+        at_exit.wait_for_saves(storage.path)
+        self._main = self._open_main(storage, *policies)
         self._local = None if local is None else self._open_local(local, how, *local_policies)
         self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._restorer = Restorer(self._items, self._rules, self._main, self._local, self._channel, verify=verify)

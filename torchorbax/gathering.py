@@ -56,7 +56,7 @@ class Stack:
 
     def __init__(self, arrays: Sequence[jax.Array]) -> None:
         self._dtype = arrays[0].dtype
-        self._stacked: jax.Array | None = _program(arrays[0].sharding)(*arrays)
+        self._stacked: jax.Array | None = run(_program(arrays[0].sharding), arrays)
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -108,8 +108,24 @@ def stack(arrays: Mapping[Key, jax.Array]) -> Iterator[tuple[Key, Row]]:
 
 
 def compile_stack(one: jax.ShapeDtypeStruct, size: int) -> None:
-    """Do ahead of time what the first stack of so many arrays like this one would wait for."""
-    _program(one.sharding).lower(*[one] * size).compile()
+    """`compile_ahead` what stacks arrays."""
+    compile_ahead(_program(one.sharding), one, size)
+
+
+_ahead: dict[tuple[Any, Layout, int], Any] = {}
+"""Programs by jitted function, layout and number of arrays. The function itself would be traced at its first call."""
+
+
+def compile_ahead(function: Any, one: jax.ShapeDtypeStruct, size: int) -> None:
+    """Do for a jitted function of a list what its first `run` with so many arrays like this one would wait for."""
+    _ahead[function, (one.shape, one.dtype, one.sharding), size] = function.lower([one] * size).compile()
+
+
+def run(function: Any, arrays: Sequence[jax.Array]) -> Any:
+    """What a jitted function makes of a list of arrays alike."""
+    first = arrays[0]
+    program = _ahead.get((function, (first.shape, first.dtype, first.sharding), len(arrays)), function)
+    return program(list(arrays))
 
 
 @functools.lru_cache(maxsize=64)
@@ -119,7 +135,7 @@ def _program(sharding: Sharding) -> Any:
     As integers: XLA makes quiet NaNs of others where it moves small floats about.
     """
 
-    def stack(*arrays: jax.Array) -> jax.Array:
+    def stack(arrays: Sequence[jax.Array]) -> jax.Array:
         if arrays[0].dtype == np.bool_:
             return jnp.stack(arrays)
         word = np.dtype(f"uint{8 * arrays[0].dtype.itemsize}")

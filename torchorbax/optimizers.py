@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 
 from torchorbax import _torchax
 from torchorbax.adapter import leaf_name, live_dtype, put, to_jax
+from torchorbax.contexts import training_context
 from torchorbax.errors import ConfigError
 from torchorbax.sharding import replicated_like, state_sharding
 
@@ -57,7 +58,9 @@ class OptaxOptimizer:
             arrays = to_jax(self.params())
             shardings = self.state_shardings({name: array.sharding for name, array in arrays.items()})
             committed = all(getattr(array, "committed", True) for array in arrays.values())
-            self.state = jax.jit(self.tx.init, out_shardings=shardings if committed else None)(arrays)
+            devices = next(iter(arrays.values())).sharding.device_set if arrays else ()
+            with training_context(devices):
+                self.state = jax.jit(self.tx.init, out_shardings=shardings if committed else None)(arrays)
         return self.state
 
     def abstract_state(self) -> State:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import weakref
 from types import FrameType
 from typing import Any
 
@@ -28,19 +29,19 @@ class PreemptionNotice:
         if threading.current_thread() is not threading.main_thread():
             _logger.info("not in the main thread, so SIGTERM will not trigger a save")
             return
-        if not _listening:
+        if not _previous:
             _previous.append(signal.signal(signal.SIGTERM, _on_signal))
-        _listening.append(self)
+        _listening.add(self)
 
     def remove(self) -> None:
         """Stop to listen; the last one puts back what was there before."""
         if self in _listening and threading.current_thread() is threading.main_thread():
-            _listening.remove(self)
+            _listening.discard(self)
             if not _listening:
                 _restore_handler()
 
 
-_listening: list[PreemptionNotice] = []
+_listening: weakref.WeakSet[PreemptionNotice] = weakref.WeakSet()  # a run that nobody has any more does not listen
 _previous: list[Any] = []  # the handler there was before, while there is one of ours
 
 

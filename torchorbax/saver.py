@@ -103,7 +103,7 @@ class Saver:
         if self._pid != os.getpid():  # forked, and the thread has stayed behind
             self._executor, self._pid = _new_executor(), os.getpid()
         self._work_in_flight = self._executor.submit(work)
-        at_exit.saving(self._work_in_flight)
+        at_exit.saving(self._work_in_flight, self._path)
 
     def collect(self) -> None:
         """Wait for the save in flight, if any, and take note of how it ended."""

@@ -296,7 +296,7 @@ def _copies(groups: Groups) -> dict[Key, _Staged]:
             copies.update(gathering.stack(group))
             continue
         for keys in in_programs(list(group)):
-            copied = _copy([_of_this_process(group[key]) for key in keys])
+            copied = gathering.run(_copy, [_of_this_process(group[key]) for key in keys])
             copies.update(
                 (key, copy if layout[2].is_fully_addressable else _of_all_processes(copy, group[key]))
                 for key, copy in zip(keys, copied, strict=True)
@@ -357,4 +357,4 @@ def _compile(layouts: Sequence[tuple[Layout, jax.ShapeDtypeStruct, int]]) -> Non
                 if size <= count and can_be_stacked(layout):
                     gathering.compile_stack(one, size)
                 elif size <= count:
-                    _copy.lower([one] * size).compile()
+                    gathering.compile_ahead(_copy, one, size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
+import math
+from dataclasses import dataclass
 
 from torchorbax import frozen
 from torchorbax._orbax import Storage
@@ -40,6 +42,20 @@ class StepInfo:
     def metrics(self) -> dict[str, float] | None:
         """The numbers saved with it; None if there are none."""
         return None if self.manifest is None else dict(self.manifest.metrics) or None
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """A `StepInfo` with other metrics."""
+
+    step: int
+    time: datetime.datetime
+    metrics: dict[str, float] | None
+
+
+def _without_nan(info: StepInfo, number: float) -> _Numbered:
+    metrics = {name: number if math.isnan(value) else value for name, value in (info.metrics or {}).items()}
+    return _Numbered(info.step, info.time, metrics or None)
 
 
 class Steps:
@@ -121,7 +137,7 @@ class Steps:
             if step < newest or not self._keep_damaged:
                 self.make_way(step)
         infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self.good()]
-        preserved = self._keep.should_preserve(infos, context=PreservationContext())
+        preserved = self._preserved(infos)
         deleted: list[int] = []
         for info, keep in zip(infos, preserved, strict=True):
             if keep or info.step == newest:
@@ -139,6 +155,19 @@ class Steps:
                 deleted.append(info.step)
         self._delete_unused_bases()
         return deleted
+
+    def _preserved(self, infos: list[StepInfo]) -> list[bool]:
+        """What the policy says. A step with a NaN among its metrics is kept only if it would be for any number.
+
+        A policy that sorts by a metric would otherwise keep what chance says, and let the best step go.
+        """
+        context = PreservationContext()
+        has_nan = [any(map(math.isnan, (info.metrics or {}).values())) for info in infos]
+        if not any(has_nan):
+            return list(self._keep.should_preserve(infos, context=context))
+        ends = [[_without_nan(info, number) for info in infos] for number in (math.inf, -math.inf)]
+        kept = zip(*(self._keep.should_preserve(one, context=context) for one in ends), strict=True)
+        return [all(one) if nan else any(one) for one, nan in zip(kept, has_nan, strict=True)]
 
     def _delete_unused_bases(self) -> None:
         """Delete the bases that no step needs; none as long as a step cannot say what it needs."""

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from torchorbax import _torchax
 from torchorbax.adapter import device_dtype, host_copy, leaf_name, live_array, put, raise_if_deleted
+from torchorbax.contexts import training_context
 from torchorbax.errors import ConfigError, UnsupportedLeafError
 from torchorbax.optimizers import Optimizer
 from torchorbax.placement import meta_tensors, place_
@@ -116,6 +117,12 @@ class TrainStep:
         """Train on one batch; see `train_step`."""
         if not self._modules:
             self._gather()
+        first = next(iter({**self._params, **self._buffers}.values()), None)
+        devices = () if first is None else _torchax.array_of(first).sharding.device_set
+        with training_context(devices):
+            return self._train(batch)
+
+    def _train(self, batch: Any) -> torch.Tensor:
         program = self._program()
         state, further = self._update.inputs(program.shardings)
         beside = _beside(program.shardings)
