@@ -122,22 +122,21 @@ class RunFolder:
 
     @answered
     def steps(self) -> list[int]:
-        """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged."""
-        if self.is_uri:
-            return sorted(self._steps_of_uri())
-        if not self._root.exists():
-            return []
-        return sorted(found.step for found in _NAMES.find_all(self._root) if self._is_step(found))
+        """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged.
 
-    def _steps_of_uri(self) -> Iterator[int]:
-        """Orbax's own way asks for the bucket, which needs a permission of its own, and waits for that for ever."""
+        Orbax's own way starts threads, takes names in other digits as well, and under a URI asks for the bucket, which
+        needs a permission of its own, and waits for that for ever.
+        """
         try:
             names = [entry.name for entry in self._root.iterdir()]
-        except FileNotFoundError:
-            return
-        for name in names:
-            if name.isdecimal() and name == str(int(name)) and (self._root / name / COMMITTED).exists():
-                yield int(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(
+            int(name) for name in names if name.isdecimal() and name == str(int(name)) and self._is_committed(name)
+        )
+
+    def _is_committed(self, name: str) -> bool:
+        return bool((self._root / name / COMMITTED).exists() if self.is_uri else (self._root / name).is_dir())
 
     @answered
     def existing_steps(self) -> list[int]:
@@ -159,10 +158,6 @@ class RunFolder:
             if int(self._root.name) in RunFolder(parent, self._timeout_s).steps():
                 hint = f"; it is step {self._root.name} of the run {parent}"
         raise CheckpointNotFoundError(self.path, hint=hint)
-
-    def _is_step(self, found: Any) -> bool:
-        """Not a file, nor a name in other digits, which Orbax takes as well."""
-        return bool(found.path.name == _NAMES.build_name(found.step) and found.path.is_dir())
 
     @answered
     def set_aside(self, step: int) -> None:
