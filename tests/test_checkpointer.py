@@ -225,6 +225,22 @@ def test_a_step_whose_loss_is_nan_is_never_the_best(at: int, reverse: bool, stor
         assert run.all_steps() == sorted({*sorted(numbers, key=losses.__getitem__)[:2], 6})
 
 
+def test_a_policy_that_asks_for_no_metrics_reads_no_manifest(
+    storage: FakeStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many steps on object storage that takes long."""
+    with fake_run(storage, save=1, keep=None) as run:
+        list(run.steps(4))
+    read: list[int] = []
+    manifest = storage.manifest
+    monkeypatch.setattr(storage, "manifest", lambda step: (read.append(step), manifest(step))[1])
+    with fake_run(storage, save=1, keep=2) as run:
+        run.save(9)
+        run.wait()
+        assert run.all_steps() == [3, 9]
+    assert set(read) <= {3}
+
+
 def test_the_new_step_is_committed_before_an_old_one_goes(storage: FakeStorage) -> None:
     with fake_run(storage, keep=1) as run:
         run.save(0, force=True)

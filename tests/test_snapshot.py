@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from torchorbax import ConfigError, DeletedArrayError, UnsupportedLeafError, _torchax, snapshot, to_jax
@@ -316,6 +317,19 @@ def test_after_prepare_the_first_snapshot_compiles_and_traces_nothing(
         taken = snapshot.take({"state": Captured("pytree", moments)}, "auto").arrays["state"]
     assert compilations == []
     assert {name: bits(array) for name, array in taken.items()} == {name: bits(one) for name, one in moments.items()}
+
+
+@pytest.mark.parametrize("size", [8, 300], ids=["stacked", "copied"])
+def test_arrays_that_lie_otherwise_in_memory_than_those_prepared_for(size: int) -> None:
+    """As a program may leave them that was free to choose."""
+    values = np.arange(size * size, dtype=np.float32).reshape(size, size)
+    by_rows = jax.device_put(values, jax.devices()[0])
+    by_columns = jax.device_put(values, Format(Layout(major_to_minor=(1, 0)), by_rows.sharding))
+    snapshot.prepare({"state": Captured("pytree", {"array": by_rows})}, "device")
+    for thread in threading.enumerate():
+        if thread.name == "torchorbax-prepare":
+            thread.join()
+    assert bits(take({"array": by_rows})["array"]) == bits(take({"array": by_columns})["array"]) == values.tobytes()
 
 
 @pytest.mark.parametrize("spec", [P(), P("fsdp"), P(None, "fsdp")])

@@ -7,7 +7,8 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,13 @@ def _new_executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "torchorbax-save")
 
 
+def _tell(untold: Sequence[SaveError], pid: int) -> None:
+    """Log the error of a run that has been dropped, so that nobody can be told."""
+    if pid == os.getpid():  # else it is the parent's
+        for error in untold:
+            _logger.error("%s", error)
+
+
 class Saver:
     """Writes snapshots, never two at a time.
 
@@ -73,6 +81,8 @@ class Saver:
         self._work_in_flight: Future[None] | None = None
         self._record: SaveRecord | None = None
         self._unreported: SaveError | None = None
+        self._untold: list[SaveError] = []  # the same, from the moment it happens on
+        weakref.finalize(self, _tell, self._untold, self._pid)
         self._committed: tuple[Manifest, Identities] | None = None
 
     @property
@@ -120,21 +130,16 @@ class Saver:
                 self._unreported = error
             else:
                 _logger.error("%s", error)
+                self._untold.clear()
 
     def close(self) -> None:
         """Let go of the thread. Nothing can be saved afterwards."""
         self._executor.shutdown()
 
-    def __del__(self) -> None:
-        """Nobody can ask any more how the last save ended."""
-        if self._pid == os.getpid():  # else it is the parent's
-            for error in (self._unreported, self._record.error if self._record else None):
-                if error is not None and not isinstance(error.__cause__, ProcessError):  # told at once
-                    _logger.error("%s", error)
-
     def take_unreported(self) -> SaveError | None:
         """The error of a collected save, once."""
         error, self._unreported = self._unreported, None
+        self._untold.clear()
         return error
 
     def take_committed(self) -> tuple[Manifest, Identities] | None:
@@ -167,3 +172,5 @@ class Saver:
             record.error.__cause__ = error
         if isinstance(record.error and record.error.__cause__, ProcessError):
             _logger.error("%s", record.error)  # at once: the loop may hang where it waits for that process, too
+        elif record.error is not None:
+            self._untold[:] = [record.error]

@@ -187,7 +187,7 @@ class _View:
 
     def __init__(self, array: jax.Array) -> None:
         self._shape, self._dtype, self._sharding = array.shape, array.dtype, array.sharding
-        # A `memoryview` takes a tenth of the time, but has no names for bfloat16 and the like.
+        # A `memoryview` is a little cheaper, but has no names for bfloat16 and the like.
         view = memoryview if array.dtype.isbuiltin == 1 else np.asarray
         self._views: list[Any] = [view(part) for part in parts(array)]
 

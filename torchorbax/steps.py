@@ -6,7 +6,6 @@ import datetime
 import functools
 import logging
 import math
-from dataclasses import dataclass
 
 from torchorbax import frozen
 from torchorbax._orbax import Storage
@@ -44,18 +43,26 @@ class StepInfo:
         return None if self.manifest is None else dict(self.manifest.metrics) or None
 
 
-@dataclass(frozen=True)
 class _Numbered:
-    """A `StepInfo` with other metrics."""
+    """A `StepInfo` with a number for every NaN; `had_nan` says if anybody has met one."""
 
-    step: int
-    time: datetime.datetime
-    metrics: dict[str, float] | None
+    def __init__(self, info: StepInfo, number: float) -> None:
+        self.step = info.step
+        self.had_nan = False
+        self._info = info
+        self._number = number
 
+    @property
+    def time(self) -> datetime.datetime:
+        """When it was saved."""
+        return self._info.time
 
-def _without_nan(info: StepInfo, number: float) -> _Numbered:
-    metrics = {name: number if math.isnan(value) else value for name, value in (info.metrics or {}).items()}
-    return _Numbered(info.step, info.time, metrics or None)
+    @property
+    def metrics(self) -> dict[str, float] | None:
+        """The numbers saved with it."""
+        found = self._info.metrics
+        self.had_nan = found is not None and any(map(math.isnan, found.values()))
+        return found and {name: self._number if math.isnan(value) else value for name, value in found.items()}
 
 
 class Steps:
@@ -161,13 +168,15 @@ class Steps:
 
         A policy that sorts by a metric would otherwise keep what chance says, and let the best step go.
         """
-        context = PreservationContext()
-        has_nan = [any(map(math.isnan, (info.metrics or {}).values())) for info in infos]
-        if not any(has_nan):
-            return list(self._keep.should_preserve(infos, context=context))
-        ends = [[_without_nan(info, number) for info in infos] for number in (math.inf, -math.inf)]
-        kept = zip(*(self._keep.should_preserve(one, context=context) for one in ends), strict=True)
-        return [all(one) if nan else any(one) for one, nan in zip(kept, has_nan, strict=True)]
+        high, low = ([_Numbered(info, number) for info in infos] for number in (math.inf, -math.inf))
+        preserved = list(self._keep.should_preserve(high, context=PreservationContext()))
+        if not any(one.had_nan for one in high):  # or nobody has looked at metrics, which may have to be read
+            return preserved
+        otherwise = self._keep.should_preserve(low, context=PreservationContext())
+        return [
+            one and other if info.had_nan else one or other
+            for info, one, other in zip(high, preserved, otherwise, strict=True)
+        ]
 
     def _delete_unused_bases(self) -> None:
         """Delete the bases that no step needs; none as long as a step cannot say what it needs."""
