@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import torch
 import torchorbax
-from torchorbax import fingerprint
+from torchorbax._src.arrays import fingerprint
 
 from benchmarks import peers, states
 from benchmarks.measure import Samples, interleaved, median, peak_bytes, timed

@@ -36,10 +36,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.serialization import ocdbt_process_spec, ocdbt_utils, tensorstore_utils
 from tests import gcs_server
-from torchorbax import fingerprint, integrity
-from torchorbax._orbax import Storage
-from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
-from torchorbax.processes import Channel, Processes
+from torchorbax._src.arrays import fingerprint
+from torchorbax._src.distributed.channel import Channel
+from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest
+from torchorbax._src.restore import verify as integrity
+from torchorbax._src.storage.store import Storage
 
 from benchmarks.measure import median, timed
 

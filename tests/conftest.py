@@ -23,7 +23,7 @@ import torch
 import torchorbax  # noqa: F401  # makes torchax importable
 from hypothesis import strategies as st
 from jax.sharding import Mesh
-from torchorbax import _torchax
+from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.several import Ended, PortTakenError, Running, RunProcesses
 

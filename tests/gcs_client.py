@@ -102,7 +102,7 @@ def train(path: str, stop: int, **options: Any) -> dict[str, Any]:
     import torch
     import torchorbax
     from jax.sharding import Mesh
-    from torchorbax import _torchax
+    from torchorbax._src.tensors import torchax_tensors as _torchax
 
     from tests.models import RULES, batch_of, loss_fn, seeded
 

@@ -14,7 +14,7 @@ import torch
 import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import _torchax
+from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.models import WIDTH
 

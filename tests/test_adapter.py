@@ -18,15 +18,8 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
-from torchorbax import (
-    ConfigError,
-    DeletedArrayError,
-    MismatchError,
-    UnsupportedLeafError,
-    _torchax,
-    assign_,
-    to_jax,
-)
+from torchorbax import ConfigError, DeletedArrayError, MismatchError, UnsupportedLeafError, assign_, to_jax
+from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.conftest import DTYPES, WIDE, aligned, bits, tensor_of_bits, tensors
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import pytest
-from torchorbax import deciding, policies
-from torchorbax.deciding import Decider
+from torchorbax import policies
+from torchorbax._src.distributed.channel import Channel
+from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.run import save_decision as deciding
+from torchorbax._src.run.preemption import PreemptionNotice
+from torchorbax._src.run.save_decision import Decider
 from torchorbax.errors import ConfigError, ProcessError
-from torchorbax.preemption import PreemptionNotice
-from torchorbax.processes import Channel, Processes
 
 from tests.conftest import RunProcesses
 from tests.coordination import FakeService, contract
@@ -38,7 +40,7 @@ class World:
             one._name = "torchorbax/test"  # in one process they would count as several runs
 
     def channels(self, name: str = "run") -> list[Channel]:
-        return [one.channel(name) for one in self.processes]
+        return [Channel(one, name) for one in self.processes]
 
     def run(self, body: Callable[[int], Any], *, only: tuple[int, ...] | None = None) -> list[Any]:
         """What `body(index)` gives in each process, or the error that it raises."""
@@ -139,7 +141,7 @@ def test_an_attempt_that_fails_in_one_process_fails_in_all(which: int, service: 
 
 
 def test_one_process_agrees_with_itself_without_a_service() -> None:
-    channel = (alone := Processes(LONG_S, None, 0, 1)).channel("run")
+    channel = Channel(alone := Processes(LONG_S, None, 0, 1), "run")
     alone.tell("anything")
     assert channel.gather("a", 1) == [1]
     assert channel.publish("b", 2) == 2

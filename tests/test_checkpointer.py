@@ -25,9 +25,11 @@ import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
-from torchorbax import Checkpointer, ConfigError, SaveError, _torchax, checkpointer, policies, to_jax
-from torchorbax._orbax import Storage
-from torchorbax.manifest import Manifest
+from torchorbax import Checkpointer, ConfigError, SaveError, policies, to_jax
+from torchorbax._src.format.manifest import Manifest
+from torchorbax._src.run import checkpointer
+from torchorbax._src.storage.store import Storage
+from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchorbax
-from torchorbax.cli import app
+from torchorbax._src.cli.app import app
 from typer.testing import CliRunner
 
 from tests.conftest import RunPython

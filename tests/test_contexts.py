@@ -15,7 +15,8 @@ import pytest
 import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import Checkpointer, OptaxOptimizer, _torchax, place_, train_step, verify
+from torchorbax import Checkpointer, OptaxOptimizer, place_, train_step, verify
+from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.conftest import bits
 from tests.models import RULES, TiedNet, batch_of, loss_fn

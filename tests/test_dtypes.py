@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from torchorbax.dtypes import BY_NAME, NUMPY_TO_TORCH, TORCH_TO_NUMPY, fits_on_device, host_to_torch, torch_to_host
+from torchorbax._src.arrays.dtypes import (
+    BY_NAME,
+    NUMPY_TO_TORCH,
+    TORCH_TO_NUMPY,
+    fits_on_device,
+    host_to_torch,
+    torch_to_host,
+)
 
 from tests.conftest import DTYPES, WIDE, bits, tensors
 

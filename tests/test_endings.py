@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torchorbax
-from torchorbax import Checkpointer, SaveError, _orbax_folder, at_exit, verify
-from torchorbax._orbax import Storage
+from torchorbax import Checkpointer, SaveError, verify
+from torchorbax._src.run import at_exit
+from torchorbax._src.storage import run_folder as _orbax_folder
+from torchorbax._src.storage.store import Storage
 
 from tests.conftest import RunPython
 

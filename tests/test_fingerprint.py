@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import fingerprint
-from torchorbax.dtypes import BY_NAME, fits_on_device, torch_to_host
-from torchorbax.fingerprint import fingerprints
-from torchorbax.shards import HostShards, shards
+from torchorbax._src.arrays import fingerprint
+from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device, torch_to_host
+from torchorbax._src.arrays.fingerprint import fingerprints
+from torchorbax._src.arrays.shards import HostShards, shards
 
 from tests.conftest import tensors
 

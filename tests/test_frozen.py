@@ -15,19 +15,10 @@ import torchorbax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from torch import nn
-from torchorbax import (
-    Checkpointer,
-    CorruptCheckpointError,
-    SaveError,
-    checkpointer,
-    place_,
-    resume,
-    snapshot,
-    to_jax,
-    train_step,
-    verify,
-)
-from torchorbax._orbax import Storage
+from torchorbax import Checkpointer, CorruptCheckpointError, SaveError, place_, resume, to_jax, train_step, verify
+from torchorbax._src.run import checkpointer
+from torchorbax._src.save import snapshot
+from torchorbax._src.storage.store import Storage
 
 from tests.conftest import bits
 

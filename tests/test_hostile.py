@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torchorbax import Checkpointer, CorruptCheckpointError, MismatchError, UnsupportedLeafError, manifest
+from torchorbax import Checkpointer, CorruptCheckpointError, MismatchError, UnsupportedLeafError
+from torchorbax._src.format import manifest
 
 from tests.conftest import RunPython, bits
 

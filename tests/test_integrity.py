@@ -19,7 +19,8 @@ import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
-from torchorbax import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError, integrity, verify
+from torchorbax import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError, verify
+from torchorbax._src.restore import verify as integrity
 
 from tests.conftest import DTYPES, bits, tensor_of_bits
 from tests.models import RULES, batch_of, loss_fn, seeded

@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchorbax import Checkpointer, ConfigError, MismatchError, OptaxOptimizer, _torchax, place_, resume, to_jax
+from torchorbax import Checkpointer, ConfigError, MismatchError, OptaxOptimizer, place_, resume, to_jax
+from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.conftest import bits
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import Checkpointer, _orbax_arrays, fingerprint, verify
+from torchorbax import Checkpointer, verify
+from torchorbax._src.arrays import fingerprint
+from torchorbax._src.storage import array_writer as _orbax_arrays
 
 from tests.several import RunProcesses
 

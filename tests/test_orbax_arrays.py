@@ -18,12 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import CorruptCheckpointError, SaveError, _orbax_arrays, gathering
-from torchorbax._orbax import Storage
-from torchorbax._orbax_arrays import Traffic
-from torchorbax.dtypes import BY_NAME, fits_on_device
-from torchorbax.fingerprint import fingerprints
-from torchorbax.manifest import ItemMeta, LeafMeta, Manifest
+from torchorbax import CorruptCheckpointError, SaveError
+from torchorbax._src.arrays import stacks as gathering
+from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
+from torchorbax._src.arrays.fingerprint import fingerprints
+from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest
+from torchorbax._src.storage import array_writer as _orbax_arrays
+from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.traffic import Traffic
 
 from tests.conftest import bits
 

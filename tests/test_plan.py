@@ -6,18 +6,17 @@ from collections.abc import Mapping
 
 from hypothesis import given
 from hypothesis import strategies as st
-from torchorbax.errors import Problem
-from torchorbax.manifest import LeafMeta
-from torchorbax.plan import (
-    Request,
+from torchorbax._src.format.manifest import LeafMeta
+from torchorbax._src.state.compare import (
     advice,
     castable,
     compare_leaves,
     compare_ties,
-    request,
     same_integers,
     with_suggestions,
 )
+from torchorbax._src.state.request import Request, request
+from torchorbax.errors import Problem
 
 names = st.sampled_from([f"layers.{index}.{kind}" for index in range(4) for kind in ("weight", "bias")])
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torchorbax import ConfigError, policies
-from torchorbax.policies import preservation_policy, save_policy
+from torchorbax._src.run.options import preservation_policy, save_policy
 
 START = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scripts import scaling
 from scripts.scaling import Estimate, Job, Machine, Measured
-from torchorbax import _orbax_arrays
+from torchorbax._src.storage import array_writer as _orbax_arrays
 
 from tests.conftest import RunPython
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from torchorbax import ConfigError
-from torchorbax.sharding import ShardingRules, describe, replicated_like, state_sharding
+from torchorbax._src.arrays.sharding_rules import ShardingRules, describe, replicated_like, state_sharding
 
 
 def test_the_first_pattern_that_matches_counts(mesh_2d: Mesh) -> None:

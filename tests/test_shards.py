@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax.shards import parts, shards
+from torchorbax._src.arrays.shards import parts, shards
 
 DEVICES = np.array(jax.devices())
 SQUARE = Mesh(DEVICES.reshape(4, 2), ("x", "y"))

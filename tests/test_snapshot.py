@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import ConfigError, DeletedArrayError, UnsupportedLeafError, _torchax, snapshot, to_jax
-from torchorbax.manifest import LeafMeta
-from torchorbax.state import Captured
+from torchorbax import ConfigError, DeletedArrayError, UnsupportedLeafError, to_jax
+from torchorbax._src.format.manifest import LeafMeta
+from torchorbax._src.save import snapshot
+from torchorbax._src.state.item import Captured
+from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.conftest import DTYPES, WIDE, aligned, bits, tensors
 

@@ -16,7 +16,8 @@ import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
-from torchorbax import ConfigError, _torchax, to_jax
+from torchorbax import ConfigError, to_jax
+from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchorbax import UnsupportedLeafError, _torchax, to_jax
-from torchorbax.adapter import live_array
-from torchorbax.values import add_leaf, decode, encode
+from torchorbax import UnsupportedLeafError, to_jax
+from torchorbax._src.format.values import add_leaf, decode, encode
+from torchorbax._src.tensors import torchax_tensors as _torchax
+from torchorbax._src.tensors.live import live_array
 
 from tests.conftest import DTYPES, bits, tensors
 

@@ -3,8 +3,16 @@
 from importlib.metadata import version as _version
 
 from torchorbax import policies
-from torchorbax.adapter import assign_, to_jax
-from torchorbax.checkpointer import Checkpointer
+from torchorbax._src.restore.load import load
+from torchorbax._src.restore.verify import verify
+from torchorbax._src.run.checkpointer import Checkpointer
+from torchorbax._src.run.init_from import params
+from torchorbax._src.run.resume import resume
+from torchorbax._src.tensors.assign import assign_
+from torchorbax._src.tensors.convert import to_jax
+from torchorbax._src.tensors.optimizers import OptaxOptimizer
+from torchorbax._src.tensors.placement import place_
+from torchorbax._src.training.train_step import train_step
 from torchorbax.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -17,13 +25,6 @@ from torchorbax.errors import (
     TorchorbaxError,
     UnsupportedLeafError,
 )
-from torchorbax.integrity import verify
-from torchorbax.loading import load
-from torchorbax.optimizers import OptaxOptimizer
-from torchorbax.placement import place_
-from torchorbax.resuming import resume
-from torchorbax.starting import params
-from torchorbax.training import train_step
 
 __version__ = _version("torchorbax")
 

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line, or say what it needs."""
     try:
-        from torchorbax.cli import main as run
+        from torchorbax._src.cli.app import main as run
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise

@@ -8,13 +8,26 @@ preservation policy says, the newest step is kept: it is what a resumed run star
 from __future__ import annotations
 
 import datetime
-import operator
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from torchorbax._orbax import orbax_policies
-from torchorbax.errors import ConfigError
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as orbax_policies
+
+
+def decision_context(*, saving: bool, preempted: bool) -> orbax_policies.DecisionContext:
+    """What Orbax's save policies get to know besides the steps."""
+    return orbax_policies.DecisionContext(
+        is_saving_in_progress=saving, reached_preemption=preempted, multiprocessing_options=_one_process()
+    )
+
+
+@functools.cache
+def _one_process() -> ocp.options.MultiprocessingOptions:
+    return ocp.options.MultiprocessingOptions()
+
 
 __all__ = [
     "AnyPreservationPolicy",
@@ -117,91 +130,3 @@ class NeverPolicy:
         self, step: PolicyCheckpointInfo, previous_steps: Sequence[PolicyCheckpointInfo], *, context: DecisionContext
     ) -> bool:
         return False
-
-
-_STEP_POLICIES = (FixedIntervalPolicy, NeverPolicy, SpecificStepsPolicy)
-_TIME_POLICIES = (
-    ContinuousCheckpointingPolicy,
-    ContinuousPolicy,
-    InitialSavePolicy,  # which looks at the saves there were: when one fails, not all processes know at once
-    PreemptionCheckpointingPolicy,
-    TimeIntervalPolicy,
-)
-
-
-def knows_step_alone(policy: object) -> bool:
-    """Does a save policy look at steps alone, so that every process comes to the same decision?"""
-    return _consists_of(policy, _STEP_POLICIES)
-
-
-def knows_time_alone(policy: object) -> bool:
-    """Does a save policy look at the time and the saves there were, so that a few steps later will do as well?"""
-    return _consists_of(policy, _TIME_POLICIES)
-
-
-def _consists_of(policy: Any, kinds: tuple[type, ...]) -> bool:
-    if type(policy) is AnySavePolicy:
-        return all(_consists_of(part, kinds) for part in policy.policies)
-    return type(policy) in kinds
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The step that a save policy decides about."""
-
-    step: int
-    time: datetime.datetime
-    metrics: dict[str, float] | None = None
-
-
-def step_number(step: Any) -> int:
-    """`step` as an int; anything that can be an index is taken, such as numpy's integers.
-
-    Raises:
-        ConfigError: it is no step.
-    """
-    try:
-        number = operator.index(step)
-    except TypeError:
-        raise ConfigError(f"a step is a whole number, not {step!r}") from None
-    if number < 0:
-        raise ConfigError(f"a step cannot be negative: {number}")
-    return number
-
-
-def save_policy(save: Any) -> SaveDecisionPolicy:
-    """The policy that `save=` stands for: `"continuous"`, a number of steps, a timedelta, None (never), or a policy
-    itself.
-
-    Raises:
-        ConfigError: none of these.
-    """
-    if save == "continuous":
-        return ContinuousPolicy()
-    if save is None:
-        return NeverPolicy()
-    if isinstance(save, int) and not isinstance(save, bool) and save > 0:
-        return FixedIntervalPolicy(save)
-    if isinstance(save, datetime.timedelta) and save > datetime.timedelta(0):
-        return TimeIntervalPolicy(save)
-    if callable(getattr(save, "should_save", None)) and not isinstance(save, type):
-        return save
-    raise ConfigError(
-        "save must be 'continuous', a positive number of steps, a positive timedelta, None or a save policy, "
-        f"not {save!r}"
-    )
-
-
-def preservation_policy(keep: Any) -> PreservationPolicy:
-    """The policy that `keep=` stands for: the number of newest steps, None (all), or a policy itself.
-
-    Raises:
-        ConfigError: none of these.
-    """
-    if keep is None:
-        return PreserveAll()
-    if isinstance(keep, int) and not isinstance(keep, bool) and keep > 0:
-        return LatestN(keep)
-    if callable(getattr(keep, "should_preserve", None)) and not isinstance(keep, type):
-        return keep
-    raise ConfigError(f"keep must be a positive number of steps, None (all) or a preservation policy, not {keep!r}")

@@ -1,0 +1,84 @@
+"""Reading a checkpoint without live objects."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import jax
+
+from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
+from torchorbax._src.arrays.leaves import Array
+from torchorbax._src.arrays.sharding_rules import ShardingRules, Shardings
+from torchorbax._src.distributed.channel import Channel
+from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.restore import fingerprint_check
+from torchorbax._src.state.live_leaves import default_device
+from torchorbax._src.storage.store import Storage
+from torchorbax.errors import ConfigError
+
+_TIMEOUT_S = 600.0
+
+
+def _devices(shardings: Shardings) -> list[Any]:
+    return list(shardings[0].devices.flat) if isinstance(shardings, tuple) and shardings else []
+
+
+def load(
+    path: str | os.PathLike[str],
+    step: int | None = None,
+    item: str = "model",
+    shardings: Shardings | None = None,
+    *,
+    verify: bool = True,
+) -> dict[str, Array]:
+    """The arrays of one item of a step, by name.
+
+    Args:
+        path: the run's folder or `gs://` URI.
+        step: which step; None for the newest.
+        item: which item.
+        shardings: `(mesh, rules by name)`; None loads onto the default device. With a mesh of several processes, all of
+            them call `load`.
+        verify: compare what was read with the fingerprints made when it was saved.
+
+    Returns:
+        `jax.Array`s with the shapes and dtypes that were saved. Tied weights are under each of their names, as the same
+        array. A dtype that JAX would narrow (64 bits while `jax_enable_x64` is off) comes as a numpy array.
+
+    Raises:
+        CheckpointNotFoundError: no such path or step.
+        ConfigError: the step has no such item, or the rules do not fit.
+        CorruptCheckpointError: the step is damaged.
+        ProcessError: another process did not come.
+    """
+    storage = Storage(path)
+    several = shardings is not None and any(
+        device.process_index != jax.process_index() for device in _devices(shardings)
+    )
+    channel = Channel(Processes(_TIMEOUT_S), "load") if several else None
+    if step is None:
+        step = storage.existing_steps()[-1]
+    manifest = storage.manifest(step)
+    if item not in manifest.items:
+        raise ConfigError(f"{storage.path}: step {step} has no item {item!r}; it has {', '.join(manifest.items)}")
+    if item in manifest.parts:
+        raise ConfigError(
+            f"{storage.path} has what one of several processes holds of {item!r}, not all of it; load the run's path"
+        )
+    meta = manifest.items[item]
+    on_device = {name: leaf.shape for name, leaf in meta.leaves.items() if fits_on_device(BY_NAME[leaf.dtype])}
+    if shardings is None:
+        targets = dict.fromkeys(on_device, default_device())
+    else:
+        targets = dict(ShardingRules(shardings).for_leaves(on_device))
+    ahead = fingerprint_check.Ahead()
+    leaves = {name: targets.get(name) for name in meta.leaves}
+    then = ahead.start if verify else None
+    reading = functools.partial(storage.read, step, {item: meta}, {item: leaves}, then)
+    read = reading() if channel is None else channel.attempt("read", reading)
+    if verify:
+        fingerprint_check.check(storage.path, step, manifest.items, read, channel, ahead)
+    arrays = read[item]
+    return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}

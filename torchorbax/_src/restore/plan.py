@@ -1,0 +1,76 @@
+"""A step compared with the live objects; touches nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torchorbax._src.arrays.sharding_rules import ShardingRules
+from torchorbax._src.format.manifest import ItemMeta, Manifest
+from torchorbax._src.state.compare import advice, with_suggestions
+from torchorbax._src.state.item import RNG, Item, ItemPlan
+from torchorbax._src.state.request import Request
+from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, TorchorbaxError
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a restore does, by item; and what it leaves out."""
+
+    items: Mapping[str, ItemPlan]
+    left_out: tuple[Problem, ...]
+
+
+def planned(
+    path: str, manifest: Manifest, items: Mapping[str, Item], rules: ShardingRules | None, request: Request
+) -> Plan:
+    """Compare a step with the live objects; touches nothing and reads nothing.
+
+    Raises:
+        MismatchError: the request is strict and anything differs, or nothing at all fits.
+        ConfigError: the request names what nobody has.
+        CorruptCheckpointError: an item does not have what belongs to its kind.
+    """
+    source = f"{path}: step {manifest.step}"
+    saved = {name: item for name, item in manifest.items.items() if request.concerns(name) and name != RNG}
+    live = {name: item for name, item in items.items() if request.concerns(name) and name != RNG}
+    if RNG in items and request.concerns(RNG):
+        if RNG in manifest.items:  # generators that were not saved go on as they are
+            saved[RNG], live[RNG] = manifest.items[RNG], items[RNG]
+        else:
+            _logger.warning("%s has no random number generators; those of this process go on", source)
+    problems = [
+        Problem("missing", name, "the whole item", item.kind) for name, item in live.items() if name not in saved
+    ]
+    plans: dict[str, ItemPlan] = {}
+    for name, meta in saved.items():
+        if name not in live:
+            problems.append(Problem("unexpected", name, "the whole item", "", f"a {meta.kind} item"))
+        elif live[name].kind != meta.kind:
+            problems.append(Problem("placement", name, "the whole item", f"{live[name].kind}", f"a {meta.kind} item"))
+        else:
+            with _as_corrupt(path, manifest.step, name, meta):
+                plans[name] = live[name].plan(meta, rules, request)
+            problems += plans[name].problems
+    problems = with_suggestions(problems)
+    nothing_fits = not any(plan.restores_something for name, plan in plans.items() if name != RNG)
+    if problems and (request.strict or nothing_fits):
+        raise MismatchError(source, problems, advice(problems))
+    request.check_used()
+    return Plan(plans, tuple(problems))
+
+
+@contextmanager
+def _as_corrupt(path: str, step: int, name: str, meta: ItemMeta) -> Iterator[None]:
+    """A manifest may be well-formed and still be that of no optimizer, say."""
+    try:
+        yield
+    except TorchorbaxError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        reason = f"item {name} does not have what belongs to a {meta.kind}: {type(error).__name__}: {error}"
+        raise CorruptCheckpointError(path, {step: reason[:300]}) from error

@@ -1,0 +1,92 @@
+"""Live objects as items of a checkpoint: what they hold, what a checkpoint must have for them, and writing it back.
+
+Every kind of object has one class with three methods (`Item`): modules here, others in `optimizer_state`, `objects` and
+`rng`. None of them does I/O or knows Orbax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from jax.sharding import Sharding
+
+from torchorbax._src.arrays.dtypes import BY_NAME
+from torchorbax._src.arrays.leaves import Array
+from torchorbax._src.arrays.sharding_rules import ShardingRules
+from torchorbax._src.format.manifest import ItemMeta, LeafMeta
+from torchorbax._src.format.values import Json
+from torchorbax._src.state.request import Request
+from torchorbax.errors import Problem
+
+RNG = "rng"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The live leaves of an item at this moment, by reference; the rest as in `ItemMeta`.
+
+    Attributes:
+        frozen: leaves that nothing is expected to change.
+    """
+
+    kind: str
+    leaves: Mapping[str, Any]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    values: Json = None
+    frozen: frozenset[str] = frozenset()
+
+
+@dataclass
+class ItemPlan:
+    """How to restore an item, and what stands in the way.
+
+    Attributes:
+        problems: what does not fit; none of it is restored.
+        sources: which stored leaf goes into which live one, `{live name: stored name}`.
+        values: the same of values that are no arrays.
+        targets: where each stored leaf that is needed goes; None for host memory.
+        dtypes: stored leaves that are converted first.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    targets: dict[str, Sharding | None] = field(default_factory=dict)
+    dtypes: dict[str, np.dtype] = field(default_factory=dict)
+
+    def match(self, live: Mapping[str, LeafMeta], stored: Mapping[str, str], saved: ItemMeta) -> None:
+        """Take every stored leaf that has a live counterpart and no problem as its source, and note conversions."""
+        bad = {problem.name for problem in self.problems}
+        for name in live:
+            if name in stored and name not in bad:
+                self.sources[name] = stored[name]
+                if live[name].dtype != saved.leaves[stored[name]].dtype:
+                    self.dtypes[stored[name]] = BY_NAME[live[name].dtype]
+
+    @property
+    def restores_something(self) -> bool:
+        """Is anything left that fits?"""
+        return bool(self.sources or self.values or self.targets)
+
+
+class Item(Protocol):
+    """One live object that is saved under a name of its own. `kind` says what it is, in the manifest."""
+
+    kind: ClassVar[str]
+
+    def capture(self, handed: Any = None) -> Captured:
+        """The leaves to save; `handed` is a tree that the caller gives instead of the live values.
+
+        Raises:
+            UnsupportedLeafError, MismatchError: it cannot be saved like this.
+        """
+
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        """Compare what is asked for of the stored item with the live object. Touches nothing."""
+
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        """Write what is planned, loaded and converted, into the live object; registers how to undo it."""

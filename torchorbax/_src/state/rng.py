@@ -1,0 +1,78 @@
+"""The random number generators of a training process as one item: torchax's key, torch's CPU, numpy's and Python's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from torchorbax._src.arrays.leaves import Array
+from torchorbax._src.arrays.sharding_rules import ShardingRules
+from torchorbax._src.format.manifest import ItemMeta
+from torchorbax._src.format.values import decode, encode
+from torchorbax._src.state.item import Captured, ItemPlan
+from torchorbax._src.state.request import Request
+from torchorbax._src.tensors import torchax_tensors
+from torchorbax.errors import ConfigError, MismatchError, Problem
+
+
+class RngItem:
+    """The state of all generators of the calling thread. The jax key is saved in either of its forms, typed or raw."""
+
+    kind: ClassVar[str] = "rng"
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def capture(self, handed: Any = None) -> Captured:
+        if handed is not None:
+            raise ConfigError(f"{self._name}: random number generators are saved from the live process")
+        leaves: dict[str, Any] = {}
+        return Captured(self.kind, leaves, values=encode(_read(), leaves))
+
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        if not request.selects(self._name):
+            return ItemPlan()
+        return ItemPlan(targets=dict.fromkeys(saved.leaves))  # small: loaded on the host and put where needed
+
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        if plan.restores_something:
+            undo.callback(_write, _read())
+            try:
+                _write(decode(saved.values, arrays))
+            except Exception as error:  # a file may say anything, and each generator has its own way to refuse it
+                refused = f"one that they refuse: {type(error).__name__}: {error}"
+                problem = Problem("placement", self._name, "", "a state that the generators take", refused)
+                raise MismatchError("the checkpoint", [problem], "rng=False leaves them out.") from error
+
+
+def _read() -> dict[str, Any]:
+    key = torchax_tensors.rng_key()
+    key = key if key.is_fully_addressable else key.addressable_data(0)  # the same on all devices
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    version, words, gauss = random.getstate()
+    return {
+        "torchax": {
+            "impl": str(jax.random.key_impl(key)) if typed else None,
+            "key": jax.random.key_data(key) if typed else key,
+        },
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(legacy=False),
+        "python": {"version": version, "words": np.asarray(words, np.uint32), "gauss": gauss},
+    }
+
+
+def _write(state: Mapping[str, Any]) -> None:
+    impl = state["torchax"]["impl"]
+    key = jax.device_put(np.asarray(state["torchax"]["key"]))
+    torchax_tensors.set_rng_key(key if impl is None else jax.random.wrap_key_data(key, impl=impl))
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    python = state["python"]
+    random.setstate((python["version"], tuple(int(word) for word in python["words"]), python["gauss"]))

@@ -1,0 +1,99 @@
+"""Objects with `state_dict`, and trees of tensors, arrays and plain values, as items."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, ClassVar, Protocol
+
+import jax
+import torch
+
+from torchorbax._src.arrays.leaves import Array
+from torchorbax._src.arrays.sharding_rules import ShardingRules
+from torchorbax._src.format.manifest import ItemMeta
+from torchorbax._src.format.values import decode, encode
+from torchorbax._src.state.compare import compare_values
+from torchorbax._src.state.item import Captured, ItemPlan
+from torchorbax._src.state.live_leaves import target_beside
+from torchorbax._src.state.request import Request
+from torchorbax._src.tensors.live import host_copy, live_array
+from torchorbax.errors import MismatchError, Problem
+
+_logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """What torch calls stateful: schedulers, data loaders, metrics and many others."""
+
+    def state_dict(self) -> Any:
+        """Its state: containers, tensors, arrays and plain values."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take a state that `state_dict` gave."""
+
+
+class ObjectItem:
+    """Anything with `state_dict` and `load_state_dict`; restored as a whole or not at all."""
+
+    kind: ClassVar[str] = "object"
+
+    def __init__(self, name: str, obj: Stateful) -> None:
+        self._name = name
+        self._obj = obj
+
+    def capture(self, handed: Any = None) -> Captured:
+        leaves: dict[str, Any] = {}
+        values = encode(self._obj.state_dict() if handed is None else handed, leaves, path=())
+        return Captured(self.kind, leaves, values=values)
+
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        if not request.selects(self._name):
+            return ItemPlan()
+        plan = ItemPlan(problems=self._compare(saved))
+        if not plan.problems:
+            on_jax = any(meta.residence == "jax" for meta in saved.leaves.values())
+            live = self.capture().leaves if on_jax else {}  # making a state may cost: a data loader starts its workers
+            plan.targets = {name: target_beside(live.get(name), meta) for name, meta in saved.leaves.items()}
+            plan.values = {"": ""}
+        return plan
+
+    def _compare(self, saved: ItemMeta) -> list[Problem]:
+        """A torch scheduler takes the state of any other without a word, so its names are compared here."""
+        if not isinstance(self._obj, torch.optim.lr_scheduler.LRScheduler):
+            return []
+        stored = decode(saved.values, dict.fromkeys(saved.leaves))
+        return compare_values(self._name, sorted(self._obj.state_dict()), sorted(stored))
+
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        if not plan.values:
+            return
+        self._register_undo(undo)
+        try:
+            self._obj.load_state_dict(decode(saved.values, arrays))
+            if isinstance(self._obj, torch.utils.data.DataLoader):
+                # Makes the iterator now, before the random numbers are restored, of which it takes some: the run that
+                # nobody interrupted took them at the start of the epoch.
+                self._obj.state_dict()
+        except Exception as error:  # whatever the object thinks of it, nothing is changed and the caller reads why
+            refused = f"one that it refuses: {type(error).__name__}: {error}"
+            problem = Problem("placement", self._name, "", f"a state that {type(self._obj).__name__} takes", refused)
+            raise MismatchError("the checkpoint", [problem], "Build the object as it was when it was saved.") from error
+
+    def _register_undo(self, undo: ExitStack) -> None:
+        if isinstance(self._obj, torch.utils.data.DataLoader):  # its state_dict would start the workers
+            attributes = dict(vars(self._obj))
+            undo.callback(vars(self._obj).update, attributes)
+            return
+        before: dict[str, Any] = {}
+        values = encode(self._obj.state_dict(), before)
+        held = {name: live_array(name, leaf) for name, leaf in before.items()}
+        kept = {name: array if isinstance(array, jax.Array) else host_copy(array) for name, array in held.items()}
+        undo.callback(lambda: self._put_back(decode(values, kept)))
+
+    def _put_back(self, state: Any) -> None:
+        try:
+            self._obj.load_state_dict(state)
+        except Exception:  # an error is on its way to the caller already, and says what is wrong
+            _logger.exception("%s: its state before the failed restore could not be put back", self._name)

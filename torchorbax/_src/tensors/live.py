@@ -1,0 +1,166 @@
+"""torch and torchax leaves to `jax.Array`s, and arrays back into live tensors, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from torchorbax._src.arrays.dtypes import NUMPY_TO_TORCH, TORCH_TO_NUMPY, fits_on_device, host_to_torch, torch_to_host
+from torchorbax._src.arrays.leaves import Array, leaf_name
+from torchorbax._src.tensors import torchax_tensors
+from torchorbax.errors import ConfigError, DeletedArrayError, UnsupportedLeafError
+
+
+def module_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The live tensors of `module.state_dict()`: parameters and persistent buffers, ties under each of their names."""
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def raise_if_deleted(leaves: Mapping[str, Any]) -> None:
+    """Raise DeletedArrayError naming every leaf whose buffer is gone."""
+    deleted = [name for name, leaf in leaves.items() if _is_deleted(leaf)]
+    if deleted:
+        raise DeletedArrayError(deleted)
+
+
+def _is_deleted(leaf: object) -> bool:
+    if isinstance(leaf, torchax_tensors.View):
+        leaf = leaf.source_jax()
+    elif isinstance(leaf, torchax_tensors.Tensor):
+        leaf = torchax_tensors.array_of(leaf)
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+
+
+def live_array(name: str, leaf: Any) -> jax.Array | np.ndarray | torch.Tensor:
+    """What holds a leaf's values, without a copy: its `jax.Array`, or the host array or CPU torch tensor itself.
+
+    Raises:
+        UnsupportedLeafError: there are no values, or no array can hold them bit for bit.
+    """
+    if isinstance(leaf, jax.Array):
+        if leaf.dtype not in _HOST_DTYPES:
+            raise UnsupportedLeafError(name, f"jax dtype {leaf.dtype} is not supported")
+        return leaf
+    if torchax_tensors.is_torchax(leaf):
+        return torchax_tensors.array_of(leaf)
+    if isinstance(leaf, np.ndarray | np.generic):
+        if np.dtype(leaf.dtype) not in _HOST_DTYPES:
+            raise UnsupportedLeafError(name, f"numpy dtype {leaf.dtype} is not supported")
+        return np.asarray(leaf)
+    tensor: torch.Tensor = leaf
+    if tensor.is_meta:
+        raise UnsupportedLeafError(name, "a tensor on meta has no values; place or restore it first")
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.dtype not in TORCH_TO_NUMPY:
+        layout = "nested layout" if tensor.is_nested else tensor.layout
+        raise UnsupportedLeafError(name, f"torch {tensor.dtype} with {layout} cannot be kept bit for bit")
+    if tensor.device.type != "cpu":
+        raise UnsupportedLeafError(
+            name, f"tensors on {tensor.device} are not supported; move it to the CPU or to 'jax'"
+        )
+    return tensor
+
+
+_HOST_DTYPES = frozenset(TORCH_TO_NUMPY.values())
+
+
+def host_copy(array: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A numpy array of the same bits in memory of its own, of what `live_array` gave for a host leaf."""
+    return torch_to_host(array) if isinstance(array, torch.Tensor) else np.array(array, copy=True)
+
+
+def live_dtype(tensor: torch.Tensor) -> np.dtype | None:
+    """The dtype of a live tensor's values: for a torchax tensor that of its array; None if no array can hold them."""
+    if isinstance(tensor, torchax_tensors.Tensor):
+        return np.dtype(torchax_tensors.array_of(tensor).dtype)
+    return TORCH_TO_NUMPY.get(tensor.dtype)
+
+
+def device_dtype(name: str, dtype: np.dtype, values: np.ndarray | torch.Tensor | None = None) -> np.dtype:
+    """The dtype that a leaf has in a torchax tensor on a jax device: its own, or int32 for int64 while
+    `jax_enable_x64` is off and no value is lost, as in torchax.
+
+    Args:
+        name: the leaf's name.
+        dtype: its dtype.
+        values: its values, if it has some yet.
+
+    Raises:
+        UnsupportedLeafError: it cannot be there without loss.
+    """
+    if not torchax_tensors.can_hold(NUMPY_TO_TORCH[dtype]):
+        raise UnsupportedLeafError(name, f"torchax has no tensors of {dtype}; keep this one on the CPU")
+    if fits_on_device(dtype):
+        return dtype
+    if dtype != np.int64:
+        raise UnsupportedLeafError(
+            name,
+            f"{dtype} would lose bits on jax devices; call jax.config.update('jax_enable_x64', True) at the start of "
+            "the program, or convert the module to a 32-bit dtype",
+        )
+    narrow = np.iinfo(np.int32)
+    if values is not None and 0 not in values.shape and not (values.min() >= narrow.min and values.max() <= narrow.max):
+        raise UnsupportedLeafError(
+            name, "int64 values beyond 32 bits cannot be on jax devices while jax_enable_x64 is off"
+        )
+    return np.dtype(np.int32)
+
+
+def _unshared(array: Array) -> Array:
+    """`array` in memory that nobody else can change: JAX's CPU backend takes numpy's as it is where it can."""
+    return array if isinstance(array, jax.Array) else host_copy(array)
+
+
+def settle(live: torch.Tensor, array: Array, undo: ExitStack) -> None:
+    """Make a live tensor hold `array`, of its shape and dtype, where the array is; registers how to undo it.
+
+    A `jax.Array` goes into a torchax tensor or View, and turns a CPU or meta tensor into a torchax tensor that holds
+    it, with its identity kept. A numpy array goes into the memory of a CPU tensor.
+
+    Raises:
+        ConfigError: torch cannot turn this tensor into another.
+    """
+    if not isinstance(array, jax.Array):
+        _overwrite(live, array, undo)
+    elif torchax_tensors.is_torchax(live):
+        undo.callback(torchax_tensors.set_array, live, torchax_tensors.array_of(live))
+        torchax_tensors.set_array(live, array)
+    else:
+        try:
+            before = torchax_tensors.become_torchax(live, array)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"a tensor of shape {tuple(live.shape)} cannot move to jax in place: {error}. Do it before the first "
+                "forward pass, and hold no weak reference to it."
+            ) from error
+        undo.callback(torch.utils.swap_tensors, live, before)
+
+
+def _overwrite(live: np.ndarray | torch.Tensor, array: np.ndarray, undo: ExitStack) -> None:
+    if isinstance(live, np.ndarray):
+        undo.callback(np.copyto, live, live.copy())
+        np.copyto(live, array)
+        return
+    memory = live.detach()
+    undo.callback(memory.copy_, memory.clone())
+    memory.copy_(host_to_torch(array))
+
+
+def tensor_of(array: Array) -> torch.Tensor:
+    """A new tensor with the values of `array`: a torchax tensor of a `jax.Array`, a CPU tensor of a numpy array."""
+    return torchax_tensors.wrap(array) if isinstance(array, jax.Array) else host_to_torch(array)
+
+
+def array_in(tensor: torch.Tensor) -> Array:
+    """The reverse of `tensor_of`: a torchax tensor's own array, or a copy of a CPU tensor's values."""
+    return torchax_tensors.array_of(tensor) if torchax_tensors.is_torchax(tensor) else torch_to_host(tensor)

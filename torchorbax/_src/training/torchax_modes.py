@@ -1,0 +1,137 @@
+"""What torchax's lowerings leave out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch._ops
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from torchorbax._src.tensors.torchax_import import Tensor, torchax
+from torchorbax._src.tensors.torchax_tensors import array_of, is_torchax, rng_key, set_array
+
+
+class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
+    """A torchax tensor whose value can be read anywhere, also where no torchax mode is on.
+
+    torchax refuses `float(t)`, `t.item()` and formatting outside its modes; a training loop wants them for its loss.
+    """
+
+    def item(self) -> Any:
+        return self._elem.item()
+
+    def __float__(self) -> float:
+        return float(self._elem)
+
+    def __format__(self, spec: str) -> str:
+        return format(self._elem.item() if self._elem.ndim == 0 else self._elem, spec)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self._elem.__array__(dtype, copy=copy)
+
+
+def readable(array: jax.Array) -> Readable:
+    """A torchax tensor that holds `array` (no copy) and can be read outside torchax's modes."""
+    return Readable(array, torchax.default_env())
+
+
+@contextlib.contextmanager
+def modes(key: jax.Array) -> Iterator[Callable[[], jax.Array]]:
+    """Torch code inside runs on torchax, drawing random numbers from `key`; yields a reader of the key as it stands.
+
+    The key must not stay in the environment after a trace: torchax would keep a tracer.
+    """
+    env = torchax.default_env()
+    enabled = env.enabled  # torchax's own exit turns this off even when an outer block had it on
+    with env.override_property(prng=key):
+        with env, _Mended():
+            yield rng_key
+        env.enabled = enabled
+
+
+class _Mended(TorchFunctionMode):
+    """What torchax's lowerings leave out, and a training step cannot do without."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _KEEP_STATISTICS:
+            _update_running_statistics(**_KEEP_STATISTICS[func].bind(*args, **kwargs).arguments)
+        elif isinstance(kwargs.get("alpha"), torch.Tensor) and len(args) == 2:
+            # torch would read alpha (SGD's learning rate) as a number, which a traced value is not
+            return func(args[0], args[1] * kwargs["alpha"])
+        elif isinstance(kwargs.get("value"), torch.Tensor) and func is torch.Tensor.addcdiv_:
+            return args[0].add_(kwargs["value"] * args[1] / args[2])  # the same of value, in RMSprop
+        result = func(*args, **kwargs)
+        if not torch.is_grad_enabled():  # which JAX does not know of: it differentiates whatever is computed
+            jax.tree.map(lambda leaf: _stop_gradient(leaf, args), result)
+        return result
+
+
+def _stop_gradient(result: Any, inputs: tuple[Any, ...]) -> None:
+    """Make a constant of a new tensor; one that an in-place operation has changed stays what it was."""
+    if isinstance(result, Tensor) and not any(result is one for one in inputs):
+        result._elem = jax.lax.stop_gradient(result._elem)
+
+
+@contextlib.contextmanager
+def no_custom_gradients() -> Iterator[None]:
+    """Inside, a `torch.autograd.Function` of torchax tensors raises: JAX would not call its `backward`.
+
+    Raises:
+        NotImplementedError: from `apply` of the function.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(is_torchax(one) for one in (*args, *kwargs.values())):
+            raise NotImplementedError(f"{cls.__name__}: a torch.autograd.Function has no gradient under torchax")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    setattr(torch.autograd.Function, "apply", classmethod(apply))  # noqa: B010  # to mypy, a method is for ever
+    try:
+        yield
+    finally:
+        setattr(torch.autograd.Function, "apply", original)  # noqa: B010
+
+
+_KEEP_STATISTICS = {func: inspect.signature(func) for func in (functional.batch_norm, functional.instance_norm)}
+
+
+def _update_running_statistics(
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    training: bool | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    **others: Any,
+) -> None:
+    """The side effect of batch and instance normalisation in training: torchax computes their output only.
+
+    running = (1 - momentum) * running + momentum * batch, with the unbiased variance; instance normalisation averages
+    the statistics of the instances (torch.nn.BatchNorm1d and InstanceNorm1d, `track_running_stats`).
+    """
+    per_instance = training is None  # only batch_norm has this argument, and its callers always give it
+    if running_mean is None or not (use_input_stats if per_instance else training):
+        return
+    x = jax.lax.stop_gradient(array_of(input))
+    axes = tuple(range(2, x.ndim)) if per_instance else tuple(axis for axis in range(x.ndim) if axis != 1)
+    count = math.prod(x.shape[axis] for axis in axes)
+    for running, statistic in (
+        (running_mean, jnp.mean),
+        (running_var, functools.partial(jnp.var, ddof=min(1, count - 1))),
+    ):
+        before = array_of(running)
+        batch = statistic(x, axes, dtype=before.dtype)
+        batch = batch.mean(0) if per_instance else batch
+        set_array(running, ((1 - momentum) * before + momentum * batch).astype(before.dtype))
