@@ -17,7 +17,6 @@ from torchorbax._src.arrays.sharding_rules import ShardingRules, Shardings
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.run import at_exit
-from torchorbax._src.run.background_save import SaveRecord
 from torchorbax._src.run.loop import _ProgressBar
 from torchorbax._src.run.options import preservation_policy, save_policy, step_number
 from torchorbax._src.run.preemption import PreemptionNotice
@@ -25,7 +24,7 @@ from torchorbax._src.run.save_decision import Decider
 from torchorbax._src.run.step_choice import Restorer
 from torchorbax._src.run.step_metrics import checked, ready
 from torchorbax._src.run.tier import Tier, local_path
-from torchorbax._src.save.snapshot import Taken
+from torchorbax._src.save.save import Save, SaveRecord
 from torchorbax._src.save.staging import Staging, check_staging
 from torchorbax._src.save.staging import prepare as prepare_snapshots
 from torchorbax._src.save.writer import Writer
@@ -109,7 +108,7 @@ class Checkpointer:
         policies = save_policy(save), preservation_policy(keep)
         local_policies = save_policy(local_save), preservation_policy(local_keep)
         self._save_on_exception = save_on_exception
-        self._complete: Taken | None = None  # the last step, if it was not due
+        self._complete: Save | None = None  # the last step, if it was not due
         self._handed: Mapping[str, Any] = {}  # what the body of `steps` gave `save`, until the body ends
         self._staging = check_staging(staging)
         self._rules = None if shardings is None else ShardingRules(shardings)
@@ -253,12 +252,12 @@ class Checkpointer:
             tier.saver.collect()  # two saves never overlap
             try:
                 captured = captured or self._capture()
-                taken = self._take(tier, step, now, captured, metrics, started_s)
+                save = self._take(tier, step, now, captured, metrics, started_s)
             except Exception as error:
                 if self._processes.count > 1:  # the others are waiting for this one
-                    self._start(tier, Taken(step, now, error, {}, started_s))
+                    self._start(tier, Save(step, now, {}, started_s, error))
                 raise
-            self._start(tier, taken)
+            self._start(tier, save)
         if self._main in due:
             self._complete = None
         elif self._save_on_exception and step > max(self._main.steps.infos, default=-1):
@@ -294,14 +293,14 @@ class Checkpointer:
         captured: Mapping[str, Captured],
         metrics: Mapping[str, Any],
         started_s: float,
-    ) -> Taken:
+    ) -> Save:
         numbers = checked(metrics)
-        return Taken(step, now, tier.take(captured, self._staging), numbers, started_s)
+        return Save(step, now, numbers, started_s, tier.take(captured, self._staging))
 
-    def _start(self, tier: Tier, taken: Taken) -> None:
+    def _start(self, tier: Tier, save: Save) -> None:
         if tier is self._main:
             self._preemption_saved = self.preempted
-        self.history.append(tier.start(taken))
+        self.history.append(tier.start(save))
 
     def prepare(self) -> None:
         """Compile in the background what the first save will need, so that it keeps the loop no longer than later ones.
@@ -496,7 +495,7 @@ class Checkpointer:
         elif exc is not None:
             exc.add_note(self.last_line())
 
-    def _all_have(self, unsaved: Taken) -> bool:
+    def _all_have(self, unsaved: Save) -> bool:
         """Have all processes come to an end with the same step unsaved?"""
         channel = Channel(self._processes, "exception")
         try:

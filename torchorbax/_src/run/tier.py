@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from torchorbax import policies
 from torchorbax._src.format import manifest
 from torchorbax._src.restore.in_place import Restored
-from torchorbax._src.run.background_save import Saver, SaveRecord
+from torchorbax._src.run.background_save import BackgroundSaver
 from torchorbax._src.run.save_decision import Candidate, Decider
 from torchorbax._src.save import snapshot
 from torchorbax._src.save.frozen import FrozenArrays
-from torchorbax._src.save.snapshot import Snapshot, Taken
+from torchorbax._src.save.save import Save, SaveRecord
+from torchorbax._src.save.snapshot import Snapshot
 from torchorbax._src.save.staging import Staging
 from torchorbax._src.save.writer import Writer
 from torchorbax._src.state.item import Captured, Item
@@ -61,7 +62,7 @@ class Tier:
     ) -> None:
         self.storage = storage
         self.steps = steps
-        self.saver = Saver(storage.path, steps, writer, raises=raises)
+        self.saver = BackgroundSaver(storage.path, steps, writer, raises=raises)
         self.policy = policy
         self.decider = decider
         self._writer = writer
@@ -95,14 +96,13 @@ class Tier:
         if self._writer.lost_base:
             self._frozen, self._writer.lost_base = FrozenArrays(), False
         if committed := self.saver.take_committed():
-            self._frozen.saved(*committed)
+            self._frozen.saved(committed.manifest, committed.identities)
         return snapshot.take(captured, staging, self._frozen.look(captured) if self._knows_frozen else None)
 
-    def start(self, taken: Taken) -> SaveRecord:
-        """Save a snapshot in the background. The save before must have been collected."""
-        record = SaveRecord(taken.step, taken.time, path=self.storage.path)
-        self.saver.start(record, taken.snapshot, taken.metrics, taken.started_s)
-        record.stall_s = time.perf_counter() - taken.started_s
+    def start(self, save: Save) -> SaveRecord:
+        """Write a save in the background. The save before it must have been collected."""
+        record = self.saver.start(save)
+        record.stall_s = time.perf_counter() - save.started_s
         return record
 
     def note_restored(self, restored: Restored, items: Mapping[str, Item]) -> None:

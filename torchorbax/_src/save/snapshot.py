@@ -8,9 +8,7 @@ and are copied at once.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from torchorbax._src.arrays.dtypes import dtype_name
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import describe
-from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest
+from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta
 from torchorbax._src.save.frozen import NEW_BASE, Identities, Look
 from torchorbax._src.save.staging import Staging, _array, _stage, _Staged
 from torchorbax._src.state.item import Captured
@@ -117,52 +115,3 @@ def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None =
 
 def _named(leaves: Mapping[Key, Any]) -> dict[str, Any]:
     return {f"{item}.{name}": leaf for (item, name), leaf in leaves.items()}
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A snapshot of a step, and what else a save of it takes.
-
-    Attributes:
-        step: its number.
-        time: when `save` was called, in UTC.
-        snapshot: what to write; or why there is none.
-        metrics: numbers and 0-d arrays.
-        started_s: `time.perf_counter()` at the call of `save`.
-    """
-
-    step: int
-    time: datetime.datetime
-    snapshot: Snapshot | Exception
-    metrics: dict[str, Any]
-    started_s: float
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """What is to be saved, besides the arrays.
-
-    Attributes:
-        step: its number.
-        time: when `save` was called, in UTC.
-        metrics: numbers and 0-d arrays.
-    """
-
-    step: int
-    time: datetime.datetime
-    metrics: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A save that has been committed.
-
-    Attributes:
-        manifest: what it says about itself; in other processes than the first without most fingerprints.
-        identities: its frozen arrays.
-        nbytes: of the arrays written, by all processes together.
-    """
-
-    manifest: Manifest
-    identities: Identities
-    nbytes: int

@@ -23,7 +23,8 @@ from torchorbax._src.format.values import Json
 from torchorbax._src.save import frozen, local_tier
 from torchorbax._src.save.contribution import Key, _described, _Part, _with_bases
 from torchorbax._src.save.frozen import NEW_BASE
-from torchorbax._src.save.snapshot import Snapshot, Ticket, Written
+from torchorbax._src.save.save import Committed, Save
+from torchorbax._src.save.snapshot import Snapshot
 from torchorbax._src.storage import store
 from torchorbax._src.storage.steps import Steps
 from torchorbax._src.storage.store import Storage
@@ -58,15 +59,11 @@ class Writer:
         self._saves = 0
         self._leftovers_removed = False
 
-    def write(
-        self, ticket: Ticket, snapshot: list[Snapshot | Exception], when_committed: Callable[[Written], object]
-    ) -> None:
+    def write(self, save: Save, when_committed: Callable[[Committed], object]) -> None:
         """Write a step, commit it, and let older ones go.
 
         Args:
-            ticket: what to call it.
-            snapshot: one, which is taken out, so that its arrays are freed as they are written; or why this process
-                has none.
+            save: its snapshot is taken out, so that the arrays are freed as they are written.
             when_committed: called as soon as the step is committed.
 
         Raises:
@@ -75,9 +72,9 @@ class Writer:
         self._saves += 1
         self._channel.begin(self._saves)
         holder: list[_Part | Exception] = []
-        mine: dict[str, Json] = {"step": ticket.step, "error": None}
+        mine: dict[str, Json] = {"step": save.step, "error": None}
         try:
-            part = self._part_of(snapshot.pop())
+            part = self._part_of(save.take_snapshot())
             mine |= _described(part) if self._processes.count > 1 else {}
             holder.append(part)
             del part
@@ -85,13 +82,11 @@ class Writer:
             holder[:] = [error]
             mine["error"] = told(error)
         work = self._lead if self._processes.is_first else self._follow
-        work(ticket, holder, mine, when_committed)
+        work(save, holder, mine, when_committed)
 
     # ----------------------------------------------------------------------------------------------------- one's part
 
-    def _part_of(self, snapshot: Snapshot | Exception) -> _Part:
-        if isinstance(snapshot, Exception):
-            raise snapshot
+    def _part_of(self, snapshot: Snapshot) -> _Part:
         items, arrays = snapshot.items, snapshot.arrays
         new = {
             (item, name): arrays[item][name]
@@ -115,14 +110,14 @@ class Writer:
 
     def _lead(
         self,
-        ticket: Ticket,
+        save: Save,
         holder: list[_Part | Exception],
         mine: dict[str, Json],
-        when_committed: Callable[[Written], object],
+        when_committed: Callable[[Committed], object],
     ) -> None:
-        step, path = ticket.step, self._storage.path
+        step, path = save.step, self._storage.path
         try:
-            written = self._write_first(ticket, holder, mine)
+            written = self._write_first(save, holder, mine)
         except SaveError as error:
             outcome = {"reason": error.reason, "others": _others_in(error), "lost_base": self.lost_base}
             self._channel.publish("commit", outcome)
@@ -137,31 +132,31 @@ class Writer:
             raise SaveError(step, path, told(failure), committed=True) from failure
         self._channel.publish("end", {"reason": None, "deleted": deleted})
 
-    def _write_first(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
+    def _write_first(self, save: Save, holder: list[_Part | Exception], mine: dict[str, Json]) -> Committed:
         """Come to terms with the others, write this process's part, and commit."""
         try:
             part = holder.pop()
             parts = self._channel.gather("start", mine) or []
             if isinstance(part, Exception):
                 raise part
-            self._check_agreement(ticket.step, parts)
+            self._check_agreement(save.step, parts)
             if not self._leftovers_removed:
                 self._storage.remove_leftovers()
                 self._leftovers_removed = True
-            items, known = self._numbered(ticket.step, part, parts)
+            items, known = self._numbered(save.step, part, parts)
             for item, name in known:
                 del part.arrays[item][name]
-            metrics = {name: float(np.asarray(value)) for name, value in ticket.metrics.items()}
+            metrics = {name: float(np.asarray(value)) for name, value in save.metrics.items()}
             manifest = Manifest(
-                ticket.step, ticket.time, metrics, items, _versions(), parts=part.parts, origin=self._origin
+                save.step, save.time, metrics, items, _versions(), parts=part.parts, origin=self._origin
             )
             self._check_bases(manifest, part.arrays)
-            self._steps.make_way(ticket.step)
+            self._steps.make_way(save.step)
         except Exception as error:
             self._channel.publish("start", {"error": error.reason if isinstance(error, SaveError) else told(error)})
             if isinstance(error, SaveError):
                 raise
-            raise SaveError(ticket.step, self._storage.path, told(error)) from error
+            raise SaveError(save.step, self._storage.path, told(error)) from error
         bases = {
             item: {name: leaf.base for name, leaf in meta.leaves.items() if leaf.base is not None}
             for item, meta in (items.items() if self._processes.count > 1 else ())
@@ -170,7 +165,7 @@ class Writer:
         nbytes = part.nbytes
         manifest = self._storage.write(manifest, part.arrays, self._channel)
         self._steps.commit(manifest)
-        return Written(manifest, part.identities, nbytes)
+        return Committed(manifest, part.identities, nbytes)
 
     def _check_agreement(self, step: int, parts: list[Json]) -> None:
         path, first = self._storage.path, parts[0]
@@ -217,16 +212,16 @@ class Writer:
 
     def _follow(
         self,
-        ticket: Ticket,
+        save: Save,
         holder: list[_Part | Exception],
         mine: dict[str, Json],
-        when_committed: Callable[[Written], object],
+        when_committed: Callable[[Committed], object],
     ) -> None:
-        step, path = ticket.step, self._storage.path
+        step, path = save.step, self._storage.path
         failure: Exception | None = None
-        written: Written | None = None
+        written: Committed | None = None
         try:
-            written = self._write_part(ticket, holder, mine)
+            written = self._write_part(save, holder, mine)
         except ProcessError as error:  # nobody is there who could say how it ended
             raise SaveError(step, path, told(error)) from error
         except Exception as error:  # process 0 knows, and will say so
@@ -254,20 +249,20 @@ class Writer:
         if end["reason"] is not None:
             raise SaveError(step, path, end["reason"], committed=True)
 
-    def _write_part(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
+    def _write_part(self, save: Save, holder: list[_Part | Exception], mine: dict[str, Json]) -> Committed:
         part = holder.pop()
         self._channel.gather("start", mine)
         answer = self._channel.publish("start")
         if isinstance(part, Exception):
             raise part
         if answer["error"] is not None:
-            raise SaveError(ticket.step, self._storage.path, answer["error"])
+            raise SaveError(save.step, self._storage.path, answer["error"])
         items = _with_bases(part.items, answer["bases"])
         for item, name in answer["known"]:
             part.arrays[item].pop(name, None)
         own = {item: one for item, one in part.own.items() if mine["own"][item] != answer["own"].get(item)}
         self._storage.contribute(items, part.arrays, own, self._channel)
-        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, 0)  # process 0 says how much
+        return Committed(Manifest(save.step, save.time, {}, items), part.identities, 0)  # process 0 says how much
 
 
 def told(error: Exception) -> str:
