@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import logging
 import math
@@ -31,8 +30,9 @@ from torchorbax._src.save.writer import Writer
 from torchorbax._src.state.item import Captured
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Rename, Request, request
+from torchorbax._src.storage.opening import open_storage
 from torchorbax._src.storage.steps import Steps
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.storage import Storage
 from torchorbax._src.storage.traffic import Traffic, traffic
 from torchorbax.errors import ConfigError, Problem, ProcessError, SaveError, TorchorbaxError
 from torchorbax.policies import ContinuousPolicy, NeverPolicy, PreservationPolicy, SaveDecisionPolicy
@@ -116,7 +116,7 @@ class Checkpointer:
         self._items = items_of(self._state, rng=rng)
         self._preemption = PreemptionNotice()
         how = traffic(compression, max_host_bytes, replicas, single_replica_restore, storage_timeout_s)
-        storage = Storage(path, how)
+        storage = open_storage(path, how)
         at_exit.wait_for_saves(storage.path)
         self._main = self._open_main(storage, *policies)
         self._local = None if local is None else self._open_local(local, how, *local_policies)
@@ -151,7 +151,7 @@ class Checkpointer:
         self, path: str | os.PathLike[str], how: Traffic, policy: SaveDecisionPolicy, keep: PreservationPolicy
     ) -> Tier:
         """A folder that only this process uses: several may share a machine."""
-        storage = Storage(local_path(path, self._processes.index), dataclasses.replace(how, alone=True))
+        storage = open_storage(local_path(path, self._processes.index), how)
         self._channel.attempt("open local", storage.create)
         several = self._processes.count > 1
         run = self._channel.first("open local", self._main.storage.identity)

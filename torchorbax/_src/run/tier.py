@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 
 from torchorbax import policies
-from torchorbax._src.format import manifest
 from torchorbax._src.restore.in_place import Restored
 from torchorbax._src.run.background_save import BackgroundSaver
 from torchorbax._src.run.save_decision import Candidate, Decider
@@ -20,7 +19,7 @@ from torchorbax._src.save.staging import Staging
 from torchorbax._src.save.writer import Writer
 from torchorbax._src.state.item import Captured, Item
 from torchorbax._src.storage.steps import Steps
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.storage import Storage
 from torchorbax.errors import ConfigError
 from torchorbax.policies import SaveDecisionPolicy
 
@@ -109,5 +108,5 @@ class Tier:
         """Frozen arrays that have just been restored from here need not be written again."""
         self.steps.know(restored.manifest)
         self.saver.take_committed()  # it says nothing about the arrays that are live now
-        in_base = {key: leaf for key, leaf in manifest.in_base(restored.manifest).items() if key in restored.exact}
+        in_base = {key: leaf for key, leaf in restored.manifest.frozen_leaves.items() if key in restored.exact}
         self._frozen.restored({item: items[item].capture() for item in {item for item, _ in in_base}}, in_base)
