@@ -35,7 +35,7 @@ from jax._src.lib import _jax  # type: ignore[attr-defined]  # only here can one
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.serialization import ocdbt_process_spec, ocdbt_utils, tensorstore_utils
-from tests import gcs_server
+from tests.helpers import gcs_server
 from torchorbax._src.arrays import fingerprint
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
