@@ -20,7 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchorbax import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError, verify
-from torchorbax._src.restore import verify as integrity
+from torchorbax._src.arrays import fingerprint
+from torchorbax._src.restore import checked_read
+from torchorbax._src.storage.opening import open_storage
 
 from tests.helpers.models import RULES, batch_of, loss_fn, seeded
 from tests.helpers.tensors import DTYPES, bits, tensor_of_bits
@@ -108,7 +110,7 @@ def test_verify_writes_nothing(run_path: Path) -> None:
 
 
 def test_every_leaf_has_a_fingerprint_whatever_its_dtype(run_path: Path) -> None:
-    manifest = integrity.Storage(str(run_path)).manifest(1)
+    manifest = open_storage(str(run_path)).manifest(1)
     leaves = {f"{item}.{name}": leaf for item, meta in manifest.items.items() for name, leaf in meta.leaves.items()}
     assert {leaf.dtype for leaf in leaves.values()} >= {str(dtype).removeprefix("torch.") for dtype in DTYPES}
     assert all(len(leaf.fingerprint) == 32 for leaf in leaves.values())
@@ -130,12 +132,12 @@ def test_verify_names_every_damaged_leaf_of_every_step(run_path: Path) -> None:
 
 
 def test_verify_in_small_pieces(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integrity, "_BATCH_BYTES", 300)
+    monkeypatch.setattr(checked_read, "_BATCH_BYTES", 300)
     flip_in(run_path / "0", "host")
     flip_in(run_path / "0", "sharded")
     with pytest.raises(CorruptCheckpointError, match=r"0: the data of weights: host .* of weights: sharded is"):
         verify(str(run_path))
-    monkeypatch.setattr(integrity, "_BATCH_BYTES", 1 << 40)
+    monkeypatch.setattr(checked_read, "_BATCH_BYTES", 1 << 40)
     assert verify(str(run_path), 1) == [1]
 
 
@@ -192,9 +194,9 @@ def test_what_was_summed_while_it_was_read_is_not_summed_again(
     """Only empty leaves, of which nothing is read, are left for the end."""
     started: list[Any] = []
     left: list[Any] = []
-    start, fingerprints = integrity.start, integrity.fingerprints
-    monkeypatch.setattr(integrity, "start", lambda array: started.append(array.shape) or start(array))
-    monkeypatch.setattr(integrity, "fingerprints", lambda arrays: left.extend(arrays) or fingerprints(arrays))
+    start, fingerprints = fingerprint.start, fingerprint.fingerprints
+    monkeypatch.setattr(fingerprint, "start", lambda array: started.append(array.shape) or start(array))
+    monkeypatch.setattr(fingerprint, "fingerprints", lambda arrays: left.extend(arrays) or fingerprints(arrays))
     step = verify(run_path)[-1] if way != "verify" else None
     del started[:], left[:]
     actions: dict[str, Callable[[], Any]] = {

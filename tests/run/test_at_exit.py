@@ -19,7 +19,7 @@ import torchorbax
 from torchorbax import Checkpointer, SaveError, verify
 from torchorbax._src.run import at_exit
 from torchorbax._src.storage import run_folder as _orbax_folder
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.orbax_storage import OrbaxStorage
 
 from tests.helpers.programs import RunPython
 
@@ -282,14 +282,14 @@ def test_a_new_run_waits_for_the_save_of_one_that_was_not_closed(
 ) -> None:
     """As after a second Ctrl-C in a notebook, which starts its cell again."""
     writing, go = threading.Event(), threading.Event()
-    write = Storage.write
+    write = OrbaxStorage.write
 
     def slow(*args: Any) -> Any:
         writing.set()
         assert go.wait(60)
         return write(*args)
 
-    monkeypatch.setattr(Storage, "write", slow)
+    monkeypatch.setattr(OrbaxStorage, "write", slow)
     Checkpointer(str(tmp_path), state(5)).save(5)
     assert writing.wait(60)
     said: list[str] = []
@@ -391,13 +391,13 @@ def test_ctrl_c_while_a_save_is_waited_for(where: str, tmp_path: Path, run_pytho
     """Python takes a thread for ended whose `join` was interrupted."""
     program = f"""
         import os, signal, sys, threading, numpy as np, torchorbax
-        from torchorbax._orbax import Storage
-        write, go = Storage.write, threading.Event()
-        def slow(self, manifest, arrays, channel):
+        from torchorbax._src.storage.orbax_storage import OrbaxStorage
+        write, go = OrbaxStorage.write, threading.Event()
+        def slow(*args):
             threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
             go.wait(3)
-            return write(self, manifest, arrays, channel)
-        Storage.write = slow
+            return write(*args)
+        OrbaxStorage.write = slow
         with torchorbax.Checkpointer(sys.argv[1], {{"x": {{"a": np.ones(8)}}}}, rng=False, save=None) as run:
             run.save(0, force=True)
             if {where == "save"}:

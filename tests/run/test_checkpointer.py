@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchorbax import Checkpointer, ConfigError, SaveError, policies, to_jax
-from torchorbax._src.format.manifest import Manifest
-from torchorbax._src.run import checkpointer
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage import opening
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
+from tests.helpers.memory_storage import MemoryStorage
 from tests.helpers.models import RULES, TiedNet, batch_of, bits, loss_fn, seeded
 
 
@@ -38,73 +37,22 @@ def weights(value: float = 0.0) -> dict[str, jax.Array]:
     return {"w": jnp.full((4,), value)}
 
 
-class FakeStorage:
-    """Steps in memory, committed when the test says so."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.committed: dict[int, Manifest] = {}
-        self.failures: dict[int, Exception] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-        self.writing = threading.Event()
-        self.log: list[str] = []
-
-    def check(self) -> None: ...
-
-    def create(self) -> None: ...
-
-    def check_visible(self) -> None: ...
-
-    def remove_leftovers(self) -> None:
-        self.log.append("clean")
-
-    def has_set_aside(self) -> bool:
-        return False
-
-    def steps(self) -> list[int]:
-        return sorted(self.committed)
-
-    def bases(self) -> set[int]:
-        return set()
-
-    def next_base(self) -> int:
-        return 0
-
-    def manifest(self, step: int) -> Manifest:
-        return self.committed[step]
-
-    def write(self, manifest: Manifest, arrays: Mapping[str, Any], channel: Any = None) -> Manifest:
-        self.writing.set()
-        if not self.gate.wait(30):
-            raise TimeoutError("the test never opened the gate")
-        if manifest.step in self.failures:
-            raise self.failures[manifest.step]
-        self.committed[manifest.step] = manifest
-        self.log.append(f"commit {manifest.step}")
-        return manifest
-
-    def delete(self, step: int) -> None:
-        del self.committed[step]
-        self.log.append(f"delete {step}")
-
-
 @pytest.fixture
-def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStorage]:
-    fake = FakeStorage("run")
-    monkeypatch.setattr(checkpointer, "Storage", lambda path, traffic: fake)
+def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStorage]:
+    fake = MemoryStorage()
+    monkeypatch.setattr(opening, "OrbaxStorage", lambda path, traffic: fake)
     yield fake
     fake.gate.set()
 
 
-def fake_run(storage: FakeStorage, **options: Any) -> Checkpointer:
+def fake_run(storage: MemoryStorage, **options: Any) -> Checkpointer:
     return Checkpointer("run", {"w": weights()}, rng=False, **options)
 
 
 # --------------------------------------------------------------------------------------------------------- when to save
 
 
-def test_continuous_saves_start_when_the_one_before_is_committed(storage: FakeStorage) -> None:
+def test_continuous_saves_start_when_the_one_before_is_committed(storage: MemoryStorage) -> None:
     with fake_run(storage) as run:
         storage.gate.clear()
         assert run.save(0)
@@ -118,7 +66,7 @@ def test_continuous_saves_start_when_the_one_before_is_committed(storage: FakeSt
         assert run.all_steps() == [0, 4]
 
 
-def test_intervals_wait_for_the_save_in_flight_and_never_overlap(storage: FakeStorage) -> None:
+def test_intervals_wait_for_the_save_in_flight_and_never_overlap(storage: MemoryStorage) -> None:
     with fake_run(storage, save=2) as run:
         storage.gate.clear()
         assert run.save(0)
@@ -129,7 +77,7 @@ def test_intervals_wait_for_the_save_in_flight_and_never_overlap(storage: FakeSt
     assert storage.steps() == [0, 2]
 
 
-def test_force_saves_whatever_the_policy_says(storage: FakeStorage) -> None:
+def test_force_saves_whatever_the_policy_says(storage: MemoryStorage) -> None:
     with fake_run(storage, save=None) as run:
         assert not run.save(0)
         assert run.save(1, force=True)
@@ -137,7 +85,7 @@ def test_force_saves_whatever_the_policy_says(storage: FakeStorage) -> None:
     assert storage.steps() == [1]
 
 
-def test_a_save_policy_sees_steps_times_and_context(storage: FakeStorage) -> None:
+def test_a_save_policy_sees_steps_times_and_context(storage: MemoryStorage) -> None:
     seen: list[tuple[int, list[int], bool, bool]] = []
 
     class Recorder:
@@ -163,7 +111,7 @@ def test_a_save_policy_sees_steps_times_and_context(storage: FakeStorage) -> Non
     ]
 
 
-def test_a_step_without_a_save_costs_microseconds(storage: FakeStorage) -> None:
+def test_a_step_without_a_save_costs_microseconds(storage: MemoryStorage) -> None:
     """Structurally: nothing of the state is looked at, and nothing is allocated for it."""
     looked: list[str] = []
 
@@ -183,7 +131,7 @@ def test_a_step_without_a_save_costs_microseconds(storage: FakeStorage) -> None:
     assert looked == []
 
 
-def test_timedelta_policy(storage: FakeStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timedelta_policy(storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_run(storage, save=datetime.timedelta(hours=1)) as run:
         assert run.save(0)
         run.wait()
@@ -204,7 +152,7 @@ def test_timedelta_policy(storage: FakeStorage, monkeypatch: pytest.MonkeyPatch)
         (policies.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1), [2, 5]),
     ],
 )
-def test_preservation(storage: FakeStorage, keep: Any, left: list[int]) -> None:
+def test_preservation(storage: MemoryStorage, keep: Any, left: list[int]) -> None:
     losses = [5.0, 4.0, 1.0, 3.0, 2.0, 6.0]
     with fake_run(storage, keep=keep) as run:
         for step, loss in enumerate(losses):
@@ -215,7 +163,7 @@ def test_preservation(storage: FakeStorage, keep: Any, left: list[int]) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("at", range(6))
-def test_a_step_whose_loss_is_nan_is_never_the_best(at: int, reverse: bool, storage: FakeStorage) -> None:
+def test_a_step_whose_loss_is_nan_is_never_the_best(at: int, reverse: bool, storage: MemoryStorage) -> None:
     losses = {0: 0.9, 1: 0.2, 2: 0.5, 3: 0.1, 4: 0.4, 5: 0.7, 6: 0.8} | {at: math.nan}
     sign = 1 if reverse else -1
     keep = policies.BestN(get_metric_fn=lambda metrics: sign * metrics["loss"], reverse=reverse, n=2)
@@ -228,7 +176,7 @@ def test_a_step_whose_loss_is_nan_is_never_the_best(at: int, reverse: bool, stor
 
 
 def test_a_policy_that_asks_for_no_metrics_reads_no_manifest(
-    storage: FakeStorage, monkeypatch: pytest.MonkeyPatch
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of many steps on object storage that takes long."""
     with fake_run(storage, save=1, keep=None) as run:
@@ -243,14 +191,14 @@ def test_a_policy_that_asks_for_no_metrics_reads_no_manifest(
     assert set(read) <= {3}
 
 
-def test_the_new_step_is_committed_before_an_old_one_goes(storage: FakeStorage) -> None:
+def test_the_new_step_is_committed_before_an_old_one_goes(storage: MemoryStorage) -> None:
     with fake_run(storage, keep=1) as run:
         run.save(0, force=True)
         run.save(1, force=True)
     assert storage.log == ["clean", "commit 0", "commit 1", "delete 0"]
 
 
-def test_best_step_and_metrics_of_any_kind(storage: FakeStorage) -> None:
+def test_best_step_and_metrics_of_any_kind(storage: MemoryStorage) -> None:
     with fake_run(storage, keep=None) as run:
         assert run.best_step("loss") is None
         for step, value in enumerate((3.0, torch.tensor(1.0), jnp.float32(2.0), np.float64(4.0))):
@@ -267,7 +215,7 @@ def test_best_step_and_metrics_of_any_kind(storage: FakeStorage) -> None:
     assert storage.committed[1].metrics == {"loss": 1.0}
 
 
-def test_a_step_that_cannot_be_deleted_is_tried_again(storage: FakeStorage, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_cannot_be_deleted_is_tried_again(storage: MemoryStorage, caplog: pytest.LogCaptureFixture) -> None:
     delete = storage.delete
 
     def failing(step: int) -> None:
@@ -287,11 +235,11 @@ def test_a_step_that_cannot_be_deleted_is_tried_again(storage: FakeStorage, capl
 
 
 @pytest.mark.parametrize("ask", ["save", "wait", "close"])
-def test_errors_of_background_saves_are_raised_once_with_the_step(storage: FakeStorage, ask: str) -> None:
+def test_errors_of_background_saves_are_raised_once_with_the_step(storage: MemoryStorage, ask: str) -> None:
     storage.failures[0] = OSError("disk full")
     run = fake_run(storage)
     run.save(0)
-    run._main.saver._work_in_flight.exception()
+    run._main.saver._in_flight[1].exception()
     calls: dict[str, Callable[[], Any]] = {"save": lambda: run.save(1), "wait": run.wait, "close": run.close}
     with pytest.raises(SaveError, match="step 0 was not saved: OSError: disk full") as caught:
         calls[ask]()
@@ -302,7 +250,7 @@ def test_errors_of_background_saves_are_raised_once_with_the_step(storage: FakeS
     assert [record.error is None for record in run.history] == ([False, True] if ask == "save" else [False])
 
 
-def test_a_preservation_policy_that_fails_is_told_and_loses_nothing(storage: FakeStorage) -> None:
+def test_a_preservation_policy_that_fails_is_told_and_loses_nothing(storage: MemoryStorage) -> None:
     keep = policies.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
     run = fake_run(storage, keep=keep)
     run.save(0, metrics={"loss": 1.0})
@@ -314,7 +262,7 @@ def test_a_preservation_policy_that_fails_is_told_and_loses_nothing(storage: Fak
     assert storage.steps() == [0, 1]
 
 
-def test_a_failed_save_never_stops_later_ones(storage: FakeStorage) -> None:
+def test_a_failed_save_never_stops_later_ones(storage: MemoryStorage) -> None:
     storage.failures = {step: OSError("full") for step in (1, 2)}
     errors = []
     with fake_run(storage) as run:
@@ -328,7 +276,7 @@ def test_a_failed_save_never_stops_later_ones(storage: FakeStorage) -> None:
     assert storage.steps() == [0, 3, 4][-3:]
 
 
-def test_a_failed_step_can_be_saved_again(storage: FakeStorage) -> None:
+def test_a_failed_step_can_be_saved_again(storage: MemoryStorage) -> None:
     storage.failures[3] = OSError("full")
     with fake_run(storage) as run:
         run.save(3)
@@ -339,7 +287,7 @@ def test_a_failed_step_can_be_saved_again(storage: FakeStorage) -> None:
     assert storage.steps() == [3]
 
 
-def test_an_error_at_the_end_does_not_hide_the_loop_s_own(storage: FakeStorage) -> None:
+def test_an_error_at_the_end_does_not_hide_the_loop_s_own(storage: MemoryStorage) -> None:
     storage.failures[0] = OSError("full")
 
     def loop() -> None:
@@ -354,7 +302,7 @@ def test_an_error_at_the_end_does_not_hide_the_loop_s_own(storage: FakeStorage) 
         run.save(0)
 
 
-def test_duplicate_and_older_steps(storage: FakeStorage) -> None:
+def test_duplicate_and_older_steps(storage: MemoryStorage) -> None:
     with fake_run(storage) as run:
         run.save(5)
         for _ in range(2):  # in flight, and committed
@@ -367,7 +315,7 @@ def test_duplicate_and_older_steps(storage: FakeStorage) -> None:
     assert storage.steps() == [5, 6]
 
 
-def test_a_closed_checkpointer_says_so(storage: FakeStorage) -> None:
+def test_a_closed_checkpointer_says_so(storage: MemoryStorage) -> None:
     run = fake_run(storage)
     run.close()
     run.close()
@@ -606,24 +554,16 @@ def test_cpu_tensors_changed_right_after_save(tmp_path: Path) -> None:
     assert bits(torchorbax.load(run.path)["weight"]) == expected
 
 
-def test_reference_staging_fails_aloud_when_arrays_are_donated(storage: FakeStorage, tmp_path: Path) -> None:
+def test_reference_staging_fails_aloud_when_arrays_are_donated(storage: MemoryStorage) -> None:
     storage.gate.clear()
     state = {"w": {"w": jnp.ones(4)}}
-    real = Storage(str(tmp_path / "run"))
-    write = storage.write
-
-    def write_for_real(manifest: Manifest, arrays: Mapping[str, Any], channel: Any = None) -> Manifest:
-        write(manifest, arrays)
-        return real.write(manifest, arrays)
-
-    storage.write = write_for_real  # type: ignore[method-assign]
     run = Checkpointer("run", state, rng=False, staging="reference")
     run.save(0)
     jax.jit(lambda w: w + 1, donate_argnums=0)(state["w"]["w"])
     storage.gate.set()
     with pytest.raises(SaveError, match="deleted"):
         run.close()
-    assert real.steps() == []
+    assert storage.steps() == []
 
 
 def test_deleted_arrays_are_named_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -861,7 +801,7 @@ def test_the_caller_never_waits_for_the_device(tmp_path: Path) -> None:
     assert run.all_steps() == [0]
 
 
-def test_progress_bar_shows_metrics_that_are_ready(storage: FakeStorage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_shows_metrics_that_are_ready(storage: MemoryStorage, capsys: pytest.CaptureFixture[str]) -> None:
     with fake_run(storage) as run:
         for _ in run.steps(3, progress=True):
             run.log(loss=0.25)
@@ -870,7 +810,7 @@ def test_progress_bar_shows_metrics_that_are_ready(storage: FakeStorage, capsys:
     assert "3/3" in shown
 
 
-def test_a_body_that_saves_itself_is_left_to_it(storage: FakeStorage) -> None:
+def test_a_body_that_saves_itself_is_left_to_it(storage: MemoryStorage) -> None:
     with fake_run(storage) as run:
         for step in run.steps(3):
             if step != 1:
@@ -880,7 +820,7 @@ def test_a_body_that_saves_itself_is_left_to_it(storage: FakeStorage) -> None:
 
 
 def test_sigterm_that_arrives_when_save_has_already_looked(
-    storage: FakeStorage, monkeypatch: pytest.MonkeyPatch
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fake_run(storage, save=None) as run:
         save = run.save
@@ -895,7 +835,7 @@ def test_sigterm_that_arrives_when_save_has_already_looked(
     assert storage.steps() == [1]
 
 
-def test_breaking_out_of_the_loop_saves_no_half_step(storage: FakeStorage) -> None:
+def test_breaking_out_of_the_loop_saves_no_half_step(storage: MemoryStorage) -> None:
     with fake_run(storage) as run:
         for step in run.steps(10):
             run.wait()
@@ -905,7 +845,7 @@ def test_breaking_out_of_the_loop_saves_no_half_step(storage: FakeStorage) -> No
     assert storage.steps() == [0, 1]
 
 
-def test_log_messages_name_what_is_waited_for(storage: FakeStorage, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_messages_name_what_is_waited_for(storage: MemoryStorage, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "torchorbax")
     run = fake_run(storage)
     storage.gate.clear()
@@ -916,7 +856,7 @@ def test_log_messages_name_what_is_waited_for(storage: FakeStorage, caplog: pyte
     assert "waiting for step 4 to be committed" in caplog.text
 
 
-def test_a_step_is_a_whole_number(storage: FakeStorage) -> None:
+def test_a_step_is_a_whole_number(storage: MemoryStorage) -> None:
     with fake_run(storage) as run:
         assert run.save(np.int64(7), force=True)  # type: ignore[arg-type]
         for wrong in (7.5, "7", None):
@@ -927,7 +867,7 @@ def test_a_step_is_a_whole_number(storage: FakeStorage) -> None:
     assert type(storage.committed[7].step) is int
 
 
-def test_a_last_step_that_was_not_due_is_told(storage: FakeStorage, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_last_step_that_was_not_due_is_told(storage: MemoryStorage, caplog: pytest.LogCaptureFixture) -> None:
     with fake_run(storage, save=5) as run:
         assert len(list(run.steps(8))) == 8
         assert "the last step, 7, was not due and is not saved; the newest saved is 5" in caplog.text
@@ -978,12 +918,12 @@ def test_a_path_beside_the_run_gives_a_hint(saved: str) -> None:
         torchorbax.verify(f"{saved}/{step}")
 
 
-def test_sigterm_saves_what_the_body_handed_over(storage: FakeStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_saves_what_the_body_handed_over(storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes after `save` has said that nothing is due; the live values are stale in a functional loop."""
     seen: list[float] = []
     write = storage.write
     monkeypatch.setattr(
-        storage, "write", lambda m, a, c: (seen.append(float(np.asarray(a["w"]["w"])[0])), write(m, a, c))[1]
+        storage, "write", lambda s, a, fill: (seen.append(float(np.asarray(a["w", "w"])[0])), write(s, a, fill))[1]
     )
     with fake_run(storage, save=100) as run:
         for step in run.steps(9):
@@ -994,7 +934,7 @@ def test_sigterm_saves_what_the_body_handed_over(storage: FakeStorage, monkeypat
     assert storage.committed[7].metrics == {"loss": 7.0}
 
 
-def test_what_was_logged_belongs_to_the_save_that_follows(storage: FakeStorage) -> None:
+def test_what_was_logged_belongs_to_the_save_that_follows(storage: MemoryStorage) -> None:
     with fake_run(storage) as run:
         run.log(loss=1.0, top=2.0)
         run.save(0, metrics={"top": 3.0}, force=True)
@@ -1006,7 +946,7 @@ def test_what_was_logged_belongs_to_the_save_that_follows(storage: FakeStorage) 
     assert [storage.committed[step].metrics for step in (0, 1, 2)] == [{"loss": 1.0, "top": 3.0}, {}, {"loss": 5.0}]
 
 
-def test_the_best_of_nan_and_of_deleted_steps(storage: FakeStorage) -> None:
+def test_the_best_of_nan_and_of_deleted_steps(storage: MemoryStorage) -> None:
     with fake_run(storage, keep=None) as run:
         for step, loss in enumerate([float("nan"), 3.0, 1.0]):
             run.save(step, metrics={"loss": loss}, force=True)
@@ -1040,7 +980,7 @@ METRICS: list[Any] = [
 
 
 @pytest.mark.parametrize("value", METRICS, ids=repr)
-def test_what_is_no_metric(storage: FakeStorage, value: Any) -> None:
+def test_what_is_no_metric(storage: MemoryStorage, value: Any) -> None:
     with fake_run(storage) as run:
         with pytest.raises(ConfigError, match="metric loss must be a real number"):
             run.log(loss=value)
@@ -1049,7 +989,7 @@ def test_what_is_no_metric(storage: FakeStorage, value: Any) -> None:
         assert run.all_steps() == []
 
 
-def test_metrics_are_of_the_moment(storage: FakeStorage) -> None:
+def test_metrics_are_of_the_moment(storage: MemoryStorage) -> None:
     changing = {"numpy": np.array(1.0), "torch": torch.tensor(1.0, dtype=torch.bfloat16)}
     storage.gate.clear()
     with fake_run(storage) as run:

@@ -18,7 +18,7 @@ from torch import nn
 from torchorbax import Checkpointer, CorruptCheckpointError, SaveError, place_, resume, to_jax, train_step, verify
 from torchorbax._src.run import checkpointer
 from torchorbax._src.save import snapshot
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.orbax_storage import OrbaxStorage
 
 from tests.helpers.tensors import bits
 
@@ -193,15 +193,15 @@ def test_a_save_that_failed_after_its_base_is_no_base_to_rely_on(
 ) -> None:
     model, _, _ = build()
     place_(model)
-    write = Storage._write
+    write = OrbaxStorage.write
 
-    def fail_once(self: Storage, manifest: Any, arrays: Any, *others: Any) -> Any:
+    def fail_once(self: OrbaxStorage, step: int, arrays: Any, fill: Any) -> Any:
         if not self.path.endswith("base"):
-            monkeypatch.setattr(Storage, "_write", write)
-            raise SaveError(manifest.step, self.path, "disk full")
-        return write(self, manifest, arrays, *others)
+            monkeypatch.setattr(OrbaxStorage, "write", write)
+            raise SaveError(step, self.path, "disk full")
+        return write(self, step, arrays, fill)
 
-    monkeypatch.setattr(Storage, "_write", fail_once)
+    monkeypatch.setattr(OrbaxStorage, "write", fail_once)
     with Checkpointer(str(tmp_path), {"model": model}, save=None, rng=False) as run:
         run.save(0, force=True)
         with pytest.raises(SaveError, match="disk full"):
@@ -226,7 +226,7 @@ def test_frozen_again_with_other_values_after_a_save_that_failed(
         run.wait()
         torchorbax.assign_(weight.requires_grad_(True), jnp.ones((WIDTH, WIDTH)))
         with monkeypatch.context() as patched:
-            patched.setattr(Storage, "write", fail)
+            patched.setattr(OrbaxStorage, "write", fail)
             run.save(1, force=True)
             with pytest.raises(SaveError, match="disk full"):
                 run.wait()
@@ -235,8 +235,8 @@ def test_frozen_again_with_other_values_after_a_save_that_failed(
     assert (np.asarray(torchorbax.load(str(tmp_path), 2)["base.0.weight"]) == 1).all()
 
 
-def fail(storage: Storage, manifest: Any, *others: Any) -> None:
-    raise SaveError(manifest.step, storage.path, "disk full")
+def fail(storage: OrbaxStorage, step: int, *others: Any) -> None:
+    raise SaveError(step, storage.path, "disk full")
 
 
 def test_an_older_step_has_the_base_that_it_was_saved_with(tmp_path: Path) -> None:

@@ -31,7 +31,12 @@ STAGINGS = ["auto", "device", "reference", "host"]
 
 
 def take(leaves: Mapping[str, Any], staging: Any = "device") -> Mapping[str, Any]:
-    return snapshot.take({"state": Captured("pytree", leaves)}, staging).arrays["state"]
+    return by_name(snapshot.take({"state": Captured("pytree", leaves)}, staging))
+
+
+def by_name(taken: snapshot.Snapshot) -> dict[str, Any]:
+    """The arrays of a snapshot of one item."""
+    return {name: array for (_, name), array in taken.arrays.items()}
 
 
 donate = jax.jit(lambda arrays: [~array for array in arrays], donate_argnums=0)
@@ -188,7 +193,7 @@ def test_the_manifest_tells_where_values_lived_not_where_they_are_staged(staging
         "cpu": LeafMeta((0, 3), "float64", "host"),
     }
     assert (meta.kind, meta.ties, meta.values) == ("module", {"alias": "single"}, {"epoch": 3})
-    assert {name: (array.shape, str(array.dtype)) for name, array in taken.arrays["model"].items()} == {
+    assert {name: (array.shape, str(array.dtype)) for name, array in by_name(taken).items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in meta.leaves.items()
     }
 
@@ -226,7 +231,7 @@ def test_large_arrays_on_cpu_devices_are_viewed_not_copied(mesh: Mesh, compilati
     assert compilations == []
     memory = {shard.data.unsafe_buffer_pointer() for shard in large.addressable_shards}
     donate([large])
-    found = taken.arrays["state"]["large"]
+    found = taken.arrays["state", "large"]
     assert {shard.data.unsafe_buffer_pointer() for shard in found.addressable_shards} == memory
     assert bits(found) == expected
     assert found.sharding == sharding
@@ -244,14 +249,14 @@ def test_a_viewed_array_may_be_deleted(mesh: Mesh) -> None:
     expected = bits(array)
     taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto")
     array.delete()
-    assert bits(taken.arrays["state"]["array"]) == expected
+    assert bits(taken.arrays["state", "array"]) == expected
 
 
 def test_nothing_is_waited_for(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     array = jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), NamedSharding(mesh, P("fsdp")))
     monkeypatch.setattr(type(array), "is_ready", lambda self: False)
     with nothing_read_from_devices(monkeypatch):
-        taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto").arrays["state"]["array"]
+        taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto").arrays["state", "array"]
     assert bits(taken) == bits(array)
     pointers = [{shard.data.unsafe_buffer_pointer() for shard in one.addressable_shards} for one in (taken, array)]
     assert not pointers[0] & pointers[1], "a copy"
@@ -270,7 +275,7 @@ def test_what_devices_have_no_room_for_goes_to_the_host(
     snapshot._warn_of_full_devices.cache_clear()
     leaves = {str(index): jax.device_put(jnp.full(8 * 4000, index, jnp.int32), sharding) for index in range(4)}
     for _ in range(2):
-        taken = snapshot.take({"state": Captured("pytree", leaves)}, "device").arrays["state"]
+        taken = by_name(snapshot.take({"state": Captured("pytree", leaves)}, "device"))
         assert [type(taken[name]) is np.ndarray for name in leaves] == [False, False, True, True]
         assert {name: bits(array) for name, array in taken.items()} == {name: bits(leaves[name]) for name in leaves}
         stats["peak_bytes_in_use"] = 396_000  # with our own copies
@@ -316,7 +321,7 @@ def test_after_prepare_the_first_snapshot_compiles_and_traces_nothing(
     with monkeypatch.context() as nothing_traced:
         nothing_traced.setattr(jnp, "copy", None)
         nothing_traced.setattr(jnp, "stack", None)
-        taken = snapshot.take({"state": Captured("pytree", moments)}, "auto").arrays["state"]
+        taken = by_name(snapshot.take({"state": Captured("pytree", moments)}, "auto"))
     assert compilations == []
     assert {name: bits(array) for name, array in taken.items()} == {name: bits(one) for name, one in moments.items()}
 

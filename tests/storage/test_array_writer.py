@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from torchorbax import CorruptCheckpointError, SaveError
+from torchorbax._src.arrays import fingerprint
 from torchorbax._src.arrays import stacks as gathering
 from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
 from torchorbax._src.arrays.fingerprint import fingerprints
-from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest
-from torchorbax._src.storage import array_writer as _orbax_arrays
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest
+from torchorbax._src.storage import array_reader, array_writer
+from torchorbax._src.storage.opening import open_storage
+from torchorbax._src.storage.storage import Folders, Storage
 from torchorbax._src.storage.traffic import Traffic
 
 from tests.helpers.tensors import bits
@@ -37,15 +39,23 @@ def metas(arrays: dict[str, Any]) -> dict[str, LeafMeta]:
 
 
 def write(folder: Path, arrays: dict[str, Any], traffic: Traffic | None = None, step: int = 0) -> Storage:
-    storage = Storage(str(folder), traffic or Traffic())
+    storage = open_storage(str(folder), traffic or Traffic())
     storage.create()
     manifest = Manifest(step, datetime.datetime.now(datetime.UTC), {}, {"state": ItemMeta("pytree", metas(arrays))})
-    storage.write(manifest, {"state": dict(arrays)})
+    mine = {("state", name): array for name, array in arrays.items()}
+
+    def fill(folders: Folders) -> Manifest:
+        sums = storage.write_arrays(folders, mine, 0)
+        return manifest.stamped({key: fingerprint.text(found) for key, found in sums.items()})
+
+    storage.write(step, mine, fill)
     return storage
 
 
-def read(storage: Storage, targets: dict[str, Any], step: int = 0) -> dict[str, Any]:
-    return storage.read(step, storage.manifest(step).items, {"state": targets})["state"]
+def read(storage: Storage, targets: dict[str, Any], step: int = 0, when_read: Any = None) -> dict[str, Any]:
+    wanted = {("state", name): target for name, target in targets.items()}
+    found = storage.read(step, storage.manifest(step).leaves, wanted, when_read)
+    return {name: array for (_, name), array in found.items()}
 
 
 def random(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
@@ -74,7 +84,7 @@ def test_every_dtype(compressed: bool, rows: int, mesh: Mesh, tmp_path: Path) ->
 def test_many_small_leaves_alike(spec: P, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are stacked on their devices, which must not tidy up a bit of them."""
     monkeypatch.setattr(gathering, "AT_ONCE", (4, 1))
-    monkeypatch.setattr(_orbax_arrays, "_STACKED", 4)
+    monkeypatch.setattr(array_writer, "_STACKED", 4)
     sharding = NamedSharding(mesh, spec)
     dtypes = [dtype for dtype in BY_NAME if fits_on_device(BY_NAME[dtype])]
     hosts = {
@@ -94,7 +104,7 @@ LAYOUTS = [P(), P("fsdp"), P(None, "tp"), P("tp", "fsdp"), P(("fsdp", "tp"))]
 def test_any_layout_to_any_other(
     spec: P, whole_bytes: int, mesh_2d: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_orbax_arrays, "_BATCH_BYTES", whole_bytes)
+    monkeypatch.setattr(array_reader, "_BATCH_BYTES", whole_bytes)
     host = random((256, 128))
     array = jax.device_put(host, NamedSharding(mesh_2d, spec))
     storage = write(tmp_path, {"large": array, "small": array[:8], "scalar": array[0, 0]})
@@ -113,8 +123,8 @@ def test_any_layout_to_any_other(
 )
 def test_chunks_are_equal_parts_of_a_shard(shape: tuple[int, ...], most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_orbax_arrays, "_CHUNK_BYTES", most)
-        chunk = _orbax_arrays._chunk_shape(shape, 4)
+        patch.setattr(array_writer, "_CHUNK_BYTES", most)
+        chunk = array_writer._chunk_shape(shape, 4)
     assert all(size % part == 0 for size, part in zip(shape, chunk, strict=True))
     assert np.prod(chunk, dtype=int) * 4 <= max(most, 4)
     if np.prod(shape, dtype=int) * 4 <= most:
@@ -122,7 +132,7 @@ def test_chunks_are_equal_parts_of_a_shard(shape: tuple[int, ...], most: int) ->
 
 
 def test_shards_larger_than_a_chunk(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_orbax_arrays, "_CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(array_writer, "_CHUNK_BYTES", 20_000)
     host = random((256, 6, 30))
     array = jax.device_put(host, NamedSharding(mesh, P("fsdp")))
     storage = write(tmp_path, {"array": array, "host": host})
@@ -167,21 +177,20 @@ def test_what_plain_orbax_has_written_is_read(mesh: Mesh, tmp_path: Path) -> Non
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(tmp_path / "item", args=ocp.args.PyTreeSave(arrays))
     wanted = {name: (meta, sharding) for name, meta in metas(arrays).items()}
-    found = _orbax_arrays.read(str(tmp_path / "item"), wanted, Traffic())
+    found = array_reader.read(str(tmp_path / "item"), wanted, Traffic())
     assert {name: bits(array) for name, array in found.items()} == {name: bits(array) for name, array in arrays.items()}
 
 
 def test_what_differs_from_the_manifest_is_refused(tmp_path: Path) -> None:
     storage = write(tmp_path, {"large": random((256, 128)), "small": random((4, 4))})
     for name, shape in (("large", (128, 256)), ("small", (2, 8))):
-        items = {"state": ItemMeta("pytree", {name: LeafMeta(shape, "float32", "jax")})}
+        meta = LeafMeta(shape, "float32", "jax")
         with pytest.raises(
             CorruptCheckpointError, match=rf"{name} is float32\(\d+, \d+\), but the manifest says float"
         ):
-            storage.read(0, items, {"state": {name: None}})
-        items = {"state": ItemMeta("pytree", {"other": LeafMeta(shape, "float32", "jax")})}
+            storage.read(0, {("state", name): meta}, {("state", name): None})
         with pytest.raises(CorruptCheckpointError, match="other is missing from the array data"):
-            storage.read(0, items, {"state": {"other": None}})
+            storage.read(0, {("state", "other"): meta}, {("state", "other"): None})
 
 
 def test_a_missing_chunk_is_not_taken_for_zeros(mesh: Mesh, tmp_path: Path) -> None:
@@ -196,14 +205,15 @@ def test_leaves_are_handed_on_while_others_are_read(
     mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more than `_LOCAL_READ_BYTES` are on their way when a leaf is handed on, and each of them comes once."""
-    monkeypatch.setattr(_orbax_arrays, "_LOCAL_READ_BYTES", 512 << 10)
+    monkeypatch.setattr(array_reader, "_LOCAL_READ_BYTES", 512 << 10)
     arrays = {f"large {index}": random((256, 256)) for index in range(8)} | {"small": random((2, 3))}
     storage = write(tmp_path, arrays)
     asked, handed, ahead = [], [], []
-    parts = _orbax_arrays._parts
-    monkeypatch.setattr(_orbax_arrays, "_parts", lambda *args: asked.append(args[0]) or parts(*args))
+    parts = array_reader._parts
+    monkeypatch.setattr(array_reader, "_parts", lambda *args: asked.append(args[0]) or parts(*args))
 
-    def then(item: str, name: str, array: Any) -> None:
+    def when_read(key: Key, array: Any) -> None:
+        item, name = key
         assert item == "state"
         np.testing.assert_array_equal(np.asarray(array), arrays[name])
         handed.append(name)
@@ -211,27 +221,27 @@ def test_leaves_are_handed_on_while_others_are_read(
 
     targets = {name: NamedSharding(mesh, P("fsdp")) if index % 2 else None for index, name in enumerate(arrays)}
     targets["small"] = None
-    found = storage.read(0, {"state": ItemMeta("pytree", metas(arrays))}, {"state": targets}, then)
+    found = read(storage, targets, when_read=when_read)
     assert handed == ["small", *(name for name in arrays if name != "small")]
-    assert found["state"].keys() == arrays.keys()
+    assert found.keys() == arrays.keys()
     assert max(ahead) == 2
 
 
 def test_memory_is_let_go_leaf_by_leaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last leaf is being read from its device, all but those of the last two batches are gone."""
-    monkeypatch.setattr(_orbax_arrays, "_BATCH_BYTES", 256 << 10)
+    monkeypatch.setattr(array_writer, "_BATCH_BYTES", 256 << 10)
     arrays: dict[str, Any] = {str(index): jnp.full((256, 256), float(index)) for index in range(12)}
     alive = [weakref.ref(array) for array in arrays.values()]
     counts = []
-    chunks = _orbax_arrays._chunks
+    chunks = array_writer._chunks
 
     def counted(array: Any, *shapes: Any) -> Any:
         gc.collect()
         counts.append(sum(ref() is not None for ref in alive))
         return chunks(array, *shapes)
 
-    monkeypatch.setattr(_orbax_arrays, "_chunks", counted)
-    _orbax_arrays.write(str(tmp_path), arrays, Traffic(max_host_bytes=512 << 10))
+    monkeypatch.setattr(array_writer, "_chunks", counted)
+    array_writer.write(str(tmp_path), arrays, Traffic(max_host_bytes=512 << 10))
     assert arrays == {}
     assert counts[0] == 12
     assert counts[-1] <= 4, counts
@@ -239,16 +249,16 @@ def test_memory_is_let_go_leaf_by_leaf(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("most", [1 << 16, 1 << 20])
 def test_host_memory_is_bounded(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_orbax_arrays, "_BATCH_BYTES", most // 2)
-    monkeypatch.setattr(_orbax_arrays, "_CHUNK_BYTES", most // 4)
+    monkeypatch.setattr(array_writer, "_BATCH_BYTES", most // 2)
+    monkeypatch.setattr(array_writer, "_CHUNK_BYTES", most // 4)
     seen = []
-    room_for = _orbax_arrays._Batches._room_for
+    room_for = array_writer._Batches._room_for
 
     def counted(self: Any, nbytes: int) -> None:
         room_for(self, nbytes)
         seen.append(self._open_bytes())
 
-    monkeypatch.setattr(_orbax_arrays._Batches, "_room_for", counted)
+    monkeypatch.setattr(array_writer._Batches, "_room_for", counted)
     arrays = {str(index): random((256, 256)) for index in range(8)}
     storage = write(tmp_path, arrays, Traffic(max_host_bytes=most))
     assert most // 4 < max(seen) <= most
@@ -257,7 +267,7 @@ def test_host_memory_is_bounded(most: int, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_error_on_the_way_leaves_no_step_and_no_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_orbax_arrays, "_BATCH_BYTES", 64 << 10)
+    monkeypatch.setattr(array_writer, "_BATCH_BYTES", 64 << 10)
     calls = []
 
     def failing(self: Any, name: str, array: Any) -> None:
@@ -266,12 +276,12 @@ def test_an_error_on_the_way_leaves_no_step_and_no_transaction(tmp_path: Path, m
             raise OSError("device gone")
         large(self, name, array)
 
-    large = _orbax_arrays._Batches.add_large
-    monkeypatch.setattr(_orbax_arrays._Batches, "add_large", failing)
+    large = array_writer._Batches.add_large
+    monkeypatch.setattr(array_writer._Batches, "add_large", failing)
     arrays = {str(index): random((256, 128)) for index in range(5)}
     with pytest.raises(SaveError, match="OSError: device gone"):
         write(tmp_path, arrays)
-    assert Storage(str(tmp_path)).steps() == []
+    assert open_storage(str(tmp_path)).steps() == []
 
 
 def test_zstd_is_an_option(tmp_path: Path) -> None:

@@ -87,11 +87,11 @@ def _shared_fingerprints(arrays: Mapping[Key, Any], channel: Channel) -> dict[Ke
             [*key, {first: fingerprint.text(sums) for first, sums in parts().items()}] for key, parts in started.items()
         ]
 
-    found = channel.agree("fingerprints", sums_here, _added)
+    found = channel.agree("fingerprints", sums_here, added)
     return {(item, name): text for item, name, text in found}
 
 
-def _added(reports: Sequence[Sequence[Sequence[Any]]]) -> list[list[str]]:
+def added(reports: Sequence[Sequence[Sequence[Any]]]) -> list[list[str]]:
     """Item, name and fingerprint of leaves, from the sums of the parts that the processes have."""
     sums: dict[Key, dict[int, set[str]]] = {}
     for item, name, parts in (leaf for report in reports for leaf in report):

@@ -254,7 +254,7 @@ class _StepWriting:
             def fill(folders: Folders) -> Manifest:
                 announce(folders)
                 parts = self._channel.collect("write", lambda: self._write_part(storage, folders, arrays, own))
-                return _stamped(manifest, parts or [])
+                return stamped(manifest, parts or [])
 
             return storage.write(manifest.step, arrays, fill)
 
@@ -298,7 +298,7 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
+def stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
     """The manifest with the fingerprints that follow from what each process has written."""
     texts: dict[Key, list[str]] = {}
     for part in parts:
