@@ -244,7 +244,7 @@ def test_what_a_process_said_right_before_it_left_counts_too(monkeypatch: pytest
                 world.processes[1].close()
             return super().key_value_dir_get(key)
 
-    monkeypatch.setattr("torchorbax.processes._LOOK_S", 0.05)
+    monkeypatch.setattr("torchorbax._src.distributed.processes._LOOK_S", 0.05)
     channels = (world := World(JustThen(), 2, LONG_S)).channels()
     assert channels[0].gather("write", 0) == [0, 1]
 
@@ -252,7 +252,7 @@ def test_what_a_process_said_right_before_it_left_counts_too(monkeypatch: pytest
 def test_a_process_that_has_failed_takes_part_but_waits_no_longer_than_it_must(
     service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchorbax.processes.LAST_WAIT_S", 0.3)
+    monkeypatch.setattr("torchorbax._src.distributed.processes.LAST_WAIT_S", 0.3)
     channels = (world := three(service)).channels()
     for one in world.processes:
         one.fail("KeyError: 'x'")

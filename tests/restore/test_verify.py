@@ -344,7 +344,7 @@ def test_a_shortage_is_no_damage(error: Exception, run_path: Path, monkeypatch: 
     def fail(*args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("torchorbax._orbax_arrays.read", fail)
+    monkeypatch.setattr("torchorbax._src.storage.array_reader.read", fail)
     with pytest.raises(type(error)):
         resumed(run_path)
     monkeypatch.undo()

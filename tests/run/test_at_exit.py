@@ -244,11 +244,11 @@ def test_every_ending_commits_and_tells_where_the_run_stands(
 def test_a_save_in_flight_of_a_run_that_nobody_has_any_more(fails: bool, tmp_path: Path, run_python: RunPython) -> None:
     program = """
         import gc, sys, threading, numpy as np, torchorbax
-        from torchorbax import _orbax_arrays
+        from torchorbax._src.storage import array_writer
         if sys.argv[2] == "True":
             def write(*args):
                 raise OSError("no more disk")
-            _orbax_arrays.write = write
+            array_writer.write = write
         def save():
             x = {"x": {"a": np.zeros(1 << 24, np.float32)}}
             torchorbax.Checkpointer(sys.argv[1], x, rng=False).save(5)

@@ -48,7 +48,7 @@ def alike(facts: Facts, *keys: str) -> Any:
 
 TRAIN = """
     import torch, torchorbax
-    from torchorbax import _torchax
+    from torchorbax._src.tensors import torchax_tensors
     from tests.helpers.models import RULES, batch_of, loss_fn, seeded
     from tests.helpers.several_state import VALUES, Loader, all_devices, generators, moments, seed, whole
 
@@ -57,7 +57,7 @@ TRAIN = """
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     step = torchorbax.train_step(model, optimizer, loss_fn)
     seed(100 + index)
-    _torchax.set_rng_key(jax.random.key(index))  # torchax's, too: it comes from torch's seed
+    torchax_tensors.set_rng_key(jax.random.key(index))  # torchax's, too: it comes from torch's seed
     loader = Loader(1000 * (index + 1) + count)
 
     def state():
@@ -359,11 +359,12 @@ def test_sigterm_to_one_process_stops_all_with_the_same_step_saved(folder: Path,
 FAILURES = """
     import errno, time
     import torchorbax
-    from torchorbax import Checkpointer, _orbax_arrays
+    from torchorbax import Checkpointer
+    from torchorbax._src.storage import array_writer
     from tests.helpers.several_state import VALUES, outcome, spread
 
     root = sys.argv[1]
-    write = _orbax_arrays.write
+    write = array_writer.write
 
     def opened(name, tree=None, **options):
         options = {"save": None, "keep": None, "rng": False, "barrier_timeout_s": 60, **options}
@@ -419,9 +420,9 @@ FAILURES = """
         run = opened(f"write {who}")
         def fails(*args, **kwargs):
             raise OSError(errno.ENOSPC, "no space left")
-        _orbax_arrays.write = fails if index == who else write
+        array_writer.write = fails if index == who else write
         failed = saved(run, 0)
-        _orbax_arrays.write = write
+        array_writer.write = write
         goes_on(f"write {who}", run, failed)
 
     for who in (0, 1):
@@ -558,7 +559,8 @@ def test_a_path_that_process_0_refuses_is_refused_everywhere(failures: Facts) ->
 
 MID_SAVE = """
     import threading, time
-    from torchorbax import Checkpointer, _orbax_arrays
+    from torchorbax import Checkpointer
+    from torchorbax._src.storage import array_writer
     from tests.helpers.several_state import VALUES, outcome, spread
 
     run = Checkpointer(sys.argv[1], {"state": {"w": spread(VALUES)}}, save=None, rng=False, barrier_timeout_s=5)
@@ -566,12 +568,12 @@ MID_SAVE = """
     run.wait()
     meet("saved")
     if index == 1:
-        write = _orbax_arrays.write
+        write = array_writer.write
         def stuck(*args):
             write(*args)
             tell("in mid-save")
             threading.Event().wait()
-        _orbax_arrays.write = stuck
+        array_writer.write = stuck
 
     def both():
         run.save(1, force=True)
@@ -618,7 +620,8 @@ RESTORE = """
     import pathlib, shutil, warnings
     import numpy as np, torch, torchorbax
     from jax.sharding import PartitionSpec as P
-    from torchorbax import Checkpointer, _orbax_arrays
+    from torchorbax import Checkpointer
+    from torchorbax._src.storage import array_reader
     from tests.helpers.several_state import VALUES, Loader, all_devices, outcome, parts, spread
 
     root = pathlib.Path(sys.argv[1])
@@ -679,7 +682,7 @@ RESTORE = """
     note(mismatch=outcome(run.restore), mismatch_unchanged=told(run, loader) == before)
     run.close()
 
-    read = _orbax_arrays.read
+    read = array_reader.read
     def wrong(folder, leaves, traffic, *then):
         found = read(folder, leaves, traffic, *then)
         if "copied" in found and index == 1:
@@ -687,7 +690,7 @@ RESTORE = """
             shards = [jax.device_put(np.asarray(one.data) + 1, one.device) for one in array.addressable_shards]
             found["copied"] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
         return found
-    _orbax_arrays.read = wrong
+    array_reader.read = wrong
     run, loader = opened("verify", tree(9.0))
     before = told(run, loader)
     note(verify=outcome(run.restore), verify_unchanged=told(run, loader) == before)
@@ -695,7 +698,7 @@ RESTORE = """
     run, loader = opened("verify", tree(9.0), verify=False)
     note(unverified=run.restore())
     run.close()
-    _orbax_arrays.read = read
+    array_reader.read = read
     meet("verified")
 
     def network():
