@@ -37,7 +37,7 @@ class World:
     def __init__(self, service: FakeService, count: int, timeout_s: float) -> None:
         self.processes = [Processes(timeout_s, service, index, count) for index in range(count)]
         for one in self.processes:
-            one._name = "torchorbax/test"  # in one process they would count as several runs
+            one.name = "torchorbax/test"  # in one process they would count as several runs
 
     def channels(self, name: str = "run") -> list[Channel]:
         return [Channel(one, name) for one in self.processes]
@@ -244,7 +244,7 @@ def test_what_a_process_said_right_before_it_left_counts_too(monkeypatch: pytest
                 world.processes[1].close()
             return super().key_value_dir_get(key)
 
-    monkeypatch.setattr("torchorbax._src.distributed.processes._LOOK_S", 0.05)
+    monkeypatch.setattr("torchorbax._src.distributed.channel._POLL_S", 0.05)
     channels = (world := World(JustThen(), 2, LONG_S)).channels()
     assert channels[0].gather("write", 0) == [0, 1]
 
