@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from torchorbax import ConfigError, DeletedArrayError, UnsupportedLeafError, to_jax
 from torchorbax._src.format.manifest import LeafMeta
 from torchorbax._src.save import snapshot
+from torchorbax._src.save import staging as staging_room
 from torchorbax._src.state.item import Captured
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
@@ -210,10 +211,10 @@ def test_nothing_to_save() -> None:
 
 
 def test_staging_is_one_of_four() -> None:
-    assert [snapshot.check_staging(staging) for staging in STAGINGS] == STAGINGS
+    assert [staging_room.check_staging(staging) for staging in STAGINGS] == STAGINGS
     for wrong in ("Device", "", None, "gpu"):
         with pytest.raises(ConfigError, match="staging must be one of 'auto', 'reference', 'device', 'host', not "):
-            snapshot.check_staging(wrong)  # type: ignore[arg-type]
+            staging_room.check_staging(wrong)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------ views and full devices
@@ -271,8 +272,8 @@ def test_what_devices_have_no_room_for_goes_to_the_host(
     full = mesh.devices.flat[5]
     real = type(full).memory_stats
     monkeypatch.setattr(type(full), "memory_stats", lambda self: stats if self is full else real(self))
-    snapshot._loop_peak.cache_clear()
-    snapshot._warn_of_full_devices.cache_clear()
+    staging_room._loop_peak.cache_clear()
+    staging_room._warn_of_full_devices.cache_clear()
     leaves = {str(index): jax.device_put(jnp.full(8 * 4000, index, jnp.int32), sharding) for index in range(4)}
     for _ in range(2):
         taken = by_name(snapshot.take({"state": Captured("pytree", leaves)}, "device"))
@@ -280,8 +281,8 @@ def test_what_devices_have_no_room_for_goes_to_the_host(
         assert {name: bits(array) for name, array in taken.items()} == {name: bits(leaves[name]) for name in leaves}
         stats["peak_bytes_in_use"] = 396_000  # with our own copies
     assert [record.message for record in caplog.records if "no room" in record.message] == [caplog.records[0].message]
-    snapshot._loop_peak.cache_clear()
-    snapshot._warn_of_full_devices.cache_clear()
+    staging_room._loop_peak.cache_clear()
+    staging_room._warn_of_full_devices.cache_clear()
 
 
 def test_a_snapshot_keeps_no_live_array_alive(mesh: Mesh) -> None:
@@ -311,7 +312,7 @@ def test_after_prepare_the_first_snapshot_compiles_and_traces_nothing(
     layout = NamedSharding(mesh, P("fsdp"))
     leaves = {str(at): jax.device_put(np.full((16, 7), at, np.float32), layout) for at in range(21)}
     leaves["large"] = jax.device_put(np.zeros((16, 2048), np.float32), layout)
-    snapshot.prepare({"state": Captured("pytree", leaves)}, "auto")
+    staging_room.prepare({"state": Captured("pytree", leaves)}, "auto")
     for thread in threading.enumerate():
         if thread.name == "torchorbax-prepare":
             thread.join()
@@ -332,7 +333,7 @@ def test_arrays_that_lie_otherwise_in_memory_than_those_prepared_for(size: int) 
     values = np.arange(size * size, dtype=np.float32).reshape(size, size)
     by_rows = jax.device_put(values, jax.devices()[0])
     by_columns = jax.device_put(values, Format(Layout(major_to_minor=(1, 0)), by_rows.sharding))
-    snapshot.prepare({"state": Captured("pytree", {"array": by_rows})}, "device")
+    staging_room.prepare({"state": Captured("pytree", {"array": by_rows})}, "device")
     for thread in threading.enumerate():
         if thread.name == "torchorbax-prepare":
             thread.join()

@@ -104,7 +104,7 @@ LAYOUTS = [P(), P("fsdp"), P(None, "tp"), P("tp", "fsdp"), P(("fsdp", "tp"))]
 def test_any_layout_to_any_other(
     spec: P, whole_bytes: int, mesh_2d: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(array_reader, "_BATCH_BYTES", whole_bytes)
+    monkeypatch.setattr(array_reader, "BATCH_BYTES", whole_bytes)
     host = random((256, 128))
     array = jax.device_put(host, NamedSharding(mesh_2d, spec))
     storage = write(tmp_path, {"large": array, "small": array[:8], "scalar": array[0, 0]})
@@ -123,7 +123,7 @@ def test_any_layout_to_any_other(
 )
 def test_chunks_are_equal_parts_of_a_shard(shape: tuple[int, ...], most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(array_writer, "_CHUNK_BYTES", most)
+        patch.setattr(array_writer, "CHUNK_BYTES", most)
         chunk = array_writer._chunk_shape(shape, 4)
     assert all(size % part == 0 for size, part in zip(shape, chunk, strict=True))
     assert np.prod(chunk, dtype=int) * 4 <= max(most, 4)
@@ -132,7 +132,7 @@ def test_chunks_are_equal_parts_of_a_shard(shape: tuple[int, ...], most: int) ->
 
 
 def test_shards_larger_than_a_chunk(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(array_writer, "_CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(array_writer, "CHUNK_BYTES", 20_000)
     host = random((256, 6, 30))
     array = jax.device_put(host, NamedSharding(mesh, P("fsdp")))
     storage = write(tmp_path, {"array": array, "host": host})
@@ -229,7 +229,7 @@ def test_leaves_are_handed_on_while_others_are_read(
 
 def test_memory_is_let_go_leaf_by_leaf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the last leaf is being read from its device, all but those of the last two batches are gone."""
-    monkeypatch.setattr(array_writer, "_BATCH_BYTES", 256 << 10)
+    monkeypatch.setattr(array_writer, "BATCH_BYTES", 256 << 10)
     arrays: dict[str, Any] = {str(index): jnp.full((256, 256), float(index)) for index in range(12)}
     alive = [weakref.ref(array) for array in arrays.values()]
     counts = []
@@ -249,8 +249,8 @@ def test_memory_is_let_go_leaf_by_leaf(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("most", [1 << 16, 1 << 20])
 def test_host_memory_is_bounded(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(array_writer, "_BATCH_BYTES", most // 2)
-    monkeypatch.setattr(array_writer, "_CHUNK_BYTES", most // 4)
+    monkeypatch.setattr(array_writer, "BATCH_BYTES", most // 2)
+    monkeypatch.setattr(array_writer, "CHUNK_BYTES", most // 4)
     seen = []
     room_for = array_writer._Batches._room_for
 
@@ -267,7 +267,7 @@ def test_host_memory_is_bounded(most: int, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_error_on_the_way_leaves_no_step_and_no_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(array_writer, "_BATCH_BYTES", 64 << 10)
+    monkeypatch.setattr(array_writer, "BATCH_BYTES", 64 << 10)
     calls = []
 
     def failing(self: Any, name: str, array: Any) -> None:
