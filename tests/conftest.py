@@ -78,9 +78,9 @@ def run_python(tmp_path: Path) -> RunPython:
     """Run Python in a new process: `run_python(code or Path, *args, devices=8, timeout=120, check=True)`.
 
     A `str` is code, a `Path` a script. Warnings are errors there, too, unless `warnings` says otherwise. With `check`,
-    an exit code other than 0 fails the test with the program's output.
+    an exit code other than 0 fails the test with the program's output. The process is forked from one that has
+    imported nearly everything; `fresh=True` starts a new interpreter, for programs that are about importing.
     """
-
     return partial(run_program, tmp_path)
 
 

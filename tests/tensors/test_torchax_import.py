@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import textwrap
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ def joined(*parts: str) -> str:
 
 
 PACKAGE = Path(torchorbax.__file__).parent
+
+
+@pytest.fixture
+def run_python(run_python: RunPython) -> RunPython:
+    """In new interpreters, since these tests are about what an import does."""
+    return partial(run_python, fresh=True)
+
 
 HIDE_OPS = """
     import sys, torch._ops
