@@ -47,6 +47,27 @@ hypothesis.settings.load_profile("usual")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SEVERAL_PROCESSES = "several processes"
+"""The group of tests that start several busy processes, which would keep each other waiting."""
+
+LONGEST_FIRST = ("campaigns", "examples", "storage", "run", "helpers")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`-n 2 --dist loadgroup`), modules are kept together, and so are tests of several processes."""
+
+    def module(item: pytest.Item) -> Path:
+        return item.path.relative_to(Path(__file__).parent).with_suffix("")
+
+    order = {folder: place for place, folder in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(module(item).parts[0], len(order)))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            several = "run_processes" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group(SEVERAL_PROCESSES if several else str(module(item))))
+
+
 @pytest.fixture(scope="session")
 def mesh() -> Mesh:
     """Eight devices along 'fsdp'."""
