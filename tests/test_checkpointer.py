@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchorbax import Checkpointer, ConfigError, SaveError, policies, to_jax
 from torchorbax._src.format.manifest import Manifest
-from torchorbax._src.run import checkpointer
+from torchorbax._src.run import tier
 from torchorbax._src.storage.store import Storage
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
@@ -92,7 +92,7 @@ class FakeStorage:
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStorage]:
     fake = FakeStorage("run")
-    monkeypatch.setattr(checkpointer, "Storage", lambda path, traffic: fake)
+    monkeypatch.setattr(tier, "Storage", lambda path, traffic: fake)
     yield fake
     fake.gate.set()
 
