@@ -14,7 +14,14 @@ from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.run import at_exit
 from torchorbax._src.run.loop import StepInput, run_steps
-from torchorbax._src.run.options import RunKeywords, check_save_arguments, run_options, step_number, takes_run_options
+from torchorbax._src.run.options import (
+    RunKeywords,
+    check_save_arguments,
+    rules_of,
+    run_options,
+    step_number,
+    takes_run_options,
+)
 from torchorbax._src.run.preemption import PreemptionNotice
 from torchorbax._src.run.saves import Saves
 from torchorbax._src.run.step_choice import Restorer
@@ -67,8 +74,8 @@ class Checkpointer:
         self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
         self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._saves = Saves(self._tiers, self._items, self._processes, settings)
-        rules = settings.sharding_rules()
-        self._restorer = Restorer(self._items, rules, self._main, self._local, channel, verify=settings.verify)
+        rules, verify = rules_of(settings), settings.verify
+        self._restorer = Restorer(self._items, rules, self._main, self._local, channel, verify=verify)
         # Where the run stands.
         self._given = StepInput()
         self._closed = False

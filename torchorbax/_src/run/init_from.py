@@ -38,11 +38,7 @@ class Params:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
             raise ConfigError(f"params takes one path, not {self.path!r}")
-        self.request()
-
-    def request(self) -> Request:
-        """What is asked of the restore."""
-        return request(self.only, self.strict, self.rename, self.cast)
+        _request(self)
 
 
 def params(
@@ -71,6 +67,10 @@ def params(
     return Params(path, only or "model", strict, rename, cast)
 
 
+def _request(wanted: Params) -> Request:
+    return request(wanted.only, wanted.strict, wanted.rename, wanted.cast)
+
+
 def origin(
     init_from: str | os.PathLike[str] | Params, model: object, wanted: Request
 ) -> tuple[Storage, int | None, Request]:
@@ -85,7 +85,7 @@ def origin(
         ConfigError: there is no checkpoint, or `init_from` is something else, such as both.
     """
     if isinstance(init_from, Params):
-        wanted = dataclasses.replace(init_from.request(), strict=init_from.strict and wanted.strict)
+        wanted = dataclasses.replace(_request(init_from), strict=init_from.strict and wanted.strict)
         if isinstance(model, torch.nn.Module) and (adapted := _adapted_names(model)):
             aliases, adapters = adapted
             wanted.rename = wanted.rename or (lambda name: aliases.get(name, name))

@@ -11,26 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar
 
+from torchorbax import policies
 from torchorbax._src.arrays.sharding_rules import ShardingRules, Shardings
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.save.staging import Staging, check_staging
 from torchorbax._src.storage.traffic import Traffic, traffic
 from torchorbax.errors import ConfigError
-from torchorbax.policies import (
-    ContinuousPolicy,
-    FixedIntervalPolicy,
-    LatestN,
-    NeverPolicy,
-    PreservationPolicy,
-    PreserveAll,
-    SaveDecisionPolicy,
-    TimeIntervalPolicy,
-)
-
-SaveWhen = Literal["continuous"] | int | datetime.timedelta | SaveDecisionPolicy | None
-"""When to save: as soon as the save before is committed, every n steps, at an interval, by a policy, or never."""
-KeepWhich = int | PreservationPolicy | None
-"""Which steps to keep: the newest n, those that a policy preserves, or all."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,8 +59,8 @@ class RunOptions:
         ConfigError: a value that cannot work.
     """
 
-    save: SaveWhen = "continuous"
-    keep: KeepWhich = 3
+    save: Literal["continuous"] | int | datetime.timedelta | policies.SaveDecisionPolicy | None = "continuous"
+    keep: int | policies.PreservationPolicy | None = 3
     shardings: Shardings | None = None
     staging: Staging = "auto"
     rng: bool = True
@@ -87,8 +73,8 @@ class RunOptions:
     storage_timeout_s: float = 300.0
     barrier_timeout_s: float = 600.0
     local: str | os.PathLike[str] | None = None
-    local_save: SaveWhen = "continuous"
-    local_keep: KeepWhich = 2
+    local_save: Literal["continuous"] | int | datetime.timedelta | policies.SaveDecisionPolicy | None = "continuous"
+    local_keep: int | policies.PreservationPolicy | None = 2
 
     def __post_init__(self) -> None:
         Processes(self.barrier_timeout_s, index=0, count=1)  # raises if the limit cannot work
@@ -97,27 +83,17 @@ class RunOptions:
         save_policy(self.local_save)
         preservation_policy(self.local_keep)
         check_staging(self.staging)
-        self.sharding_rules()
-        self.traffic()
+        rules_of(self)
+        traffic_of(self)
         if self.local is not None and "://" in os.fspath(self.local):
             raise ConfigError(f"local must be a folder on each host, not {os.fspath(self.local)}")
-
-    def sharding_rules(self) -> ShardingRules | None:
-        """Where restored values go; None leaves them where the live tensors are."""
-        return None if self.shardings is None else ShardingRules(self.shardings)
-
-    def traffic(self) -> Traffic:
-        """How arrays travel between host memory and storage."""
-        return traffic(
-            self.compression, self.max_host_bytes, self.replicas, self.single_replica_restore, self.storage_timeout_s
-        )
 
 
 class RunKeywords(TypedDict, total=False):
     """The same names and types for type checkers and editors, which cannot read them off a dataclass."""
 
-    save: SaveWhen
-    keep: KeepWhich
+    save: Literal["continuous"] | int | datetime.timedelta | policies.SaveDecisionPolicy | None
+    keep: int | policies.PreservationPolicy | None
     shardings: Shardings | None
     staging: Staging
     rng: bool
@@ -130,8 +106,8 @@ class RunKeywords(TypedDict, total=False):
     storage_timeout_s: float
     barrier_timeout_s: float
     local: str | os.PathLike[str] | None
-    local_save: SaveWhen
-    local_keep: KeepWhich
+    local_save: Literal["continuous"] | int | datetime.timedelta | policies.SaveDecisionPolicy | None
+    local_keep: int | policies.PreservationPolicy | None
 
 
 def takes_run_options(function: F) -> F:
@@ -159,6 +135,22 @@ def run_options(function: Callable[..., object], keywords: RunKeywords) -> RunOp
     return RunOptions(**keywords)
 
 
+def rules_of(options: RunOptions) -> ShardingRules | None:
+    """Where restored values go; None leaves them where the live tensors are."""
+    return None if options.shardings is None else ShardingRules(options.shardings)
+
+
+def traffic_of(options: RunOptions) -> Traffic:
+    """How arrays travel between host memory and storage."""
+    return traffic(
+        options.compression,
+        options.max_host_bytes,
+        options.replicas,
+        options.single_replica_restore,
+        options.storage_timeout_s,
+    )
+
+
 def step_number(step: Any) -> int:
     """`step` as an int. Whatever can be an index is accepted, such as numpy's integers.
 
@@ -180,7 +172,7 @@ def check_save_arguments(state: object, metrics: object) -> None:
         raise ConfigError("save takes state= and metrics= as mappings by name")
 
 
-def save_policy(save: Any) -> SaveDecisionPolicy:
+def save_policy(save: Any) -> policies.SaveDecisionPolicy:
     """The policy that `save=` stands for: `"continuous"`, a number of steps, a timedelta, None (never), or a policy
     itself.
 
@@ -188,13 +180,13 @@ def save_policy(save: Any) -> SaveDecisionPolicy:
         ConfigError: none of these.
     """
     if save == "continuous":
-        return ContinuousPolicy()
+        return policies.ContinuousPolicy()
     if save is None:
-        return NeverPolicy()
+        return policies.NeverPolicy()
     if isinstance(save, int) and not isinstance(save, bool) and save > 0:
-        return FixedIntervalPolicy(save)
+        return policies.FixedIntervalPolicy(save)
     if isinstance(save, datetime.timedelta) and save > datetime.timedelta(0):
-        return TimeIntervalPolicy(save)
+        return policies.TimeIntervalPolicy(save)
     if callable(getattr(save, "should_save", None)) and not isinstance(save, type):
         return save
     raise ConfigError(
@@ -203,16 +195,16 @@ def save_policy(save: Any) -> SaveDecisionPolicy:
     )
 
 
-def preservation_policy(keep: Any) -> PreservationPolicy:
+def preservation_policy(keep: Any) -> policies.PreservationPolicy:
     """The policy that `keep=` stands for: the number of newest steps, None (all), or a policy itself.
 
     Raises:
         ConfigError: none of these.
     """
     if keep is None:
-        return PreserveAll()
+        return policies.PreserveAll()
     if isinstance(keep, int) and not isinstance(keep, bool) and keep > 0:
-        return LatestN(keep)
+        return policies.LatestN(keep)
     if callable(getattr(keep, "should_preserve", None)) and not isinstance(keep, type):
         return keep
     raise ConfigError(f"keep must be a positive number of steps, None (all) or a preservation policy, not {keep!r}")

@@ -17,7 +17,7 @@ from torchorbax._src.format import manifest
 from torchorbax._src.restore.in_place import Restored
 from torchorbax._src.run import at_exit
 from torchorbax._src.run.background_save import BackgroundSaver
-from torchorbax._src.run.options import RunOptions, preservation_policy, save_policy
+from torchorbax._src.run.options import RunOptions, preservation_policy, save_policy, traffic_of
 from torchorbax._src.run.preemption import PreemptionNotice
 from torchorbax._src.run.save_decision import Candidate, Decider
 from torchorbax._src.save import snapshot
@@ -67,7 +67,7 @@ def _open_main(
     notice: PreemptionNotice,
 ) -> Tier:
     """The tier under the run's path, which all processes share."""
-    storage = Storage(path, options.traffic())
+    storage = Storage(path, traffic_of(options))
     at_exit.wait_for_saves(storage.path)
     # All processes must mean the same run.
     mine = [storage.path, sorted(items)]
@@ -92,7 +92,7 @@ def _open_local(
     """The tier in a folder of this process alone, below the one given: several processes may share a machine."""
     processes = channel.processes
     several = processes.count > 1
-    traffic = dataclasses.replace(options.traffic(), alone=True)
+    traffic = dataclasses.replace(traffic_of(options), alone=True)
     storage = Storage(os.path.join(path, f"process_{processes.index}"), traffic)
     channel.attempt("open local", storage.create)
     # Steps are marked with the run, this start of it, and the number of processes. Only parts that all processes have
