@@ -30,7 +30,6 @@ FLOORS = (
 
 EXCEPTIONS: Mapping[tuple[str, str], str] = {
     ("format", "tensors"): "values makes torch tensors itself; it is to be given a function that does",
-    ("distributed", "format"): "the type Json stands in format",
 }
 """Arrows that are not downwards, with the reason."""
 

@@ -18,7 +18,7 @@ import torchorbax
 from torchorbax import errors, policies
 
 from tests import public_signatures
-from tests.conftest import RunPython
+from tests.helpers.programs import RunPython
 
 PUBLIC = {name: getattr(torchorbax, name) for name in torchorbax.__all__}
 OURS = {name: value for name, value in PUBLIC.items() if isinstance(value, type | FunctionType)}
@@ -54,6 +54,11 @@ def test_dir_lists_no_internals_that_imports_leave_behind(run_python: RunPython)
         import torchorbax, torchorbax.errors, torchorbax.__main__, torchorbax._src.run.tier
         assert {name for name in dir(torchorbax) if not name.startswith("__")} == set(torchorbax.__all__)
     """)
+
+
+@pytest.mark.parametrize("name", [*OURS, "policies"])
+def test_everything_public_is_documented(name: str) -> None:
+    assert (PUBLIC[name].__doc__ or "").strip()
 
 
 @pytest.mark.parametrize("name", OURS)

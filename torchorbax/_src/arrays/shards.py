@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 Bounds = tuple[tuple[int, int], ...]
 
 
-def _bounds(index: Iterable[slice], shape: tuple[int, ...]) -> Bounds:
+def bounds_of(index: Iterable[slice], shape: tuple[int, ...]) -> Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 

@@ -25,8 +25,6 @@ LAST_WAIT_S = 30.0
 """How long a process that ends with an exception waits for others."""
 
 _runs = itertools.count()
-_LOOK_S = 1.0
-"""How long to wait before looking whether somebody has left."""
 
 
 class Service(Protocol):

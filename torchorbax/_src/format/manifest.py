@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -15,18 +15,7 @@ from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.format.values import Json, decode
 
 Key = tuple[str, str]
-"""Item and leaf."""
-
-
-def in_base(manifest: Manifest) -> dict[Key, LeafMeta]:
-    """The leaves of a step that lie in the base area."""
-    return {
-        (item, name): leaf
-        for item, meta in manifest.items.items()
-        for name, leaf in meta.leaves.items()
-        if leaf.base is not None
-    }
-
+"""What a leaf is called in a step: the item, and the leaf's name within the item."""
 
 FORMAT = 1
 ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -125,6 +114,16 @@ class Manifest:
     parts: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     origin: str = ""
 
+    @property
+    def leaves(self) -> dict[Key, LeafMeta]:
+        """The leaves of all items."""
+        return leaves_of(self.items)
+
+    @property
+    def frozen_leaves(self) -> dict[Key, LeafMeta]:
+        """The leaves that lie in the run's bases."""
+        return {key: leaf for key, leaf in self.leaves.items() if leaf.base is not None}
+
     def of_base(self, base: int) -> Manifest:
         """What a base of this step says about itself: its leaves, as if it were a step of that number."""
         items = {
@@ -136,13 +135,13 @@ class Manifest:
         }
         return Manifest(base, self.time, {}, {name: item for name, item in items.items() if item.leaves}, self.versions)
 
-    def stamped(self, fingerprints: Mapping[str, Mapping[str, str]]) -> Manifest:
-        """The manifest with these fingerprints, by item and leaf; other leaves have theirs already."""
+    def stamped(self, fingerprints: Mapping[Key, str]) -> Manifest:
+        """The manifest with these fingerprints. Other leaves have theirs already."""
         items = {
             item: replace(
                 meta,
                 leaves={
-                    name: replace(leaf, fingerprint=fingerprints.get(item, {}).get(name, leaf.fingerprint))
+                    name: replace(leaf, fingerprint=fingerprints.get((item, name), leaf.fingerprint))
                     for name, leaf in meta.leaves.items()
                 },
             )
@@ -190,6 +189,20 @@ class Manifest:
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def leaves_of(items: Mapping[str, ItemMeta]) -> dict[Key, LeafMeta]:
+    """The leaves of items, by item and name."""
+    return {(item, name): leaf for item, meta in items.items() for name, leaf in meta.leaves.items()}
+
+
+def by_base(leaves: Mapping[Key, LeafMeta], keys: Iterable[Key]) -> dict[int | None, list[Key]]:
+    """Keys by the base in which their leaves lie. The step itself, None, is always there and comes last."""
+    found: dict[int | None, list[Key]] = {}
+    for key in keys:
+        found.setdefault(leaves[key].base, []).append(key)
+    of_step = found.pop(None, [])
+    return {**found, None: of_step}
 
 
 def digest(content: Json) -> str:

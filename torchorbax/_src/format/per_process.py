@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.fingerprint import fingerprints
 from torchorbax._src.arrays.leaves import Array, is_global
-from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest, digest
+from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest, digest
 from torchorbax._src.format.values import Json
 
 
@@ -58,21 +58,15 @@ class HostItem:
         return {"values": self.values, "leaves": leaves, "shared": self.shared}
 
 
-def host_items(items: Mapping[str, ItemMeta], arrays: Mapping[str, Mapping[str, Array]]) -> dict[str, HostItem]:
+def host_items(items: Mapping[str, ItemMeta], arrays: Mapping[Key, Array]) -> dict[str, HostItem]:
     """What this process has for itself of a snapshot."""
     found = {}
     for item, meta in items.items():
-        own = {name: array for name, array in arrays[item].items() if not is_global(array)}
+        here = {name: arrays[item, name] for name in meta.leaves if (item, name) in arrays}
+        own = {name: array for name, array in here.items() if not is_global(array)}
         metas = {name: leaf for name, leaf in meta.leaves.items() if name in own}
         found[item] = HostItem(meta.values, metas, own, tuple(name for name in meta.leaves if name not in own))
     return found
-
-
-def drop_host_arrays(arrays: Mapping[str, MutableMapping[str, Array]]) -> None:
-    """Leave only what the processes have together."""
-    for one in arrays.values():
-        for name in [name for name, array in one.items() if not is_global(array)]:
-            del one[name]
 
 
 def to_text(items: Mapping[str, HostItem]) -> str:

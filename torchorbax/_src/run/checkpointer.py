@@ -30,7 +30,7 @@ from torchorbax._src.run.tier import open_tiers
 from torchorbax._src.save.save import SaveRecord
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Rename, Request, request
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.storage import Storage
 from torchorbax.errors import ConfigError, Problem, SaveError
 
 _logger = logging.getLogger(__name__)

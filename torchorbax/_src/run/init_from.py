@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from torchorbax._src.state.request import Rename, Request, request
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.opening import open_storage
+from torchorbax._src.storage.storage import Storage
 from torchorbax._src.tensors.live import module_tensors
 from torchorbax.errors import ConfigError
 
@@ -93,10 +94,10 @@ def origin(
         init_from = init_from.path
     # The path is that of a run; or else of a step in the folder above.
     path, step = os.fspath(init_from), None
-    storage = Storage(path)
+    storage = open_storage(path)
     if not storage.steps():
         parent, _, last = storage.path.rstrip("/").rpartition("/")
-        storage = Storage(parent) if last.isdigit() and parent else storage
+        storage = open_storage(parent) if last.isdigit() and parent else storage
         step = int(last) if last.isdigit() else None
         if not storage.steps() or (step is not None and step not in storage.steps()):
             raise ConfigError(f"init_from: there is no checkpoint at {path}; give the folder of a run or of one step")

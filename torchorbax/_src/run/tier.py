@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import logging
 import os
@@ -13,7 +12,6 @@ from collections.abc import Collection, Mapping
 from torchorbax import policies
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
-from torchorbax._src.format import manifest
 from torchorbax._src.restore.in_place import Restored
 from torchorbax._src.run import at_exit
 from torchorbax._src.run.background_save import BackgroundSaver
@@ -27,8 +25,9 @@ from torchorbax._src.save.snapshot import Snapshot
 from torchorbax._src.save.staging import Staging
 from torchorbax._src.save.writer import Writer
 from torchorbax._src.state.item import Captured, Item
+from torchorbax._src.storage.opening import open_storage
 from torchorbax._src.storage.steps import Steps
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.storage import Storage
 from torchorbax.errors import ConfigError
 from torchorbax.policies import SaveDecisionPolicy
 
@@ -67,7 +66,7 @@ def _open_main(
     notice: PreemptionNotice,
 ) -> Tier:
     """The tier under the run's path, which all processes share."""
-    storage = Storage(path, traffic_of(options))
+    storage = open_storage(path, traffic_of(options))
     at_exit.wait_for_saves(storage.path)
     # All processes must mean the same run.
     mine = [storage.path, sorted(items)]
@@ -92,8 +91,7 @@ def _open_local(
     """The tier in a folder of this process alone, below the one given: several processes may share a machine."""
     processes = channel.processes
     several = processes.count > 1
-    traffic = dataclasses.replace(traffic_of(options), alone=True)
-    storage = Storage(os.path.join(path, f"process_{processes.index}"), traffic)
+    storage = open_storage(os.path.join(path, f"process_{processes.index}"), traffic_of(options))
     channel.attempt("open local", storage.create)
     # Steps are marked with the run, this start of it, and the number of processes. Only parts that all processes have
     # saved in the same start make up a whole step.
@@ -198,5 +196,5 @@ class Tier:
         """Remember the frozen arrays that have just been restored from here: they need not be written again."""
         self.steps.know(restored.manifest)
         self.saver.take_committed()  # dropped: it is not about the arrays that are live now
-        in_base = {key: leaf for key, leaf in manifest.in_base(restored.manifest).items() if key in restored.exact}
+        in_base = {key: leaf for key, leaf in restored.manifest.frozen_leaves.items() if key in restored.exact}
         self._frozen.restored({item: items[item].capture() for item in {item for item, _ in in_base}}, in_base)

@@ -8,7 +8,7 @@ and are copied at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -51,11 +51,14 @@ class Snapshot:
         return sum(self.items[item].leaves[name].nbytes for item, name in self._to_write)
 
     @cached_property
-    def arrays(self) -> dict[str, MutableMapping[str, Array]]:
-        """By item and leaf. Whoever takes one out of its item has the only reference to it."""
+    def arrays(self) -> dict[Key, Array]:
+        """The arrays to write. Whoever takes one out has the only reference to it."""
+        staged, self._staged = self._staged, {}
         return {
-            item: {name: _array(self._staged.pop((item, name))) for name in names if (item, name) in self._staged}
+            (item, name): _array(staged.pop((item, name)))
             for item, (_, names, _, _) in self._captured.items()
+            for name in names
+            if (item, name) in staged
         }
 
     @cached_property

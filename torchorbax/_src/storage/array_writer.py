@@ -46,19 +46,19 @@ def is_gathered(array: Array) -> bool:
 # -------------------------------------------------------------------------------------------------------------- write
 
 
-def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> dict[str, Sums]:
+def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic, process: int = 0) -> dict[str, Sums]:
     """Write this process's part of arrays, each taken out of `arrays` as soon as it is written.
 
     Args:
         folder: the item's folder, local or a URI.
         arrays: by name; none is empty. Its caller should hold no other references, so that memory is freed on the way.
         traffic: how.
+        process: the number of this process among those that write. Process 0 writes small arrays and metadata.
 
     Returns:
         By name the sums that make up its fingerprint, of the part that this process has, taken of the same bytes.
     """
     names = list(arrays)
-    process = 0 if traffic.alone else jax.process_index()
     options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.WRITE)
     spec = tensorstore_utils.build_kvstore_tspec(
         folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
@@ -66,7 +66,9 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
     context = context_of(folder, traffic)
     at_once = traffic.max_host_bytes if gcs.is_uri(folder) else _LOCAL_BATCHES * _BATCH_BYTES
     wait_s = longest_wait_s(folder, traffic)
-    out = _Batches(ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s)
+    out = _Batches(
+        ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s, process
+    )
     try:
         with own_context():
             started = _add_small(out, arrays, process)
@@ -151,8 +153,9 @@ class _Batches:
         traffic: Traffic,
         at_once_bytes: int,
         wait_s: float | None,
+        process: int,
     ) -> None:
-        self._is_first = traffic.alone or jax.process_index() == 0
+        self._is_first = process == 0
         self._wait_s = wait_s
         self._database = database
         self._spec = spec

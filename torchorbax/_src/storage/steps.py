@@ -7,8 +7,8 @@ import functools
 import logging
 import math
 
-from torchorbax._src.format.manifest import Manifest, in_base
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.format.manifest import Manifest
+from torchorbax._src.storage.storage import Storage
 from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from torchorbax.policies import PreservationContext, PreservationPolicy
 
@@ -85,6 +85,7 @@ class Steps:
         self._keep = keep
         self._keep_damaged = keep_damaged
         self._damaged: set[int] = set()
+        self._leftovers_removed = False
 
     def mark_damaged(self, step: int) -> None:
         """A step that cannot be restored: it no longer counts, and gives way to a save of the same number."""
@@ -120,7 +121,16 @@ class Steps:
         self.infos.pop(step, None)
 
     def make_way(self, step: int) -> None:
-        """Have a damaged step out of the way: set aside, or deleted if it is not worth keeping."""
+        """Remove what is in the way of a save: leftovers of an interrupted run, and a damaged step of that number.
+
+        The damaged step is set aside, or deleted if damaged steps are not kept.
+        """
+        if not self._leftovers_removed:
+            self._storage.remove_leftovers()
+            self._leftovers_removed = True
+        self._dispose_of_damaged(step)
+
+    def _dispose_of_damaged(self, step: int) -> None:
         if step in self._damaged:
             dispose = self._storage.set_aside if self._keep_damaged else self._storage.delete
             dispose(step)
@@ -130,8 +140,8 @@ class Steps:
         """The newest other step, if its bases are all there."""
         before = [one for one in self.good() if one in self.infos and one != step]
         manifest = self.infos[before[-1]].manifest if before else None
-        bases = self._storage.bases()
-        whole = manifest and all(leaf.base in bases for leaf in in_base(manifest).values())
+        bases = set(self._storage.bases.steps())
+        whole = manifest and all(leaf.base in bases for leaf in manifest.frozen_leaves.values())
         return manifest if whole else None
 
     def retain(self, newest: int) -> list[int]:
@@ -141,7 +151,7 @@ class Steps:
         """
         for step in sorted(self._damaged & set(self._storage.steps())):
             if step < newest or not self._keep_damaged:
-                self.make_way(step)
+                self._dispose_of_damaged(step)
         infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self.good()]
         preserved = self._preserved(infos)
         deleted: list[int] = []
@@ -179,7 +189,7 @@ class Steps:
 
     def _delete_unused_bases(self) -> None:
         """Delete the bases that no step needs; none as long as a step cannot say what it needs."""
-        unused = self._storage.bases()
+        unused = set(self._storage.bases.steps())
         if not unused or self._storage.has_set_aside():
             return  # who repairs a damaged step needs its base
         for step in reversed(self._storage.steps()):  # the newest needs them all, as a rule
@@ -189,6 +199,6 @@ class Steps:
             if manifest is None:
                 _logger.info("%s: step %d is damaged, so no base is deleted", self._storage.path, step)
                 return
-            unused -= {leaf.base for leaf in in_base(manifest).values()}
+            unused -= {leaf.base for leaf in manifest.frozen_leaves.values()}
         for base in sorted(unused):
-            self._storage.delete_base(base)
+            self._storage.bases.delete(base)

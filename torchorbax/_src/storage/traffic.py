@@ -25,7 +25,6 @@ class Traffic:
         max_host_bytes: host memory for copies on their way, per save or restore; one chunk at least (64 MiB).
         all_write: of a part that several devices hold, each writes its share; else the first one writes all of it.
         timeout_s: how long to wait for a URI's storage.
-        alone: whatever other processes there are, this one writes all that is given to it.
         one_reads: what several processes hold is read by the first replica's alone (`torchorbax.replicas`).
     """
 
@@ -34,7 +33,6 @@ class Traffic:
     all_write: bool = False
     one_reads: bool = False
     timeout_s: float = 300.0
-    alone: bool = False
 
 
 def traffic(
