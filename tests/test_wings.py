@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from scripts import wings
 
 SOURCES = {module: path.read_text() for module, path in wings.modules().items()}

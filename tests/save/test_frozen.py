@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchorbax import Checkpointer, CorruptCheckpointError, SaveError, place_, resume, to_jax, train_step, verify
-from torchorbax._src.run import tier
 from torchorbax._src.save import snapshot
 from torchorbax._src.storage.orbax_storage import OrbaxStorage
 
@@ -111,7 +110,7 @@ def test_a_restored_base_is_not_even_copied(tmp_path: Path, monkeypatch: pytest.
         staged.append(taken.nbytes)
         return taken
 
-    monkeypatch.setattr(tier.snapshot, "take", take)  # what a save copies on the device
+    monkeypatch.setattr(snapshot, "take", take)  # what a save copies on the device
     for _ in range(2):
         with resume(model, None, str(tmp_path), save=None, rng=False) as run:
             run.save(run.next_step, force=True)

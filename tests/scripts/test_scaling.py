@@ -117,7 +117,7 @@ def test_sharing_is_that_of_the_program(replicas: int, shape: tuple[int, int]) -
 
 
 def test_constants_are_those_of_the_program() -> None:
-    assert (scaling.CHUNK_BYTES, scaling.FILE_BYTES) == (_orbax_arrays._CHUNK_BYTES, _orbax_arrays._BATCH_BYTES)
+    assert (scaling.CHUNK_BYTES, scaling.FILE_BYTES) == (_orbax_arrays.CHUNK_BYTES, _orbax_arrays.BATCH_BYTES)
     defaults = inspect.signature(torchorbax.Checkpointer).parameters
     assert (
         defaults["max_host_bytes"].default,

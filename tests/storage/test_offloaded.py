@@ -165,7 +165,7 @@ def test_several_processes(tmp_path: Path, run_processes: RunProcesses) -> None:
 
 
 def test_parts_larger_than_a_chunk(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_orbax_arrays, "_CHUNK_BYTES", 16 << 10)
+    monkeypatch.setattr(_orbax_arrays, "CHUNK_BYTES", 16 << 10)
     saved = arrays_in("pinned_host", mesh)
     with Checkpointer(str(tmp_path), {"state": saved}, staging="reference") as run:
         run.save(1)

@@ -21,7 +21,7 @@ from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import describe
 from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta
 from torchorbax._src.save.frozen import NEW_BASE, Identities, Look
-from torchorbax._src.save.staging import Staging, _array, _stage, _Staged
+from torchorbax._src.save.staging import Staged, Staging, as_array, stage
 from torchorbax._src.state.item import Captured
 from torchorbax._src.tensors.live import host_copy, live_array, live_dtype, raise_if_deleted
 
@@ -36,7 +36,7 @@ class Snapshot:
     """
 
     def __init__(
-        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, _Staged], look: Look
+        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, Staged], look: Look
     ) -> None:
         self.identities: Identities = look.identities
         self._frozen = look.known
@@ -55,7 +55,7 @@ class Snapshot:
         """The arrays to write. Whoever takes one out has the only reference to it."""
         staged, self._staged = self._staged, {}
         return {
-            (item, name): _array(staged.pop((item, name)))
+            (item, name): as_array(staged.pop((item, name)))
             for item, (_, names, _, _) in self._captured.items()
             for name in names
             if (item, name) in staged
@@ -109,7 +109,7 @@ def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None =
         raise
     if gone:
         raise_if_deleted(_named(leaves))
-    staged = _stage(on_device, staging)
+    staged = stage(on_device, staging)
     for key, array in held.items():
         if not isinstance(array, jax.Array):
             staged[key] = host_copy(array)

@@ -22,8 +22,8 @@ from torchorbax._src.arrays.shards import place
 from torchorbax._src.arrays.stacks import GATHERED_BYTES
 from torchorbax._src.format.manifest import LeafMeta
 from torchorbax._src.storage import gcs
-from torchorbax._src.storage.traffic import _BATCH_BYTES, Traffic
-from torchorbax._src.storage.zarr import Index, _first_chunk, _zarray, context_of, longest_wait_s
+from torchorbax._src.storage.traffic import BATCH_BYTES, Traffic
+from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
 
 _LOCAL_READ_BYTES = 32 << 20
 """What is read at once from a local disk: it keeps the disk busy, and a restore needs some multiple of it."""
@@ -70,7 +70,7 @@ def read(
         if then is not None:
             then(name, array)
     large = {name: one for name, one in wanted.items() if name not in found}
-    most_bytes = min(_BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2)
+    most_bytes = min(BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2)
     for name, array in _read_large(spec, context, large, traffic, most_bytes, wait_s):
         found[name] = array
         if then is not None:
@@ -98,13 +98,13 @@ def _read_small(
 ) -> dict[str, Array | FirstReplica]:
     """Those leaves that are one plain key each; without what lies otherwise, which `_read_large` takes."""
     asked = {
-        name: (database.read(f"{name}/.zarray"), database.read(f"{name}/{_first_chunk(len(meta.shape))}"))
+        name: (database.read(f"{name}/.zarray"), database.read(f"{name}/{first_chunk(len(meta.shape))}"))
         for name, (meta, _) in wanted.items()
     }
     on_host: dict[str, np.ndarray] = {}
     for name, (zarray, chunk) in asked.items():
         meta = wanted[name][0]
-        expected = json.loads(_zarray(BY_NAME[meta.dtype], meta.shape, meta.shape, False))
+        expected = json.loads(zarr_metadata(BY_NAME[meta.dtype], meta.shape, meta.shape, False))
         raw = chunk.result(wait_s).value
         if (
             len(raw) == meta.nbytes
@@ -195,9 +195,7 @@ class _Part:
 
 def _parts(meta: LeafMeta, target: Sharding | None, traffic: Traffic) -> list[_Part]:
     """Everything at once if it is all for here and not too large, so that no chunk is read twice; else by shards."""
-    if target is None or (
-        target.is_fully_addressable and meta.nbytes <= min(_BATCH_BYTES, traffic.max_host_bytes // 4)
-    ):
+    if target is None or (target.is_fully_addressable and meta.nbytes <= min(BATCH_BYTES, traffic.max_host_bytes // 4)):
         return [_Part((slice(None),) * len(meta.shape), (), meta.nbytes)]
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in _devices(meta, target, traffic).items():

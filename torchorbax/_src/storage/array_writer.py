@@ -27,8 +27,8 @@ from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.shards import HostShards, is_on_device, shards
 from torchorbax._src.arrays.stacks import GATHERED_BYTES, Stack, alike, can_be_stacked, in_programs
 from torchorbax._src.storage import gcs
-from torchorbax._src.storage.traffic import _BATCH_BYTES, _CHUNK_BYTES, Traffic
-from torchorbax._src.storage.zarr import Index, _first_chunk, _zarray, context_of, longest_wait_s
+from torchorbax._src.storage.traffic import BATCH_BYTES, CHUNK_BYTES, Traffic
+from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
 
 _STACKED = 64
 """So many small leaves alike are worth a program, which has to be compiled; no loop waits for fewer, one by one."""
@@ -64,7 +64,7 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic, pro
         folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
     )
     context = context_of(folder, traffic)
-    at_once = traffic.max_host_bytes if gcs.is_uri(folder) else _LOCAL_BATCHES * _BATCH_BYTES
+    at_once = traffic.max_host_bytes if gcs.is_uri(folder) else _LOCAL_BATCHES * BATCH_BYTES
     wait_s = longest_wait_s(folder, traffic)
     out = _Batches(
         ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s, process
@@ -161,7 +161,7 @@ class _Batches:
         self._spec = spec
         self._context = context
         self._traffic = traffic
-        self._batch_bytes = min(_BATCH_BYTES, traffic.max_host_bytes // 2)
+        self._batch_bytes = min(BATCH_BYTES, traffic.max_host_bytes // 2)
         self._most_bytes = min(traffic.max_host_bytes, at_once_bytes)
         self._committing: deque[_Batch] = deque()
         self._batch = self._new()
@@ -170,14 +170,14 @@ class _Batches:
         """One key with all of an array, uncompressed."""
         self._room_for(array.nbytes)
         database = self._database.with_transaction(self._batch.transaction)
-        database[f"{name}/.zarray"] = _zarray(array.dtype, array.shape, array.shape, False)
-        database[f"{name}/{_first_chunk(array.ndim)}"] = array.tobytes()
+        database[f"{name}/.zarray"] = zarr_metadata(array.dtype, array.shape, array.shape, False)
+        database[f"{name}/{first_chunk(array.ndim)}"] = array.tobytes()
 
     def add_large(self, name: str, array: Array) -> None:
         """A chunk or more for each distinct shard that this process has."""
         shares = _shares(array) if self._traffic.all_write else 1
         chunks = _chunk_shape(_share_shape(array, shares), array.dtype.itemsize)
-        zarray = _zarray(array.dtype, array.shape, chunks, self._traffic.compressed)
+        zarray = zarr_metadata(array.dtype, array.shape, chunks, self._traffic.compressed)
         spec = {"driver": "zarr", "kvstore": {**self._spec, "path": f"{name}/"}, "metadata": json.loads(zarray)}
         # A chunk of zeros is data as well; Orbax, too, says in its metadata that such chunks are stored.
         spec["store_data_equal_to_fill_value"] = True
@@ -257,7 +257,7 @@ def _chunks(array: Any, chunks: tuple[int, ...], shares: int = 1) -> Iterator[tu
         return
     held = [shard for shard in shards(array) if shard.replica_id < shares]
     share = _share_shape(array, shares)
-    if math.prod(chunks) * array.dtype.itemsize * len(held) <= _CHUNK_BYTES and not _is_on_host(array):
+    if math.prod(chunks) * array.dtype.itemsize * len(held) <= CHUNK_BYTES and not _is_on_host(array):
         array.copy_to_host_async()
     for shard in held:
         data = shard.data if is_on_device(array.sharding) else np.asarray(shard.data)
@@ -296,10 +296,10 @@ def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> list[Index]:
 
 
 def _chunk_shape(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of a shard, cut along its leading axes into equal parts of at most `_CHUNK_BYTES`."""
+    """The shape of a shard, cut along its leading axes into equal parts of at most `CHUNK_BYTES`."""
     chunk = list(shard)
     for axis, size in enumerate(shard):
-        least = math.ceil(math.prod(chunk) * itemsize / _CHUNK_BYTES)
+        least = math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES)
         if least > 1:
             chunk[axis] = next((size // parts for parts in range(least, size) if size % parts == 0), 1)
     return tuple(chunk)

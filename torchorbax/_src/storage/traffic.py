@@ -9,10 +9,10 @@ from torchorbax.errors import ConfigError
 _LONGEST_TIMEOUT_S = 86_400
 
 
-_CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20
 """The largest chunk: what is read at least for any part of it, and held in host memory at most for each."""
-LEAST_HOST_BYTES = _CHUNK_BYTES
-_BATCH_BYTES = 128 << 20
+LEAST_HOST_BYTES = CHUNK_BYTES
+BATCH_BYTES = 128 << 20
 """What goes into one data file: large enough for object storage, small enough to let memory go early."""
 
 

@@ -27,19 +27,19 @@ def longest_wait_s(folder: str, traffic: Traffic) -> float | None:
     return traffic.timeout_s if gcs.is_uri(folder) else None
 
 
-def _first_chunk(ndim: int) -> str:
+def first_chunk(ndim: int) -> str:
     return ".".join(["0"] * max(ndim, 1))
 
 
-def _zarray(dtype: np.dtype, shape: tuple[int, ...], chunks: tuple[int, ...], compressed: bool) -> bytes:
+def zarr_metadata(dtype: np.dtype, shape: tuple[int, ...], chunks: tuple[int, ...], compressed: bool) -> bytes:
     """The zarr v2 metadata of an array."""
-    content = {**_zarray_of(str(dtype)), "shape": shape, "chunks": chunks}
+    content = {**_metadata_of(str(dtype)), "shape": shape, "chunks": chunks}
     content["compressor"] = {"id": "zstd", "level": 1} if compressed else None
     return json.dumps(content).encode()
 
 
 @functools.cache
-def _zarray_of(dtype: str) -> dict[str, Any]:
+def _metadata_of(dtype: str) -> dict[str, Any]:
     """What TensorStore writes for a dtype: zarr has no names for bfloat16 and the like."""
     database = ts.KvStore.open("memory://").result()
     spec = {"driver": "zarr", "kvstore": "memory://", "dtype": dtype, "metadata": {"shape": [1], "chunks": [1]}}

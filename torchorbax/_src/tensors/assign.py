@@ -13,16 +13,16 @@ import torch
 from torchorbax._src.arrays.leaves import Array, place_like
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import (
-    _named_leaves,
-    _overwrite,
-    _unshared,
     array_in,
     device_dtype,
     live_array,
     live_dtype,
     module_tensors,
+    named_leaves,
+    overwrite,
     raise_if_deleted,
     settle,
+    unshared,
 )
 from torchorbax.errors import MismatchError, Problem, UnsupportedLeafError
 
@@ -58,9 +58,9 @@ def assign_(live: Live, arrays: Any) -> Live:
         UnsupportedLeafError: a raw array in an immutable container, or a dtype that a jax device cannot hold.
     """
     targets: Any = dict(module_tensors(live)) if isinstance(live, torch.nn.Module) else live
-    raise_if_deleted(_named_leaves(arrays))
+    raise_if_deleted(named_leaves(arrays))
     raise_if_deleted(
-        {name: leaf for name, leaf in _named_leaves(targets).items() if isinstance(leaf, torchax_tensors.View)}
+        {name: leaf for name, leaf in named_leaves(targets).items() if isinstance(leaf, torchax_tensors.View)}
     )
     writes: list[Write] = []
     problems: list[Problem] = []
@@ -135,14 +135,14 @@ def _plan_writes(
             _plan_writes(f"{join}{index}", one, new, put, writes, problems)
     elif isinstance(live, np.ndarray):
         if (checked := _checked(name, live.shape, live.dtype, value, problems)) is not None:
-            writes.append(lambda undo: _overwrite(live, np.asarray(checked), undo))
+            writes.append(lambda undo: overwrite(live, np.asarray(checked), undo))
     elif replace is None:
         raise UnsupportedLeafError(
             name, f"a {type(live).__name__} in an immutable container cannot be replaced in place"
         )
     elif isinstance(live, jax.Array):
         if (checked := _checked(name, live.shape, live.dtype, value, problems)) is not None:
-            writes.append(lambda undo: _replace(replace, live, place_like(_unshared(checked), live), undo))
+            writes.append(lambda undo: _replace(replace, live, place_like(unshared(checked), live), undo))
     else:
         writes.append(lambda undo: _replace(replace, live, value, undo))
 
@@ -180,10 +180,10 @@ def _checked(name: str, shape: tuple[int, ...], dtype: np.dtype, value: Any, pro
 
 def _placed_like(array: Array, live: torch.Tensor) -> Array:
     if isinstance(live, torchax_tensors.Tensor):
-        return place_like(_unshared(array), torchax_tensors.array_of(live))
+        return place_like(unshared(array), torchax_tensors.array_of(live))
     if not (live.is_meta or isinstance(live, torchax_tensors.View)):
         return np.asarray(array).astype(live_dtype(live), copy=False)  # widens what `device_dtype` narrowed
-    placed: jax.Array = jax.device_put(_unshared(array))
+    placed: jax.Array = jax.device_put(unshared(array))
     return placed
 
 

@@ -11,7 +11,7 @@ import torch
 from torchorbax._src.arrays.dtypes import fits_on_device
 from torchorbax._src.arrays.leaves import ARRAY_TYPES, leaf_name
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.tensors.live import _named_leaves, host_copy, live_array, module_tensors, raise_if_deleted
+from torchorbax._src.tensors.live import host_copy, live_array, module_tensors, named_leaves, raise_if_deleted
 from torchorbax.errors import UnsupportedLeafError
 
 # ---------------------------------------------------------------------------------------------------- live -> arrays
@@ -45,10 +45,10 @@ def to_jax(tree: Any) -> Any:
         ]
         deleted = any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
     except RuntimeError:  # a view of an array that has been deleted
-        raise_if_deleted(_named_leaves(tree))
+        raise_if_deleted(named_leaves(tree))
         raise
     if deleted:
-        raise_if_deleted(_named_leaves(tree))
+        raise_if_deleted(named_leaves(tree))
     return jax.tree.unflatten(structure, arrays)
 
 

@@ -23,7 +23,7 @@ def module_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
             yield name, value
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
@@ -116,7 +116,7 @@ def device_dtype(name: str, dtype: np.dtype, values: np.ndarray | torch.Tensor |
     return np.dtype(np.int32)
 
 
-def _unshared(array: Array) -> Array:
+def unshared(array: Array) -> Array:
     """`array` in memory that nobody else can change: JAX's CPU backend takes numpy's as it is where it can."""
     return array if isinstance(array, jax.Array) else host_copy(array)
 
@@ -131,7 +131,7 @@ def settle(live: torch.Tensor, array: Array, undo: ExitStack) -> None:
         ConfigError: torch cannot turn this tensor into another.
     """
     if not isinstance(array, jax.Array):
-        _overwrite(live, array, undo)
+        overwrite(live, array, undo)
     elif torchax_tensors.is_torchax(live):
         undo.callback(torchax_tensors.set_array, live, torchax_tensors.array_of(live))
         torchax_tensors.set_array(live, array)
@@ -146,7 +146,7 @@ def settle(live: torch.Tensor, array: Array, undo: ExitStack) -> None:
         undo.callback(torch.utils.swap_tensors, live, before)
 
 
-def _overwrite(live: np.ndarray | torch.Tensor, array: np.ndarray, undo: ExitStack) -> None:
+def overwrite(live: np.ndarray | torch.Tensor, array: np.ndarray, undo: ExitStack) -> None:
     if isinstance(live, np.ndarray):
         undo.callback(np.copyto, live, live.copy())
         np.copyto(live, array)
