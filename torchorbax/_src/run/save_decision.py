@@ -13,7 +13,7 @@ import datetime
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
@@ -38,6 +38,24 @@ _MOST_CALLS = 16
 _ROUNDS_KEPT = 256
 """Messages after which process 0 waits until all processes have read them, and then deletes them."""
 _PREEMPTED = "preempted"
+
+
+class _Answer(NamedTuple):
+    """What process 0 publishes. Its fields are JSON values.
+
+    Attributes:
+        due: this step is to be saved.
+        next_call: the call of `due` at which process 0 publishes again.
+        preempted: SIGTERM has arrived in some process.
+        left: processes that have left the run.
+        reason: why they have left.
+    """
+
+    due: bool
+    next_call: int
+    preempted: bool
+    left: tuple[int, ...] = ()
+    reason: str = ""
 
 
 class Decider:
@@ -87,22 +105,23 @@ class Decider:
         if self._notice.received and not self._announced:
             self._processes.tell(_PREEMPTED)
             self._announced = True
-        due, self._next, self._preempted, left, reason = self._channel.first("decide", lambda: self._decision(ask))
-        if left:
-            raise ProcessError(left, "decide", reason)
-        self._tidy()
-        return mine or bool(due)
+        answer = _Answer(*self._channel.first("decide", lambda: self._answer(ask)))
+        self._next, self._preempted = answer.next_call, answer.preempted
+        if answer.left:
+            raise ProcessError(answer.left, "decide", answer.reason)
+        self._delete_old_messages()
+        return mine or bool(answer.due)
 
-    def _decision(self, ask: Callable[[], bool]) -> tuple[bool, int, bool, tuple[int, ...], str]:
-        """What process 0 publishes: save now? the next call that decides; SIGTERM; who has left, and why."""
+    def _answer(self, ask: Callable[[], bool]) -> _Answer:
+        """Ask the policy, in process 0, and look whether SIGTERM has arrived or a process has left."""
         notes = self._processes.told()
         preempted = self._preempted or _PREEMPTED in notes
         due, next_call = not self._everywhere and ask(), self._calls + self._next_lease()
         try:
             self._processes.check_failures("decide", notes)
         except ProcessError as error:
-            return False, next_call, preempted, error.processes, error.reason
-        return due, next_call, preempted, (), ""
+            return _Answer(False, next_call, preempted, error.processes, error.reason)
+        return _Answer(due, next_call, preempted)
 
     def _next_lease(self) -> int:
         """The number of calls that take about `_LEASE_S`, judged by the last ones.
@@ -117,13 +136,14 @@ class Decider:
         self._lease = max(1, min(2 * self._lease, int(_LEASE_S / max(per_call_s, 1e-9)), _MOST_CALLS))
         return self._lease
 
-    def _tidy(self) -> None:
+    def _delete_old_messages(self) -> None:
+        """Once in `_ROUNDS_KEPT` messages, wait until all processes have come here: then they have read them."""
         self._rounds += 1
         if self._rounds % _ROUNDS_KEPT == 0:
             try:
                 self._channel.gather("decide", None)
             except ProcessError as error:  # raised in process 0, which publishes it as its next answer
-                answer = (False, self._calls, self._preempted, error.processes, error.reason)
+                answer = _Answer(False, self._calls, self._preempted, error.processes, error.reason)
                 self._channel.first("decide", lambda: answer)
                 raise
 
