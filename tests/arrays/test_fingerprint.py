@@ -303,7 +303,7 @@ def test_arrays_alike_are_summed_by_one_program(
 def test_the_devices_are_not_made_to_talk(mesh_2d: Mesh) -> None:
     mesh = Mesh(mesh_2d.devices.reshape(-1), (fingerprint.AXIS,))
     with jax.enable_x64(True):
-        places = fingerprint._places(mesh, (16, 4), (2, 4), tuple((2 * shard, 0) for shard in range(8)))
+        places = fingerprint._positions(mesh, (16, 4), (2, 4), tuple((2 * shard, 0) for shard in range(8)))
         lowered = fingerprint._sums_by_shard(mesh).lower([jax.ShapeDtypeStruct((16, 4), np.float32)], *places)
     text = lowered.compile().as_text()
     assert "reduce" in text

@@ -291,7 +291,7 @@ def test_a_long_run_leaves_no_keys_behind(service: FakeService) -> None:
 
     found = deciders.run(range(2_000), lambda index, step: step % 500 == 0, before)
     assert [due for due, _ in found] == [[0, 500, 1000, 1500]] * 2
-    assert most[0] <= deciding._TIDY_ROUNDS + 8
+    assert most[0] <= deciding._ROUNDS_KEPT + 8
 
 
 DECIDE = """

@@ -94,7 +94,7 @@ def test_an_error_of_the_fast_tier_is_told_and_stops_nothing(tmp_path: Path, mon
         def full(*args: Any) -> Any:
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(run._local.storage, "_write", full)  # type: ignore[union-attr]
+        monkeypatch.setattr(run._local.storage, "write", full)  # type: ignore[union-attr]
         run.save(0, {"state": tree(0)})
         with pytest.raises(SaveError, match="process_0: step 0 was not saved: OSError: No space left"):
             run.wait()
@@ -127,7 +127,7 @@ def test_errors_of_both_tiers_are_told_together(tmp_path: Path, monkeypatch: pyt
         raise OSError("No space left on device")
 
     for tier in run._tiers:
-        monkeypatch.setattr(tier.storage, "_write", full)
+        monkeypatch.setattr(tier.storage, "write", full)
     run.save(0, {"state": tree(0)})
     with pytest.raises(SaveError, match="rare: step 0 was not saved") as caught:
         run.close()

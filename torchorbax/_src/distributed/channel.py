@@ -1,4 +1,8 @@
-"""Agreements of all processes, one after another."""
+"""Agreement between all processes: values that they exchange, and actions that succeed in all of them or in none.
+
+Process 0 collects the values of the others, decides, and publishes the result. The values travel through the key-value
+store of the coordination service of `jax.distributed`.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,20 @@ from typing import Any, Generic, TypeVar
 import jax
 
 from torchorbax._src.distributed.failures import Failure, combined, described, rebuilt
-from torchorbax._src.distributed.processes import Processes, Service, answering
+from torchorbax._src.distributed.processes import Processes, Service, as_process_error
 from torchorbax.errors import ProcessError
 
 T = TypeVar("T")
 
 _POLL_S = 1.0
-"""How long to wait for a value before looking whether its process has left the run."""
+"""How long to wait for a value before asking whether its process has left the run."""
 _SHARE_OF_FIRST = 0.8
-"""Process 0 waits this share of the time limit, so that the others hear from it who is missing."""
+"""The share of the time limit that process 0 waits. The others wait longer, so that it can tell them who is missing."""
 
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """What an action has given in this process, or what it has raised."""
+    """What an action has returned in this process, or what it has raised."""
 
     value: T | None = None
     failure: Exception | None = None
@@ -36,30 +40,30 @@ class _Outcome(Generic[T]):
     def of(cls, action: Callable[[], T]) -> _Outcome[T]:
         try:
             return cls(action())
-        except Exception as error:  # raised when the other processes know
+        except Exception as error:  # `result` raises it, after the other processes have been told
             return cls(failure=error)
 
     @property
     def described_failure(self) -> Failure | None:
-        """The failure as the other processes get to know it."""
+        """The failure as JSON, for the other processes; None if there is none."""
         return None if self.failure is None else described(self.failure)
 
     def result(self) -> T:
-        """What the action has given, or the exception that it has raised."""
+        """Return what the action has returned, or raise what it has raised."""
         if self.failure is not None:
             raise self.failure
         return self.value  # type: ignore[return-value]  # a T, which may be None
 
 
 class Channel:
-    """Agreements that all processes make in the same order. What they say to each other is JSON.
+    """A sequence of agreements. All processes make the same calls in the same order; the values are JSON.
 
-    Whatever is agreed on succeeds in all processes, or all of them raise. An exception is raised as it is in the
-    process in which it happened; the others raise what `failures` makes of it.
+    An agreement succeeds in all processes, or all of them raise. The process in which an exception happened raises it
+    unchanged. The other processes raise what the module `failures` makes of it.
 
     Args:
-        processes: all of them.
-        name: tells this channel from others. Every thread that agrees has a channel of its own.
+        processes: the processes of the run.
+        name: the name of this channel, the same in all processes. Each thread needs a channel of its own.
     """
 
     def __init__(self, processes: Processes, name: str) -> None:
@@ -67,20 +71,20 @@ class Channel:
         self._name = f"{processes.name}/{name}"
         self._sequence = ""
         self._counts: Counter[str] = Counter()
-        self._published: list[str] = []  # what process 0 deletes once all processes must have read it
+        self._published: list[str] = []  # keys that process 0 deletes when every process has certainly read them
 
     def begin(self, sequence: object) -> None:
-        """Start a new sequence, which is not disturbed by one that has broken off."""
+        """Start a new sequence of agreements. The keys of a sequence that broke off do not disturb it."""
         self._sequence = f"{sequence}."
         self._counts.clear()
 
-    # Values of one process or all.
+    # Exchanging values.
 
     def gather(self, phase: str, mine: Any) -> list[Any] | None:
-        """The values of all processes at process 0, in order; None elsewhere, at once.
+        """In process 0, the values of all processes in their order. Other processes return None and do not wait.
 
         Raises:
-            ProcessError: some have not come in time, or have left. At process 0.
+            ProcessError: in process 0: some processes have not come in time, or have left.
         """
         if self.processes.count == 1:
             return [mine]
@@ -96,16 +100,17 @@ class Channel:
             except TimeoutError:
                 here = {int(key.rpartition("/")[2]) for key, _ in self._service.key_value_dir_get(prefix)}
                 raise self._late(set(range(1, self.processes.count)) - here, phase) from None
+        # A process reads what is published before it comes here, so the earlier keys are no longer needed.
         for key in (prefix, *self._published):
             self._service.key_value_delete(key)
         self._published.clear()
         return values
 
     def publish(self, phase: str, value: Any = None) -> Any:
-        """The value of process 0, everywhere.
+        """The value of process 0, in all processes.
 
         Raises:
-            ProcessError: it has not come in time, or process 0 has left.
+            ProcessError: process 0 has not come in time, or has left.
         """
         if self.processes.count == 1:
             return value
@@ -119,14 +124,14 @@ class Channel:
         except TimeoutError:
             raise self._late({0}, phase) from None
 
-    # Actions that succeed, or of which all learn why they have not.
+    # Running actions: if one fails, all processes that wait for it learn why.
 
     def collect(self, phase: str, action: Callable[[], T]) -> list[T] | None:
-        """What `action` gives in each process, at process 0, in order; None elsewhere, at once.
+        """Run `action` in every process. In process 0, what each has returned; other processes return None at once.
 
         Raises:
-            Exception: what `action` has raised here.
-            ProcessError, CorruptCheckpointError: it has failed in other processes. At process 0.
+            Exception: what `action` has raised in this process.
+            ProcessError, CorruptCheckpointError: in process 0: it has failed in other processes.
         """
         outcome = _Outcome.of(action)
         reports = self.gather(phase, [outcome.described_failure, outcome.value])
@@ -138,9 +143,9 @@ class Channel:
 
     @contextlib.contextmanager
     def announcing(self, phase: str) -> Iterator[Callable[[Any], None]]:
-        """For process 0: gives a function that announces a value, for which the others wait in `hear`.
+        """In process 0: yields a function that announces a value. The other processes wait for it in `hear`.
 
-        An exception that leaves the `with` block before that is announced instead.
+        If an exception leaves the `with` block before the value is announced, the exception is announced instead.
         """
         announced = False
 
@@ -157,11 +162,11 @@ class Channel:
             raise
 
     def hear(self, phase: str) -> Any:
-        """For the other processes: what process 0 announces.
+        """In the other processes: the value that process 0 announces in `announcing`.
 
         Raises:
-            ProcessError: process 0 has not announced anything in time, or has left; or it has failed.
-            SaveError, CorruptCheckpointError: what process 0 has raised.
+            ProcessError: process 0 has not announced anything in time, has left, or has failed.
+            SaveError, CorruptCheckpointError: process 0 has raised this error.
         """
         announced = self.publish(phase)
         if announced["failure"] is not None:
@@ -169,10 +174,10 @@ class Channel:
         return announced["value"]
 
     def first(self, phase: str, action: Callable[[], T]) -> T:
-        """What `action` gives in process 0, everywhere. It runs in no other process.
+        """Run `action` in process 0 only. What it returns, in all processes.
 
         Raises:
-            Exception: what it has raised, in process 0; elsewhere as `hear`.
+            Exception: in process 0, what `action` has raised; in other processes, as `hear`.
         """
         if not self.processes.is_first:
             heard: T = self.hear(phase)
@@ -183,11 +188,11 @@ class Channel:
         return value
 
     def agree(self, phase: str, action: Callable[[], T], decide: Callable[[list[T]], Any]) -> Any:
-        """What process 0 decides, everywhere, when it knows what `action` gives in each process.
+        """Run `action` in every process, and `decide` with all results in process 0. The decision, in all processes.
 
         Raises:
-            Exception: what `action` has raised here.
-            ProcessError, CorruptCheckpointError, SaveError: it has failed elsewhere, or `decide` has.
+            Exception: what `action` has raised in this process.
+            ProcessError, CorruptCheckpointError, SaveError: `action` has failed in another process, or `decide` has.
         """
         if self.processes.is_first:
             return self.first(phase, lambda: decide(self.collect(phase, action) or []))
@@ -197,39 +202,41 @@ class Channel:
         return decided.result()
 
     def everyone(self, phase: str, mine: T) -> list[T]:
-        """The values of all processes, everywhere, in order.
+        """The values of all processes in their order, in all processes.
 
         Raises:
-            ProcessError: some have not come in time, or have left.
+            ProcessError: some processes have not come in time, or have left.
         """
         values: list[T] = self.agree(phase, lambda: mine, list)
         return values
 
     def attempt(self, phase: str, action: Callable[[], T]) -> T:
-        """What `action` gives here, if it succeeds everywhere. It may be anything, not only JSON.
+        """Run `action` in every process. What it returns in this process, if it succeeds in all; need not be JSON.
 
         Raises:
-            Exception: what `action` has raised here.
-            CorruptCheckpointError: it has failed elsewhere, and wherever it has failed it has found damage.
-            ProcessError: it has failed elsewhere in another way.
+            Exception: what `action` has raised in this process.
+            CorruptCheckpointError: it has failed in other processes, and in all of them because of damage.
+            ProcessError: it has failed in another process for any other reason.
         """
         outcome = _Outcome.of(action)
         own = outcome.described_failure
         failures = self.everyone(phase, own)
-        if own is None or (own["kind"] == "damage" and any(one and one["kind"] != "damage" for one in failures)):
-            _raise_failures(failures, phase)  # what others have met, if it is worse than damage
+        # Damage found here must not hide another failure elsewhere: only damage lets an older step be restored.
+        other_than_damage = any(failure and failure["kind"] != "damage" for failure in failures)
+        if own is None or (own["kind"] == "damage" and other_than_damage):
+            _raise_failures(failures, phase)
         return outcome.result()
 
-    # Keys and waiting.
+    # Keys, and waiting for them.
 
     @property
     def _service(self) -> Service:
         if self.processes.service is None:
-            raise RuntimeError("one process has nobody to talk to")
+            raise RuntimeError("a single process has no coordination service")
         return self.processes.service
 
     def _set(self, key: str, value: Any, phase: str) -> None:
-        with answering(phase):
+        with as_process_error(phase):
             self._service.key_value_set(key, json.dumps(value))
 
     def _next(self, phase: str) -> str:
@@ -237,11 +244,11 @@ class Channel:
         return f"{self._name}/{self._sequence}{phase}.{self._counts[phase]}"
 
     def _wait(self, key: str, process: int, phase: str, deadline: float) -> str:
-        """The value of a key, when its process has set it.
+        """Wait until a process has set a key, and return its value.
 
         Raises:
-            TimeoutError: it has not been set in time.
-            ProcessError: that process has left, or the coordination service does not answer.
+            TimeoutError: the key has not been set in time.
+            ProcessError: the process has left the run, or the coordination service does not answer.
         """
         while True:
             left_s = min(deadline, self.processes.until_s) - time.monotonic()
@@ -250,14 +257,14 @@ class Channel:
             try:
                 self.processes.check_open(process, phase)
             except ProcessError:
-                if (value := self._get(key, phase, 0.001)) is not None:  # it may have set it just before it left
+                if (value := self._get(key, phase, 0.001)) is not None:  # set just before the process left
                     return value
                 raise
             if left_s <= _POLL_S:
                 raise TimeoutError
 
     def _get(self, key: str, phase: str, wait_s: float) -> str | None:
-        with answering(phase):
+        with as_process_error(phase):
             try:
                 return self._service.blocking_key_value_get(key, math.ceil(1000 * wait_s))
             except jax.errors.JaxRuntimeError as error:
@@ -276,7 +283,7 @@ class Channel:
 
 
 def _raise_failures(failures: list[Failure | None], phase: str) -> None:
-    """Raise what the processes have failed with, if any has."""
+    """Raise the exception that stands for these failures, of which there is one entry a process; None is no failure."""
     failed = {process: failure for process, failure in enumerate(failures) if failure is not None}
     if failed:
         raise combined(failed, phase)

@@ -1,7 +1,8 @@
-"""An exception on its way from one process to the others: as JSON, and as the exception that they raise.
+"""How an exception reaches other processes: as JSON, from which they build the exception that they raise.
 
-Errors that say something about the run are the same everywhere: a damaged step, a failed save, processes that are
-missing. Of any other exception the rest learn in which process it was raised, and its text.
+Errors about the run itself (a damaged step, a failed save, missing processes) are raised with the same type and content
+in all processes. For any other exception, the other processes raise a `ProcessError` with its text and the number of
+the process that raised it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from torchorbax.errors import CorruptCheckpointError, ProcessError, SaveError
 
 Failure = dict[str, Any]
-"""JSON: `error`, the text, and `kind` with `about` for errors that are the same everywhere."""
+"""JSON: `error` is the text; `kind`, if not None, an error that all processes raise, and `about` its arguments."""
 
 
 def described(error: Exception) -> Failure:
@@ -52,10 +53,13 @@ def rebuilt(failure: Failure, process: int, phase: str) -> Exception:
 
 
 def combined(failures: Mapping[int, Failure], phase: str) -> Exception:
-    """The exception for what some processes have described, by process: damage if all of them have found damage."""
-    others = {process: failure["error"] for process, failure in failures.items() if failure["kind"] != "damage"}
-    if others:
-        return ProcessError.of_failures(others, phase)
+    """One exception for the failures of some processes, by process.
+
+    It is a `CorruptCheckpointError` only if all of them have found damage.
+    """
+    other_errors = {process: failure["error"] for process, failure in failures.items() if failure["kind"] != "damage"}
+    if other_errors:
+        return ProcessError.of_failures(other_errors, phase)
     found: dict[int, list[str]] = {}
     for process, failure in failures.items():
         for step, reason in failure["about"]["reasons"]:

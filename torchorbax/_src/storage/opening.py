@@ -1,4 +1,4 @@
-"""Which kind of storage a path stands for."""
+"""Opens the storage at a path."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torchorbax._src.storage.traffic import Traffic
 
 
 def open_storage(path: str | os.PathLike[str], traffic: Traffic = Traffic()) -> Storage:  # noqa: B008  # immutable
-    """The storage at a path. Nothing is made, read or asked for yet.
+    """The storage at a path. Nothing is created or read yet.
 
     Args:
-        path: a folder (relative paths are taken from the current folder, now) or a `gs://` URI.
+        path: a folder or a `gs://` URI. A relative path is resolved now, against the current folder.
         traffic: how arrays are written and read.
 
     Raises:
-        ConfigError: the path is none, or its file system needs an extra.
+        ConfigError: the path cannot name a run, or its file system needs an extra of torchorbax.
     """
     return OrbaxStorage(path, traffic)

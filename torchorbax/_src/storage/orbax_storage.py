@@ -1,7 +1,7 @@
-"""Steps as Orbax checkpoints, on a local disk or under gs://.
+"""The storage of a run whose steps are Orbax checkpoints, on a local disk or under gs://.
 
-A step is an ordinary Orbax checkpoint in `CheckpointManager`'s layout: one item per entry of the state, and the JSON
-item `manifest`. Orbax's errors are translated here.
+A step is an ordinary Orbax checkpoint in `CheckpointManager`'s layout: one item for each entry of the state, and the
+JSON item `manifest`. The errors of Orbax, TensorStore and the file system are translated here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import Key, LeafMeta, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage import array_reader, array_writer, gcs, orbax_commit
-from torchorbax._src.storage.run_folder import BASE, COMMITTED, MANIFEST, RunFolder, answered, few
+from torchorbax._src.storage.run_folder import BASE, COMMITTED, MANIFEST, RunFolder, few, with_storage_errors
 from torchorbax._src.storage.storage import Folders
 from torchorbax._src.storage.traffic import Traffic
 from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveError
@@ -39,14 +39,14 @@ _MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
 
 
 class OrbaxStorage(RunFolder):
-    """A run's folder whose steps are written and read; a `Storage`.
+    """A run's folder, and the reading and writing of its steps; a `Storage`.
 
     Args:
-        path: relative paths are taken from the current folder, now.
+        path: a folder or a `gs://` URI. A relative path is resolved now, against the current folder.
         traffic: how arrays are written and read.
 
     Raises:
-        ConfigError: the path is none, or its file system needs an extra.
+        ConfigError: the path cannot name a run, or its file system needs an extra of torchorbax.
     """
 
     def __init__(self, path: str | os.PathLike[str], traffic: Traffic = Traffic()) -> None:  # noqa: B008  # immutable
@@ -55,7 +55,7 @@ class OrbaxStorage(RunFolder):
 
     @functools.cached_property
     def bases(self) -> OrbaxStorage:
-        """Where the run keeps its frozen parameters. One object, which remembers what it has left behind."""
+        """Where the run keeps its frozen parameters. Always the same object, because it remembers failed deletions."""
         return OrbaxStorage(f"{self.path}/{BASE}", self._traffic)
 
     def remove_leftovers(self) -> None:
@@ -80,41 +80,42 @@ class OrbaxStorage(RunFolder):
             raise
         except Exception as error:
             self._remove_failed(step, error)
-            reason = gcs.told(error) if self.is_uri else f"{type(error).__name__}: {error}"
+            reason = gcs.error_line(error) if self.is_uri else f"{type(error).__name__}: {error}"
             raise SaveError(step, self.path, reason) from error
         self._remove_unremoved()
         return manifest
 
     def write_arrays(self, folders: Folders, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Sums]:
-        """Write what one process has of the arrays of a step; see `Storage.write_arrays`."""
+        """Write one process's shards of the arrays of a step; see `Storage.write_arrays`."""
+        # By item. No reference to an array is kept here, so that each is freed as soon as it is written.
         by_item: dict[str, dict[str, Array]] = {}
         sums: dict[Key, Sums] = {}
         for item, name in list(arrays):
             array = arrays.pop((item, name))
             if array.size:
                 by_item.setdefault(item, {})[name] = array
-            else:  # Orbax cannot store it; the manifest says all there is to say
+            else:  # no elements: Orbax cannot store it, and the manifest has its shape and dtype
                 sums[item, name] = fingerprint.start(array)()
             del array
-        for item, one in by_item.items():
-            written = array_writer.write(folders[item], one, self._traffic, process)
+        for item, of_item in by_item.items():
+            written = array_writer.write(folders[item], of_item, self._traffic, process)
             sums |= {(item, name): sums_of_leaf for name, sums_of_leaf in written.items()}
         return sums
 
     def write_process_items(self, folders: Folders, items: Mapping[str, HostItem], process: int) -> str:
-        """Write what one process has for itself; returns the SHA-256 that the manifest has of it."""
+        """Write the file with one process's own state; returns its SHA-256, for the manifest."""
         text = per_process.to_text(items)
         (epath.Path(folders[MANIFEST]) / _process_file(process)).write_text(text)
         return per_process.digest_of(text)
 
     # Reading.
 
-    @answered
+    @with_storage_errors
     def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, dict[str, HostItem]]:
-        """A step as a process finds it, and what that process has of it for itself.
+        """A step from the point of view of one process; see `Source.as_seen_by`.
 
         Raises:
-            CorruptCheckpointError: the process's own file is damaged.
+            CorruptCheckpointError: the file with the process's own state is damaged.
         """
         if str(process) not in manifest.own:
             return manifest, {}
@@ -125,13 +126,13 @@ class OrbaxStorage(RunFolder):
             own = per_process.from_text(text)
             return per_process.as_seen_by(manifest, own), own
 
-    @answered
+    @with_storage_errors
     def manifest(self, step: int) -> Manifest:
-        """What the step says about itself.
+        """The manifest of a step.
 
         Raises:
             CheckpointNotFoundError: there is no such step.
-            CorruptCheckpointError: there is, but its manifest is missing or unreadable.
+            CorruptCheckpointError: the step exists, but its manifest is missing or unreadable.
         """
         folder = self._folder(step)
         if not ((folder / COMMITTED) if self.is_uri else folder).exists():
@@ -144,7 +145,7 @@ class OrbaxStorage(RunFolder):
             return manifest
 
     def _check_whole(self, folder: Any) -> None:
-        """Raise ValueError if the folder is no step of ours, or one with metadata too large to be read."""
+        """Raise ValueError if the folder has no manifest, or metadata that is too large to be read."""
         if not (folder / MANIFEST).exists():
             inside = sorted(entry.name for entry in folder.iterdir())
             if not inside:
@@ -157,7 +158,7 @@ class OrbaxStorage(RunFolder):
             if file.exists() and file.stat().length > _MOST_METADATA_BYTES:
                 raise ValueError(f"{name} has {file.stat().length} bytes; metadata has {_MOST_METADATA_BYTES} at most")
 
-    @answered
+    @with_storage_errors
     def read(
         self,
         step: int,
@@ -190,26 +191,29 @@ class OrbaxStorage(RunFolder):
         targets: Mapping[Key, Sharding | None],
         when_read: Callable[[Key, Any], object] | None,
     ) -> dict[Key, Any]:
+        """Read leaves that the step itself holds, item by item. The error names every item that is damaged."""
         by_item: dict[str, dict[str, Sharding | None]] = {}
         for (item, name), target in targets.items():
             by_item.setdefault(item, {})[name] = target
         arrays: dict[Key, Any] = {}
         reasons = []
-        for item, one in by_item.items():
+        for item, of_item in by_item.items():
             wanted = {
-                name: (leaves[item, name], target) for name, target in one.items() if not leaves[item, name].is_empty
+                name: (leaves[item, name], target)
+                for name, target in of_item.items()
+                if not leaves[item, name].is_empty
             }
             then = None if when_read is None else functools.partial(_called, when_read, item)
             try:
                 read = array_reader.read(f"{self._folder(step)}/{item}", wanted, self._traffic, then) if wanted else {}
             except _CallerError as error:
                 raise error.error from None
-            except Exception as error:  # TensorStore and the file system raise whatever they like on damaged files
+            except Exception as error:  # on damaged files, TensorStore and the file system raise errors of any type
                 if _is_shortage(error) or (self.is_uri and gcs.is_unanswered(error)):
                     raise
-                reasons.append(f"item {item}: {gcs.told(error)}")
+                reasons.append(f"item {item}: {gcs.error_line(error)}")
                 continue
-            for name, target in one.items():
+            for name, target in of_item.items():
                 arrays[item, name] = read[name] if name in read else _empty(leaves[item, name], target)
         if reasons:
             raise CorruptCheckpointError(self.path, {step: "; ".join(reasons)})
@@ -217,18 +221,19 @@ class OrbaxStorage(RunFolder):
 
     @contextmanager
     def _as_corrupt(self, step: int) -> Iterator[None]:
+        """Translate errors into CorruptCheckpointError, except those that say nothing about the step's files."""
         try:
             yield
         except (CheckpointNotFoundError, CorruptCheckpointError):
             raise
-        except Exception as error:  # Orbax, TensorStore and the file system raise whatever they like on damaged files
+        except Exception as error:  # on damaged files, Orbax, TensorStore and the file system raise errors of any type
             if _is_shortage(error) or (self.is_uri and gcs.is_unanswered(error)):
                 raise
-            raise CorruptCheckpointError(self.path, {step: gcs.told(error)}) from error
+            raise CorruptCheckpointError(self.path, {step: gcs.error_line(error)}) from error
 
 
 class _CallerError(Exception):
-    """Carries an error of `when_read`, which says nothing about what is read."""
+    """Carries an error of the caller's `when_read` past the handler for errors of reading."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -242,12 +247,12 @@ def _called(when_read: Callable[[Key, Any], object], item: str, name: str, array
 
 
 def _process_file(process: int) -> str:
-    """The name of the file of a process, beside the manifest."""
+    """The name of the file with a process's own state, in the manifest's folder."""
     return f"process_{process}"
 
 
 def _is_shortage(error: Exception) -> bool:
-    """Is it this process that lacks something, so that the files may be good all the same?"""
+    """Is the reason that this process lacks memory or file descriptors? Then the files may be good."""
     return (
         isinstance(error, MemoryError)
         or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))
@@ -256,5 +261,6 @@ def _is_shortage(error: Exception) -> bool:
 
 
 def _empty(meta: LeafMeta, target: Sharding | None) -> Array:
+    """An array without elements, which is not stored."""
     array = np.empty(meta.shape, BY_NAME[meta.dtype])
     return array if target is None or not fits_on_device(array.dtype) else put(array, target)

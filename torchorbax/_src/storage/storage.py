@@ -1,8 +1,8 @@
-"""What the rest of torchorbax asks of the place where a run is kept.
+"""The protocol of a storage: the place where the steps of a run are kept.
 
-A storage knows nothing of processes, policies or live objects. It holds steps; a step is a manifest and its arrays.
-The frozen parameters of a run are kept apart, in `bases`: a storage of the same kind, whose steps have numbers of their
-own.
+A storage holds steps; a step is a manifest and its arrays. It knows nothing of policies, live objects or the agreement
+of processes. The frozen parameters of a run are kept apart, in its `bases`: a storage of the same kind, whose steps,
+called bases, have numbers of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torchorbax._src.format.manifest import Key, LeafMeta, Manifest
 from torchorbax._src.format.per_process import HostItem
 
 Folders = Mapping[str, str]
-"""Where the items of a step that is being written lie, and its manifest. JSON: other processes write there, too."""
+"""The folders of a step that is being written, by item, and that of its manifest. They are sent to other processes as
+JSON, which write there too."""
 
 
 class Source(Protocol):
@@ -36,18 +37,18 @@ class Source(Protocol):
         """The committed steps in ascending order."""
 
     def manifest(self, step: int) -> Manifest:
-        """What a step says about itself.
+        """The manifest of a step.
 
         Raises:
             CheckpointNotFoundError: there is no such step.
-            CorruptCheckpointError: there is, but its manifest is missing or unreadable.
+            CorruptCheckpointError: the step exists, but its manifest is missing or unreadable.
         """
 
     def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, Mapping[str, HostItem]]:
-        """A step as a process finds it, and what that process has of it for itself.
+        """A step from the point of view of one process: the manifest with that process's own state, and that state.
 
         Raises:
-            CorruptCheckpointError: the process's own file is damaged.
+            CorruptCheckpointError: the file with the process's own state is damaged.
         """
 
     def read(
@@ -57,89 +58,92 @@ class Source(Protocol):
         targets: Mapping[Key, Sharding | None],
         when_read: Callable[[Key, Any], object] | None = None,
     ) -> dict[Key, Any]:
-        """Read leaves of a step. Those of a base are read from `bases`.
+        """Read leaves of a step. Leaves that a base holds are read from `bases`.
 
         Args:
-            step: which.
-            leaves: what the manifest says of at least those that are read.
-            targets: the sharding to read each of them into, or None for a numpy array.
-            when_read: called with each leaf that has data as soon as it is there, while others are still being read.
+            step: the number of the step.
+            leaves: the descriptions in the manifest of at least the leaves that are read.
+            targets: the leaves to read, each with the sharding to read it into, or None for a numpy array.
+            when_read: called with each leaf that has elements as soon as it has been read, while others are still being
+                read.
 
         Returns:
-            `jax.Array`s, numpy arrays, and `FirstReplica`s of what is to be sent on to other devices.
+            A `jax.Array` or numpy array for each leaf; or a `FirstReplica`, which `arrays.broadcast` sends to the other
+            replicas.
 
         Raises:
-            CorruptCheckpointError: something is missing, unreadable, or not what the manifest says.
+            CorruptCheckpointError: a leaf is missing, unreadable, or not what the manifest describes.
         """
 
 
 class Storage(Source, Protocol):
-    """Where a run is kept."""
+    """Where the steps of a run are read and written."""
 
     @property
     def bases(self) -> Storage:
         """Where the run keeps its frozen parameters."""
 
     def create(self) -> None:
-        """Make the place and see that it can be written to.
+        """Create the folder of the run, and check that it can be written to.
 
         Raises:
-            ConfigError: it cannot, or it holds something that is no run.
+            ConfigError: it cannot be written to, or it holds other things than a run.
         """
 
     def check_visible(self) -> None:
-        """Raise ConfigError if what another process has made with `create` cannot be seen in this one."""
+        """Raise ConfigError if this process cannot see what another process has made with `create`."""
 
     def identity(self) -> str:
-        """What tells this run from any other, whatever its path. It is made when it is first asked for."""
+        """A unique name of this run, the same whatever its path. It is made the first time that it is asked for."""
 
     def existing_steps(self) -> list[int]:
-        """The committed steps, of which there must be some.
+        """The committed steps in ascending order, at least one.
 
         Raises:
-            CheckpointNotFoundError: there is none.
+            CheckpointNotFoundError: there is no step.
         """
 
     def write(self, step: int, arrays: Mapping[Key, Array], fill: Callable[[Folders], Manifest]) -> Manifest:
         """Write a step and commit it. When it returns, the step is listed and survives a loss of power.
 
         Args:
-            step: its number.
-            arrays: what is going to be in it. They are described here, and not kept.
-            fill: writes the arrays into the folders, with `write_arrays`, in this process and others. It returns what
-                the step says about itself. When it returns, the step is complete but for its commit.
+            step: the number of the step.
+            arrays: the arrays that `fill` will write. Only their descriptions are used, and no reference is kept.
+            fill: writes the arrays into the folders with `write_arrays`, in this process and in others, and returns the
+                manifest. When it returns, nothing but the manifest and the commit is missing.
 
         Returns:
-            What `fill` has returned.
+            The manifest that `fill` has returned.
 
         Raises:
-            SaveError: anything that went wrong, as `__cause__`. The step is not listed, and what was written of it is
-                removed if it can be.
+            SaveError: the step could not be written; the reason is its `__cause__`. The step is not listed, and what
+            was
+                written of it is removed if possible.
         """
 
     def write_arrays(self, folders: Folders, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Sums]:
-        """Write what one process has of the arrays of a step.
+        """Write one process's shards of the arrays of a step.
 
         Args:
-            folders: where to.
-            arrays: each is taken out, and let go as soon as it is written.
-            process: the number of the process. Process 0 writes small arrays and what describes the arrays.
+            folders: the folders of the step.
+            arrays: the arrays. Each is removed and its memory freed as soon as it is written.
+            process: the number of the process. Process 0 writes small arrays and metadata.
 
         Returns:
-            The sums that make up the fingerprints, of the parts that were written.
+            The sums, for the fingerprints, of the shards that were written.
         """
 
     def write_process_items(self, folders: Folders, items: Mapping[str, HostItem], process: int) -> str:
-        """Write what one process has for itself; returns the SHA-256 that the manifest has of it."""
+        """Write the file with one process's own state; returns its SHA-256, for the manifest."""
 
     def set_aside(self, step: int) -> None:
-        """Rename a damaged step, so that another can take its place and nothing is lost that might be repaired."""
+        """Rename a damaged step, so that its number is free again and it can still be repaired."""
 
     def has_set_aside(self) -> bool:
-        """Is there a damaged step that was renamed?"""
+        """Is there a damaged step that `set_aside` has renamed?"""
 
     def delete(self, step: int) -> None:
-        """Delete a step, so that it is never listed half deleted."""
+        """Delete a step. It is never listed half deleted."""
 
     def remove_leftovers(self) -> None:
         """Delete what interrupted saves and deletions have left behind. Call it before the first save."""
