@@ -97,23 +97,30 @@ class Forked:
             subprocess.TimeoutExpired: it has not ended in time.
         """
         with self._lock:
-            if self.returncode is None:
-                self._server.settimeout(timeout)
-                try:
-                    answer = self._server.recv(32)
-                except (TimeoutError, BlockingIOError):
-                    raise subprocess.TimeoutExpired("the program", timeout or 0) from None
-                self.returncode = int(answer)
-                self._server.close()
-                self._answers.close()
-            return self.returncode
+            if self._look(timeout) is None:
+                raise subprocess.TimeoutExpired("the program", timeout or 0)
+            return self.returncode  # type: ignore[return-value]  # it is known now
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
+        if not self._lock.acquire(blocking=False):
+            return None  # another thread waits for it
         try:
-            return self.wait(0)
-        except subprocess.TimeoutExpired:
-            return None
+            return self._look(0)
+        finally:
+            self._lock.release()
+
+    def _look(self, timeout: float | None) -> int | None:
+        if self.returncode is None:
+            self._server.settimeout(timeout)
+            try:
+                answer = self._server.recv(32)
+            except (TimeoutError, BlockingIOError):
+                return None
+            self.returncode = int(answer)
+            self._answers.close()
+            self._server.close()
+        return self.returncode
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal to the program alone."""

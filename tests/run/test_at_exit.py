@@ -172,9 +172,12 @@ def test_ctrl_c_while_a_save_is_waited_for(where: str, tmp_path: Path, run_pytho
         import os, signal, sys, threading, numpy as np, torchorbax
         from torchorbax._src.storage.orbax_storage import OrbaxStorage
         write, go = OrbaxStorage.write, threading.Event()
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Timer(0.3, go.set).start()
         def slow(*args):
-            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-            go.wait(3)
+            threading.Timer(0.3, interrupt).start()
+            go.wait(60)
             return write(*args)
         OrbaxStorage.write = slow
         with torchorbax.Checkpointer(sys.argv[1], {{"x": {{"a": np.ones(8)}}}}, rng=False, save=None) as run:
