@@ -76,9 +76,7 @@ MOMENTS: dict[str, Moment] = {
     "before reading": Moment(_STORAGE, "read"),
     "after reading": Moment(_STORAGE, "read", after=True),
     "in the restore": Moment("torchorbax._src.tensors.live", "settle"),
-    "while leftovers are removed": Moment(
-        _STORAGE, "remove_leftovers", after=True
-    ),
+    "while leftovers are removed": Moment(_STORAGE, "remove_leftovers", after=True),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,10 +19,15 @@ import jax
 import numpy as np
 import pytest
 import torch
-import torchorbax  # noqa: F401  # makes torchax importable
+import torchorbax  # makes torchax importable
 from jax.sharding import Mesh
+from torchorbax._src.storage import opening
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
+from tests.helpers.coordination import FakeService
+from tests.helpers.damage import state_of_every_dtype
+from tests.helpers.memory_storage import MemoryStorage
+from tests.helpers.models import RULES, batch_of, loss_fn, objects, seeded
 from tests.helpers.programs import RunPython, run_program, with_devices
 from tests.helpers.several import Ended, PortTakenError, Running, RunProcesses
 
@@ -130,3 +136,58 @@ def compilations() -> Iterator[list[str]]:
     jax.config.update("jax_log_compiles", False)
     logger.removeHandler(handler)
     logger.propagate = propagate
+
+
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStorage]:
+    """What every `Checkpointer` of the test finds in place of files."""
+    fake = MemoryStorage()
+    monkeypatch.setattr(opening, "OrbaxStorage", lambda path, traffic: fake)
+    yield fake
+    fake.gate.set()
+
+
+@pytest.fixture
+def trained_run(tmp_path: Path) -> str:
+    """A run with two steps of a small network."""
+    model, optimizer, _ = objects("adamw")
+    step = torchorbax.train_step(model, optimizer, loss_fn)
+    with torchorbax.resume(model, optimizer, str(tmp_path / "saved"), save=None) as run:
+        for i in range(2):
+            step(batch_of(i))
+            run.save(i, force=True)
+    return run.path
+
+
+@pytest.fixture
+def service() -> FakeService:
+    """The coordination service of a test's threads that play processes."""
+    return FakeService()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this module are."""
+    return tmp_path_factory.mktemp("several")
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two steps of a sharded model, an optimizer, and values of every dtype."""
+    path = tmp_path_factory.mktemp("integrity") / "run"
+    mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+    model = seeded()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train_step = torchorbax.train_step(model, optimizer, loss_fn)
+    with torchorbax.resume(
+        model, optimizer, str(path), state=state_of_every_dtype(), save=1, shardings=(mesh, RULES)
+    ) as run:
+        for step in run.steps(2):
+            train_step(batch_of(step))
+    return path
+
+
+@pytest.fixture
+def run_path(saved_run: Path, tmp_path: Path) -> Path:
+    """A copy of `saved_run`, to be damaged."""
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))

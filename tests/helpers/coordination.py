@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from torchorbax._src.distributed.channel import Channel
+from torchorbax._src.distributed.processes import Processes
+from torchorbax.errors import ProcessError
 
 
 class FakeService:
@@ -98,3 +101,49 @@ def contract(service: Any) -> list[Any]:
         lambda: service.blocking_key_value_get("running", 10),
     ]
     return [answer(action) for action in actions]
+
+
+LONG_S = 60.0
+"""More than any test takes: who waits for so long hangs."""
+
+
+class World:
+    """Some processes of one run, each with its own `Processes`."""
+
+    def __init__(self, service: FakeService, count: int, timeout_s: float) -> None:
+        self.processes = [Processes(timeout_s, service, index, count) for index in range(count)]
+        for one in self.processes:
+            one.name = "torchorbax/test"  # in one process they would count as several runs
+
+    def channels(self, name: str = "run") -> list[Channel]:
+        return [Channel(one, name) for one in self.processes]
+
+    def run(self, body: Callable[[int], Any], *, only: tuple[int, ...] | None = None) -> list[Any]:
+        """What `body(index)` gives in each process, or the error that it raises."""
+        results: list[Any] = [None] * len(self.processes)
+
+        def work(index: int) -> None:
+            try:
+                results[index] = body(index)
+            except Exception as error:
+                results[index] = error
+
+        indices = range(len(self.processes)) if only is None else only
+        threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in indices]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG_S / 2)
+            assert not thread.is_alive(), "a process hangs"
+        return results
+
+
+def three(service: FakeService, timeout_s: float = LONG_S) -> World:
+    return World(service, 3, timeout_s)
+
+
+def error_of(result: Any, match: str, processes: tuple[int, ...], phase: str) -> ProcessError:
+    assert isinstance(result, ProcessError), result
+    assert match in str(result)
+    assert (result.processes, result.phase) == (processes, phase)
+    return result

@@ -44,3 +44,31 @@ def run_program(
     if check and done.returncode:
         pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
     return done
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(code: str, *args: object, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            "timeout",
+            "-k",
+            "5",
+            "120",
+            sys.executable,
+            "-c",
+            "\n".join(line[4:] for line in code.splitlines()),
+            *map(str, args),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    """The pid of the Python below `timeout`."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return int(children[0])

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -235,3 +235,17 @@ class Running:
 
 RunProcesses = Callable[..., "list[Ended]"]
 """`run_processes(program, *args, processes=2, devices=4, timeout=120, check=True, heartbeat_s=100, during=None)`"""
+
+Facts = list[dict[str, Any]]
+"""What each process has noted."""
+
+
+def facts_of(ended: Sequence[Ended]) -> Facts:
+    return [one.facts for one in ended]
+
+
+def alike(facts: Facts, *keys: str) -> Any:
+    """What all processes have noted under these keys, which must be the same."""
+    found = [{key: one[key] for key in keys} for one in facts]
+    assert all(one == found[0] for one in found), found
+    return found[0] if len(keys) > 1 else found[0][keys[0]]

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchorbax import Checkpointer, ConfigError, MismatchError, OptaxOptimizer, place_, to_jax
 
+from tests.helpers.fake_runs import weights
+from tests.helpers.models import TiedNet, objects
 from tests.helpers.tensors import bits
 
 
@@ -76,9 +78,6 @@ def everything(*objects: Any) -> list[Any]:
 def saved(tmp_path: Path) -> str:
     torch.manual_seed(1)
     return save(tmp_path / "run", Net())
-
-
-# ----------------------------------------------------------------------------------------------------------- mismatches
 
 
 def test_everything_that_is_wrong_is_said_at_once_and_nothing_is_changed(saved: str) -> None:
@@ -208,9 +207,6 @@ def test_modules_that_cannot_be_restored_say_so(tmp_path: Path) -> None:
         Checkpointer(str(tmp_path), {"model": Derived(2, 2)}).save(0, force=True)
 
 
-# -------------------------------------------------------------------------------------------------------- strict=False
-
-
 @pytest.mark.parametrize("kind", ["torch", "optax"])
 def test_what_fits_is_restored_and_the_rest_is_listed(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -256,9 +252,6 @@ def test_a_strict_restore_clears_the_list(saved: str) -> None:
         assert [problem.item for problem in run.left_out] == ["optimizer"]
         run.restore(only="model")
         assert run.left_out == ()
-
-
-# ---------------------------------------------------------------------------------------------------------------- only
 
 
 @pytest.mark.parametrize(
@@ -336,9 +329,6 @@ def test_slips_of_the_pen(saved: str, options: dict[str, Any], message: str) -> 
     assert everything(model, optimizer) == before
 
 
-# -------------------------------------------------------------------------------------------------------------- rename
-
-
 @pytest.mark.parametrize("kind", ["torch", "optax"])
 @pytest.mark.parametrize(
     "rename",
@@ -383,9 +373,6 @@ def test_prefixes_come_and_go(tmp_path: Path) -> None:
         run.save(2, force=True)
         run.wait()
         run.restore(2, rename={"": "module"})
-
-
-# ---------------------------------------------------------------------------------------------------------------- cast
 
 
 @pytest.mark.parametrize(
@@ -434,3 +421,86 @@ def test_no_cast_between_kinds_of_numbers_and_none_that_loses_integers(tmp_path:
         run.restore(cast=True)
     assert (np.asarray(small["x"]) == 1).all()
     assert small["n"].tolist() == [1, 2]
+
+
+def test_restore_an_older_step(trained_run: str) -> None:
+    model, optimizer, _ = objects("adamw")
+    with torchorbax.resume(model, optimizer, trained_run) as run:
+        newest = bits(model.hidden.weight.detach().numpy())
+        assert run.restore(0) == 0
+        assert bits(model.hidden.weight.detach().numpy()) != newest
+        assert (run.step, run.next_step) == (0, 1)
+        with pytest.raises(torchorbax.CheckpointNotFoundError, match="no step 7 found; steps there: 0, 1") as caught:
+            run.restore(7)
+        assert caught.value.step == 7
+
+
+def test_a_mismatch_lists_everything_and_changes_nothing(trained_run: str) -> None:
+    class Other(TiedNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = nn.Linear(32, 16)
+            self.norm = nn.LayerNorm(32)
+            self.extra = nn.Parameter(torch.zeros(2, dtype=torch.float16))
+            self.head.weight = nn.Parameter(torch.zeros(64, 32))
+
+    model = Other()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    before = {name: bits(value.detach().numpy()) for name, value in model.state_dict().items()}
+    with pytest.raises(torchorbax.MismatchError, match="step 1 does not fit the live objects") as caught:
+        torchorbax.resume(model, optimizer, trained_run)
+    found = {(problem.kind, problem.item, problem.name) for problem in caught.value.problems}
+    assert {
+        ("missing", "model", "extra"),
+        ("unexpected", "model", "norm.running_mean"),
+        ("shape", "model", "hidden.weight"),
+        ("shape", "model", "hidden.bias"),
+        ("ties", "model", "head.weight"),
+        ("missing", "optimizer", "extra"),
+        ("missing", "optimizer", "head.weight"),
+    } <= found
+    assert {name: bits(value.detach().numpy()) for name, value in model.state_dict().items()} == before
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert not optimizer.state
+
+
+def test_items_and_kinds_must_agree(trained_run: str) -> None:
+    model, _, _ = objects("adamw")
+    with pytest.raises(torchorbax.MismatchError, match=r"whole item: found a torch\.optim item, but there is no such"):
+        torchorbax.resume(model, None, trained_run)
+    with pytest.raises(
+        torchorbax.MismatchError,
+        match=r"optimizer: the whole item: placement: expected optax, found a torch\.optim item",
+    ):
+        torchorbax.resume(model, torchorbax.OptaxOptimizer(model, optax.sgd(0.1)), trained_run)
+    with pytest.raises(torchorbax.MismatchError, match="ema: the whole item: expected pytree, but it is missing"):
+        torchorbax.resume(model, torch.optim.AdamW(model.parameters()), trained_run, state={"ema": weights()})
+
+
+def test_dtypes_are_never_cast(trained_run: str) -> None:
+    model = TiedNet().bfloat16()
+    with pytest.raises(torchorbax.MismatchError, match=r"embed\.weight: dtype: expected bfloat16, found float32"):
+        torchorbax.resume(model, torch.optim.AdamW(model.parameters()), trained_run)
+
+
+def test_the_one_widening_that_loses_nothing(trained_run: str) -> None:
+    """Training made BatchNorm's counter int32 on jax; a CPU model has int64."""
+    model, optimizer, _ = objects("adamw")
+    with torchorbax.resume(model, optimizer, trained_run):
+        assert model.norm.num_batches_tracked.dtype == torch.int64
+        assert model.norm.num_batches_tracked.item() == 2
+
+
+def test_an_optimizer_of_another_class_is_a_mismatch(tmp_path: Path) -> None:
+    """Its state and hyperparameters would mean something else, or nothing."""
+    model = nn.Linear(2, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with torchorbax.resume(model, sgd, tmp_path, save=None) as run:
+        run.save(0, force=True)
+    adam = torch.optim.AdamW(model.parameters())
+    with pytest.raises(torchorbax.MismatchError, match="the optimizer: placement: expected a AdamW, found a SGD"):
+        torchorbax.resume(model, adam, tmp_path)
+    assert adam.param_groups[0]["lr"] == 1e-3
+    with torchorbax.resume(model, adam, tmp_path, strict=False) as run:
+        assert [problem.item for problem in run.left_out] == ["optimizer"]
+        assert adam.param_groups[0]["lr"] == 1e-3

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import threading
 import weakref
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,32 +13,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import ConfigError, DeletedArrayError, UnsupportedLeafError, to_jax
+from torchorbax import DeletedArrayError, UnsupportedLeafError, to_jax
 from torchorbax._src.format.manifest import LeafMeta
 from torchorbax._src.save import snapshot
-from torchorbax._src.save import staging as staging_room
 from torchorbax._src.state.item import Captured
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
+from tests.helpers.snapshots import STAGINGS, by_name, donate, nothing_read_from_devices, take
 from tests.helpers.tensors import DTYPES, WIDE, aligned, bits, tensors
-
-STAGINGS = ["auto", "device", "reference", "host"]
-
-
-def take(leaves: Mapping[str, Any], staging: Any = "device") -> Mapping[str, Any]:
-    return by_name(snapshot.take({"state": Captured("pytree", leaves)}, staging))
-
-
-def by_name(taken: snapshot.Snapshot) -> dict[str, Any]:
-    """The arrays of a snapshot of one item."""
-    return {name: array for (_, name), array in taken.arrays.items()}
-
-
-donate = jax.jit(lambda arrays: [~array for array in arrays], donate_argnums=0)
-"""Uses the memory of its arguments (integers) for its results."""
 
 
 @given(leaves=st.lists(tensors([dtype for dtype in DTYPES if dtype not in WIDE]), max_size=4))
@@ -131,19 +112,6 @@ def test_host_memory_is_copied_at_once(staging: str) -> None:
     assert taken["scalar"].shape == ()
 
 
-@contextlib.contextmanager
-def nothing_read_from_devices(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """JAX's own guard does nothing on its CPU backend, where there is no transfer; so values are guarded as well."""
-
-    def read(array: Any) -> Any:
-        raise AssertionError("an array has been read from its device")
-
-    with jax.transfer_guard_device_to_host("disallow"), patch.context() as inner:
-        inner.setattr(type(jnp.zeros(())), "_value", property(read))
-        inner.setattr(type(jnp.zeros(())), "block_until_ready", read)
-        yield
-
-
 @pytest.mark.parametrize("staging", ["auto", "device", "reference"])
 def test_nothing_is_read_from_the_devices(staging: str, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     live = {
@@ -210,81 +178,6 @@ def test_nothing_to_save() -> None:
     assert take({}) == {}
 
 
-def test_staging_is_one_of_four() -> None:
-    assert [staging_room.check_staging(staging) for staging in STAGINGS] == STAGINGS
-    for wrong in ("Device", "", None, "gpu"):
-        with pytest.raises(ConfigError, match="staging must be one of 'auto', 'reference', 'device', 'host', not "):
-            staging_room.check_staging(wrong)  # type: ignore[arg-type]
-
-
-# ------------------------------------------------------------------------------------------ views and full devices
-
-
-def test_large_arrays_on_cpu_devices_are_viewed_not_copied(mesh: Mesh, compilations: list[str]) -> None:
-    """Where a view would wait for what is being computed, and where it costs more than a copy, there is a copy."""
-    sharding = NamedSharding(mesh, P("fsdp"))
-    large = jax.block_until_ready(jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), sharding) + 0)
-    small = jax.block_until_ready(jax.device_put(jnp.arange(64 << 10, dtype=jnp.int32), sharding) + 0)
-    tiny = jax.block_until_ready(jax.device_put(jnp.arange(64, dtype=jnp.int32), sharding) + 0)
-    del compilations[:]
-    expected = bits(large)
-    taken = snapshot.take({"state": Captured("pytree", {"large": large})}, "auto")
-    assert compilations == []
-    memory = {shard.data.unsafe_buffer_pointer() for shard in large.addressable_shards}
-    donate([large])
-    found = taken.arrays["state", "large"]
-    assert {shard.data.unsafe_buffer_pointer() for shard in found.addressable_shards} == memory
-    assert bits(found) == expected
-    assert found.sharding == sharding
-    del compilations[:]
-    snapshot.take({"state": Captured("pytree", {"small": small})}, "auto")
-    assert compilations == ["_copy"]
-    del compilations[:]
-    snapshot.take({"state": Captured("pytree", {"tiny": tiny})}, "auto")
-    assert compilations == ["stack"]
-
-
-def test_a_viewed_array_may_be_deleted(mesh: Mesh) -> None:
-    """Whoever makes room by hand deletes arrays that are no longer needed."""
-    array = jax.block_until_ready(jax.device_put(jnp.arange(1 << 18), NamedSharding(mesh, P("fsdp"))) + 0)
-    expected = bits(array)
-    taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto")
-    array.delete()
-    assert bits(taken.arrays["state", "array"]) == expected
-
-
-def test_nothing_is_waited_for(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    array = jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), NamedSharding(mesh, P("fsdp")))
-    monkeypatch.setattr(type(array), "is_ready", lambda self: False)
-    with nothing_read_from_devices(monkeypatch):
-        taken = snapshot.take({"state": Captured("pytree", {"array": array})}, "auto").arrays["state", "array"]
-    assert bits(taken) == bits(array)
-    pointers = [{shard.data.unsafe_buffer_pointer() for shard in one.addressable_shards} for one in (taken, array)]
-    assert not pointers[0] & pointers[1], "a copy"
-
-
-def test_what_devices_have_no_room_for_goes_to_the_host(
-    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A step needs what was in use at most before the first snapshot; what is left above takes copies in order."""
-    sharding = NamedSharding(mesh, P("fsdp"))
-    stats = {"bytes_limit": 400_000, "bytes_in_use": 40_000, "peak_bytes_in_use": 340_000}
-    full = mesh.devices.flat[5]
-    real = type(full).memory_stats
-    monkeypatch.setattr(type(full), "memory_stats", lambda self: stats if self is full else real(self))
-    staging_room._loop_peak.cache_clear()
-    staging_room._warn_of_full_devices.cache_clear()
-    leaves = {str(index): jax.device_put(jnp.full(8 * 4000, index, jnp.int32), sharding) for index in range(4)}
-    for _ in range(2):
-        taken = by_name(snapshot.take({"state": Captured("pytree", leaves)}, "device"))
-        assert [type(taken[name]) is np.ndarray for name in leaves] == [False, False, True, True]
-        assert {name: bits(array) for name, array in taken.items()} == {name: bits(leaves[name]) for name in leaves}
-        stats["peak_bytes_in_use"] = 396_000  # with our own copies
-    assert [record.message for record in caplog.records if "no room" in record.message] == [caplog.records[0].message]
-    staging_room._loop_peak.cache_clear()
-    staging_room._warn_of_full_devices.cache_clear()
-
-
 def test_a_snapshot_keeps_no_live_array_alive(mesh: Mesh) -> None:
     array = jax.device_put(jnp.arange(1 << 18, dtype=jnp.int32), NamedSharding(mesh, P("fsdp")))
     alive = weakref.ref(array)
@@ -294,62 +187,3 @@ def test_a_snapshot_keeps_no_live_array_alive(mesh: Mesh) -> None:
     gc.collect()
     assert alive() is None
     assert taken.nbytes == 4 << 18
-
-
-@pytest.mark.parametrize("size", [16, 1 << 15], ids=["stacked", "copied"])
-@pytest.mark.parametrize("count", [1, 3, 4, 5, 16, 63, 64, 65, 150])
-def test_copies_of_many_arrays_alike(count: int, size: int, mesh: Mesh) -> None:
-    layout = NamedSharding(mesh, P("fsdp"))
-    leaves = {str(at): jax.device_put(np.full(size, at, np.float32), layout) for at in range(count)}
-    leaves["other"] = jnp.arange(3)
-    taken = take(leaves, "device")
-    assert {name: bits(array) for name, array in taken.items()} == {name: bits(one) for name, one in leaves.items()}
-
-
-def test_after_prepare_the_first_snapshot_compiles_and_traces_nothing(
-    mesh: Mesh, compilations: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layout = NamedSharding(mesh, P("fsdp"))
-    leaves = {str(at): jax.device_put(np.full((16, 7), at, np.float32), layout) for at in range(21)}
-    leaves["large"] = jax.device_put(np.zeros((16, 2048), np.float32), layout)
-    staging_room.prepare({"state": Captured("pytree", leaves)}, "auto")
-    for thread in threading.enumerate():
-        if thread.name == "torchorbax-prepare":
-            thread.join()
-    assert {"_copy", "stack"} <= set(compilations)
-    compilations.clear()
-    moments = {f"{name}.{at}": array for name, array in leaves.items() for at in range(3)}  # as an optimizer adds them
-    with monkeypatch.context() as nothing_traced:
-        nothing_traced.setattr(jnp, "copy", None)
-        nothing_traced.setattr(jnp, "stack", None)
-        taken = by_name(snapshot.take({"state": Captured("pytree", moments)}, "auto"))
-    assert compilations == []
-    assert {name: bits(array) for name, array in taken.items()} == {name: bits(one) for name, one in moments.items()}
-
-
-@pytest.mark.parametrize("size", [8, 300], ids=["stacked", "copied"])
-def test_arrays_that_lie_otherwise_in_memory_than_those_prepared_for(size: int) -> None:
-    """As a program may leave them that was free to choose."""
-    values = np.arange(size * size, dtype=np.float32).reshape(size, size)
-    by_rows = jax.device_put(values, jax.devices()[0])
-    by_columns = jax.device_put(values, Format(Layout(major_to_minor=(1, 0)), by_rows.sharding))
-    staging_room.prepare({"state": Captured("pytree", {"array": by_rows})}, "device")
-    for thread in threading.enumerate():
-        if thread.name == "torchorbax-prepare":
-            thread.join()
-    assert bits(take({"array": by_rows})["array"]) == bits(take({"array": by_columns})["array"]) == values.tobytes()
-
-
-@pytest.mark.parametrize("spec", [P(), P("fsdp"), P(None, "fsdp")])
-@pytest.mark.parametrize("order", [range(8), (3, 1, 0, 2, 7, 6, 5, 4)])
-@pytest.mark.parametrize("staging", ["auto", "device"])
-def test_every_device_has_its_part(spec: P, order: Any, staging: str) -> None:
-    devices = np.array(jax.devices())[list(order)]
-    values = np.random.default_rng(0).standard_normal((256, 1024), np.float32)
-    array = jax.device_put(values, NamedSharding(Mesh(devices, ("fsdp",)), spec))
-    jax.block_until_ready(array)
-    (taken,) = take({"array": array}, staging).values()
-    assert taken.sharding == array.sharding
-    for one, other in zip(taken.addressable_shards, array.addressable_shards, strict=True):
-        assert (one.device, one.index) == (other.device, other.index)
-        assert bits(one.data) == bits(other.data)

@@ -15,11 +15,15 @@ from torchorbax._src.state.compare import (
     same_integers,
     with_suggestions,
 )
-from torchorbax._src.state.request import Request, request
+from torchorbax._src.state.request import Request
 from torchorbax.errors import Problem
 
+from tests.helpers.names import paths
+
 names = st.sampled_from([f"layers.{index}.{kind}" for index in range(4) for kind in ("weight", "bias")])
+
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+
 metas = st.builds(
     LeafMeta,
     shape=shapes,
@@ -107,33 +111,6 @@ def _first_names(groups: Mapping[str, int], order: list[str]) -> dict[str, str]:
 
 def _group(name: str, groups: Mapping[str, int], among: set[str]) -> set[str]:
     return {other for other in among if groups[other] == groups[name]}
-
-
-paths = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=3).map(".".join)
-
-
-@given(name=paths, old=paths, new=paths)
-def test_a_renaming_moves_what_lies_below_and_can_be_repeated(name: str, old: str, new: str) -> None:
-    wanted = request(rename={old: new})
-    renamed = wanted.live_name("model", name)
-    below = name == old or name.startswith(f"{old}.")
-    if not below:
-        assert renamed == name
-    elif not (new == old or new.startswith(f"{old}.")):
-        assert renamed == new + name.removeprefix(old)
-        assert old.startswith(f"{new}.") or wanted.live_name("model", renamed) == renamed
-
-
-@given(name=paths, pattern=paths)
-def test_a_pattern_stands_for_what_lies_below(name: str, pattern: str) -> None:
-    wanted = request(only=f"model.{pattern}")
-    below = f"{name}.".startswith(f"{pattern}.")
-    assert wanted.selects("model", name) == below
-    assert not wanted.selects("other", name)
-    assert wanted.concerns("model")
-    assert not wanted.concerns("other")
-    assert wanted.selects("model", f"{name}.more") == f"{name}.more.".startswith(f"{pattern}.")
-    assert request().selects("model", name)
 
 
 @given(missing=st.sets(paths), unexpected=st.sets(paths))

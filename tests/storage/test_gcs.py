@@ -1,7 +1,6 @@
 """Runs on gs://, in processes of their own, against a strict server on this machine.
 
-What faults on the way do is in tests/campaigns/test_fault_matrix.py.
-"""
+What faults on the way do is in tests/campaigns/test_fault_matrix.py."""
 
 from __future__ import annotations
 
@@ -11,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchorbax import ConfigError, load
+from torchorbax import Checkpointer, ConfigError, load
 
+from tests.helpers.fake_runs import weights
 from tests.helpers.gcs_client import Client
 from tests.helpers.gcs_server import Server, environment
 from tests.helpers.programs import RunPython
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+
 TOKEN = {"FSSPEC_GCS_TOKEN", "FSSPEC_GS_TOKEN", "GOOGLE_AUTH_TOKEN_FOR_TESTING"}
+
 IMPATIENT_S = 3.0
+
 SLACK_S = 30.0
 """How much later than `storage_timeout_s` an error may come, on a machine that has other things to do."""
 
@@ -92,9 +95,6 @@ def save(client: Client, path: str, *steps: int, losses: list[float] | None = No
     """Save steps one after the other; returns those that are listed afterwards."""
     found: list[int] = client.run(SAVE, path=path, steps=steps, losses=losses, options=options)
     return found
-
-
-# --------------------------------------------------------------------------------------------------------- end to end
 
 
 def test_a_training_run_goes_on_in_another_process(path: str, one: Client, other: Client, tmp_path: Path) -> None:
@@ -311,8 +311,6 @@ def test_no_request_asks_for_more_than_objects(path: str, server: Server, one: C
     assert server.counts()["other"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ start-up
-
 OPEN = f"""
     result = attempt(lambda: torchorbax.resume(torch.nn.Linear(2, 2), None, path, storage_timeout_s={IMPATIENT_S}))
 """
@@ -400,9 +398,6 @@ def test_the_missing_extra_is_named(module: str, monkeypatch: pytest.MonkeyPatch
 def test_uris_that_are_none(path: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(path)}: {re.escape(says)}"):
         load(path)
-
-
-# -------------------------------------------------------------------------------------------- while the storage is down
 
 
 @pytest.mark.parametrize("fault", ["hang-before kind=write", "503 kind=read,write", "403 kind=data-write"])
@@ -542,9 +537,6 @@ def test_damage_is_still_damage(path: str, server: Server, one: Client) -> None:
     assert folders(server, path) == {"0", "1.torchorbax-damaged", "2.torchorbax-damaged", "3"}
 
 
-# --------------------------------------------------------------------------------------------------------------- kills
-
-
 def test_client_and_server_are_killed_together(run_python: RunPython) -> None:
     done = run_python(SCRIPTS / "gcskills.py", "--trials", 22, devices=None, timeout=280, warnings="ignore")
     assert done.stdout.splitlines()[-1] == "22 trials, 0 failures"
@@ -552,3 +544,9 @@ def test_client_and_server_are_killed_together(run_python: RunPython) -> None:
     assert sum(counts.values()) == 22
     assert sum(count for how, count in counts.items() if how.startswith("committed")) >= 1
     assert counts["not committed, no old step gone"] >= 10
+
+
+def test_missing_gcs_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'torchorbax\[gcs\]'"):
+        Checkpointer("gs://bucket/run", {"w": weights()})

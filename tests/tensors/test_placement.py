@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 from hypothesis import given
@@ -18,33 +17,11 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch import nn
-from torchorbax import ConfigError, DeletedArrayError, OptaxOptimizer, UnsupportedLeafError, place_, to_jax
+from torchorbax import ConfigError, DeletedArrayError, UnsupportedLeafError, place_, to_jax
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
-from tests.helpers.tensors import bits, tensor_of_bits
-
-
-class Net(nn.Module):
-    """A tied weight, BatchNorm's counter, a frozen parameter and a buffer that is not persistent."""
-
-    def __init__(self, device: str = "cpu", width: int = 8) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(16, width, device=device)
-        self.norm = nn.BatchNorm1d(width, device=device)
-        self.head = nn.Linear(width, 16, bias=False, device=device)
-        self.head.weight = self.embed.weight
-        self.norm.bias.requires_grad_(False)
-        self.register_buffer("scratch", torch.ones(2, device=device), persistent=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.embed(tokens)))
-
-
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer some state, on the CPU."""
-    model(torch.arange(16)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+from tests.helpers.models import Net, trained
+from tests.helpers.tensors import bits, shards, tensor_of_bits
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -69,15 +46,6 @@ def described(*owners: nn.Module | torch.optim.Optimizer) -> list[Any]:
         )
         for tensor in tensors
     ]
-
-
-def shards(tensor: torch.Tensor) -> set[tuple[int, ...]]:
-    array = to_jax(tensor)
-    assert len(array.addressable_shards) == 8
-    return {shard.data.shape for shard in array.addressable_shards}
-
-
-# ------------------------------------------------------------------------------------------------- what stays as it was
 
 
 def test_a_cpu_module_keeps_objects_ties_references_and_values() -> None:
@@ -158,9 +126,6 @@ def test_skipped_tensors_are_left_alone() -> None:
     assert sorted(left) == ["norm.running_mean", "scratch"]
 
 
-# ------------------------------------------------------------------------------------------------------------- dtypes
-
-
 def test_the_counter_of_batch_norm_follows_x64() -> None:
     model = nn.BatchNorm1d(4)
     model.num_batches_tracked.fill_(2**31 - 1)
@@ -225,9 +190,6 @@ def test_float64_goes_with_x64() -> None:
     assert bits(model.weight) == expected
 
 
-# ----------------------------------------------------------------------------------------------------------- shardings
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("kind", ["mapping", "callable"])
 def test_each_device_holds_its_shard_only(device: str, kind: str, mesh: Mesh, mesh_2d: Mesh) -> None:
@@ -287,59 +249,6 @@ def test_any_layout_keeps_every_bit(mesh_2d: Mesh, placement: tuple[tuple[int, .
     assert shards(model.leaf) == {sharding.shard_shape(shape)}
 
 
-# ---------------------------------------------------------------------------------------------------------- optimizers
-
-
-def test_optimizer_state_follows_its_parameter(mesh: Mesh, mesh_2d: Mesh) -> None:
-    model = Net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    trained(model, optimizer)
-    state = optimizer.state[model.embed.weight]
-    moment, counter = state["exp_avg"], state["step"]
-    values = bits(moment)
-    for where, spec, part in ((mesh, P("fsdp"), (2, 8)), (mesh_2d, P("tp", "fsdp"), (8, 2))):
-        place_(model, optimizer, (where, {"embed.weight": spec}))
-        assert optimizer.state[model.embed.weight] is state
-        assert state["exp_avg"] is moment
-        assert bits(moment) == values
-        assert shards(moment) == shards(state["exp_avg_sq"]) == shards(model.embed.weight) == {part}
-        assert shards(optimizer.state[model.norm.weight]["exp_avg"]) == {(8,)}
-        assert state["step"] is counter
-        assert not _torchax.is_torchax(counter), "torch's Adam counts on the CPU"
-        assert counter == 1
-
-
-def test_other_state_on_jax_is_replicated_beside_the_parameter(mesh: Mesh) -> None:
-    model = nn.Linear(8, 8)
-    optimizer = torch.optim.SGD(model.parameters())
-    optimizer.state[model.weight]["norm"] = _torchax.wrap(jnp.asarray(3.0))
-    optimizer.state[model.weight]["calls"] = 5
-    place_(model, optimizer, (mesh, {"weight": P("fsdp")}))
-    assert shards(optimizer.state[model.weight]["norm"]) == {()}
-    assert to_jax(optimizer.state[model.weight]["norm"]) == 3
-    assert optimizer.state[model.weight]["calls"] == 5
-
-
-def test_optax_state_follows_its_parameter(mesh: Mesh) -> None:
-    model = nn.Linear(8, 16)
-    optimizer = OptaxOptimizer(model, optax.adam(1e-3))
-    place_(model, optimizer)
-    assert optimizer.state is None, "made when it is first needed"
-    optimizer.init()
-    structure = jax.tree.structure(optimizer.state)
-    place_(model, optimizer, (mesh, {"weight": P("fsdp")}))
-    assert jax.tree.structure(optimizer.state) == structure
-    adam = optimizer.state[0]
-    for moments in (adam.mu, adam.nu):
-        assert {shard.data.shape for shard in moments["weight"].addressable_shards} == {(2, 8)}
-        assert {shard.data.shape for shard in moments["bias"].addressable_shards} == {(16,)}
-    assert adam.count.sharding.is_fully_replicated
-    assert len(adam.count.addressable_shards) == 8
-
-
-# ------------------------------------------------------------------------------------------------------- all or nothing
-
-
 def test_a_weak_reference_stops_the_move_and_everything_is_put_back(mesh: Mesh) -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -389,18 +298,6 @@ def test_donated_tensors_are_all_named(mesh: Mesh) -> None:
         place_(model, None, (mesh, {}))
     assert set(caught.value.names) == {"embed.weight", "norm.running_mean"}
     assert to_jax(model.norm.weight) is kept
-
-
-def test_donated_optimizer_state_is_named(mesh: Mesh) -> None:
-    model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trained(model, optimizer)
-    place_(model, optimizer)
-    to_jax(optimizer.state[model.embed.weight]["momentum_buffer"]).delete()
-    before = to_jax(model.embed.weight)
-    with pytest.raises(DeletedArrayError, match="momentum_buffer"):
-        place_(model, optimizer, (mesh, {"embed.weight": P("fsdp")}))
-    assert to_jax(model.embed.weight) is before
 
 
 def test_shardings_in_the_place_of_the_optimizer(mesh: Mesh) -> None:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import textwrap
-import types
-from pathlib import Path
-
-import pytest
-import torchorbax
 
 from tests.helpers.programs import RunPython
 
@@ -16,8 +10,6 @@ from tests.helpers.programs import RunPython
 def joined(*parts: str) -> str:
     return "\n".join(textwrap.dedent(part) for part in parts)
 
-
-PACKAGE = Path(torchorbax.__file__).parent
 
 HIDE_OPS = """
     import sys, torch._ops
@@ -265,47 +257,3 @@ def test_torchax_that_was_imported_first_is_used_as_it_is(run_python: RunPython)
             """,
         )
     )
-
-
-def test_all_is_what_the_namespace_exports() -> None:
-    exported = {
-        name
-        for name, value in vars(torchorbax).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
-    }
-    modules = {name for name in torchorbax.__all__ if isinstance(getattr(torchorbax, name), types.ModuleType)}
-    assert set(torchorbax.__all__) == exported | modules
-    assert modules == {"policies"}
-    assert len(set(torchorbax.__all__)) == len(torchorbax.__all__) <= 25
-
-
-@pytest.mark.parametrize("name", torchorbax.__all__)
-def test_everything_public_is_documented(name: str) -> None:
-    assert (getattr(torchorbax, name).__doc__ or "").strip()
-
-
-@pytest.mark.parametrize(
-    ("library", "owners"),
-    [
-        ("torchax", {"_src/tensors/torchax_import.py"}),
-        ("orbax", {"_src/storage", "policies.py"}),
-        ("tensorstore", {"_src/storage"}),
-    ],
-)
-def test_few_modules_import_foreign_insides(library: str, owners: set[str]) -> None:
-    """Each owner is a module, or a folder of modules, that alone may import the library."""
-    importing = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if library in _imported(path)}
-    owned = {path: owner for path in importing for owner in owners if path.is_relative_to(owner)}
-    assert set(owned) == importing
-    assert set(owned.values()) == owners
-
-
-def _imported(path: Path) -> set[str]:
-    """The first components of the names of all modules that a file imports."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names

@@ -1,4 +1,4 @@
-"""The `torchorbax` command: what is in a run's folder."""
+"""The `torchorbax` command: shows and verifies what is in the folder of a run."""
 
 from __future__ import annotations
 

@@ -312,8 +312,12 @@ class _StepWriting:
     def _as_save_error(self, *, committed: bool = False) -> Iterator[None]:
         try:
             yield
-        except SaveError:
-            raise
+        except SaveError as error:
+            if error.step == self._step:
+                raise
+            # Process 0 has failed with the step that it saves, which is another one.
+            reason = error.reason
+            raise SaveError(self._step, self._storage.path, reason, committed=error.committed) from error.__cause__
         except Exception as error:
             raise SaveError(self._step, self._storage.path, error_line(error), committed=committed) from error
 
