@@ -26,7 +26,7 @@ from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.shards import Bounds, _bounds, place
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.format import per_process
-from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest
+from torchorbax._src.format.manifest import ItemMeta, Manifest
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
 from torchorbax._src.restore import fingerprint_check
@@ -192,7 +192,7 @@ def _as_seen_by_all(manifest: Manifest) -> Manifest:
     for item, meta in manifest.items.items():
         parts = manifest.parts.get(item, {})
         leaves = {
-            name: LeafMeta(tuple(parts[name]["shape"]), leaf.dtype, "jax", parts[name]["sharding"])
+            name: replace(leaf, shape=tuple(parts[name]["shape"]), sharding=parts[name]["sharding"], fingerprint="")
             if name in parts
             else leaf
             for name, leaf in meta.leaves.items()

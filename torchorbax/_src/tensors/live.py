@@ -161,6 +161,15 @@ def tensor_of(array: Array) -> torch.Tensor:
     return torchax_tensors.wrap(array) if isinstance(array, jax.Array) else host_to_torch(array)
 
 
+def as_parameter(tensor: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter | torch.Tensor:
+    """A new tensor, such as `tensor_of` makes, as a `Parameter`."""
+    if not torchax_tensors.is_torchax(tensor):
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    param = torchax_tensors.wrap(torchax_tensors.array_of(tensor), requires_grad=requires_grad)
+    torchax_tensors.mark_as_parameter(param)
+    return param
+
+
 def array_in(tensor: torch.Tensor) -> Array:
     """The reverse of `tensor_of`: a torchax tensor's own array, or a copy of a CPU tensor's values."""
     return torchax_tensors.array_of(tensor) if torchax_tensors.is_torchax(tensor) else torch_to_host(tensor)

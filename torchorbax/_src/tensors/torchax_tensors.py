@@ -18,11 +18,11 @@ VERSION: str = torchax.__version__
 
 def is_torchax(value: object) -> bool:
     """Is `value` a torchax tensor or a view of one?"""
-    return isinstance(value, _TENSORS)
+    return isinstance(value, TENSORS)
 
 
-_TENSORS = (Tensor, View)
-"""A tuple, as `adapter.ARRAY_TYPES`."""
+TENSORS = (Tensor, View)
+"""A tuple, as `arrays.leaves.ARRAY_TYPES`."""
 
 
 @functools.cache
@@ -70,9 +70,14 @@ def become_torchax(tensor: torch.Tensor, array: jax.Array) -> torch.Tensor:
     new = wrap(array, requires_grad=tensor.requires_grad)
     vars(new).update({name: value for name, value in vars(tensor).items() if name not in vars(new)})
     if isinstance(tensor, torch.nn.Parameter):
-        new._is_param = True  # how torch tells a Parameter that is a tensor subclass
+        mark_as_parameter(new)
     torch.utils.swap_tensors(tensor, new)
     return new
+
+
+def mark_as_parameter(tensor: torch.Tensor) -> None:
+    """Make torch take a torchax tensor for a `Parameter`."""
+    tensor._is_param = True  # type: ignore[attr-defined]  # how torch tells one that is of a subclass of tensors
 
 
 def rng_key() -> jax.Array:
