@@ -24,7 +24,7 @@ import torch
 
 from torchorbax._src.arrays.leaves import ARRAY_TYPES, is_key, without_key_type
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.tensors.live import as_parameter, tensor_of
+from torchorbax._src.tensors.live import as_parameter, as_readable, tensor_of
 from torchorbax.errors import UnsupportedLeafError
 
 Json = Any
@@ -47,6 +47,10 @@ _DEEPEST = 100
 """Levels of nesting. Python's stack would overflow at some ten times as many, in saving or, worse, in restoring."""
 _LARGEST_BITS = 4096
 """Integers beyond are written in hexadecimal: Python refuses to read thousands of decimal digits."""
+
+
+class LayoutError(ValueError):
+    """JSON that is not laid out as this package writes it, so somebody else has written or changed it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class _Encoder:
             factory = {"factory": self._factory(value, path)} if kind is defaultdict else {}
             return {"$": MAPPINGS[kind], "keys": keys, "values": values, **factory}
         if kind in _SEQUENCES:
-            ordered = sorted(value, key=repr) if kind in (set, frozenset) else value
+            ordered = sorted(value, key=_order) if kind in (set, frozenset) else value
             return {
                 "$": _SEQUENCES[kind],
                 "values": [self.json(one, (*path, str(index))) for index, one in enumerate(ordered)],
@@ -184,6 +188,8 @@ class _Encoder:
             return self._leaf(value, path, "scalar")
         if isinstance(value, torch.Tensor):
             leaf = self._leaf(value, path, "torch")
+            if isinstance(value, torchax_tensors.Readable):
+                return {"$": "readable", "data": leaf}
             if not isinstance(value, torch.nn.Parameter):
                 _check_type(value, (torch.Tensor, *torchax_tensors.TENSORS), path)
                 return leaf
@@ -197,6 +203,14 @@ class _Encoder:
         if id(value) not in self._names:
             self._names[id(value)] = add_leaf(self._name_of(path), value, self._leaves)
         return {"$": "leaf", "name": self._names[id(value)], "as": kind}
+
+
+def _order(value: object) -> str:
+    """The same in all processes, for the elements of a set."""
+    try:
+        return repr(value)
+    except ValueError:  # Python shows no integer of thousands of digits
+        return ""
 
 
 def _cure(value: object) -> str:
@@ -269,12 +283,12 @@ def decode(json: Json, leaves: Mapping[str, Any]) -> Any:
     `leaves`, such as names, come back as they are.
 
     Raises:
-        ValueError: not what `encode` writes.
+        LayoutError: not what `encode` writes.
     """
     try:
         return _Decoder(leaves).value(json)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"damaged values: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise LayoutError(f"damaged values: {type(error).__name__}: {error}") from error
 
 
 class _Decoder:
@@ -303,7 +317,7 @@ class _Decoder:
             return _BY_NAME[kind](map(self.value, json["values"]))
         if kind == "node":
             return Node(json["type"], dict(zip(json["keys"], map(self.value, json["values"]), strict=True)))
-        if kind in ("key", "parameter"):
+        if kind in ("key", "parameter", "readable"):
             return self._wrapped(kind, json)
         return _plain(kind, json)
 
@@ -337,9 +351,9 @@ class _Decoder:
         data = self.value(json["data"])
         if kind == "key":
             return jax.random.wrap_key_data(jnp.asarray(data), impl=json["impl"]) if _is_array(data) else data
-        if isinstance(data, torch.Tensor) and not isinstance(data, torch.nn.Parameter):
-            name = json["data"]["name"]
-            self._rebuilt[name] = data = as_parameter(data, requires_grad=json["requires_grad"])
+        if type(data) in (torch.Tensor, torchax_tensors.Tensor):  # and not rebuilt already
+            typed = as_readable(data) if kind == "readable" else as_parameter(data, requires_grad=json["requires_grad"])
+            self._rebuilt[json["data"]["name"]] = data = typed
         return data
 
 

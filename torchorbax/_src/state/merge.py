@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from torchorbax._src.arrays.leaves import is_key, place_like
-from torchorbax._src.format.values import MAPPINGS, Node
+from torchorbax._src.format.values import MAPPINGS, LayoutError, Node
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import array_in, live_dtype, settle
 
@@ -71,7 +71,7 @@ class Merge:
 
     def _node(self, live: Any, new: Node, path: Path) -> Any:
         if self._build is None:
-            raise ValueError(f"a {new.type} where only plain containers can be")
+            raise LayoutError(f"a {new.type} where only plain containers can be")
         below = self._children(live)
         merged = {name: self.into(below.get(name, _Absent), one, (*path, name)) for name, one in new.children.items()}
         if merged.keys() == below.keys() and all(merged[name] is below[name] for name in merged):
@@ -135,6 +135,8 @@ class Merge:
 
     def _can_take(self, live: torch.Tensor, new: torch.Tensor) -> bool:
         if live.shape != new.shape or live_dtype(live) != live_dtype(new):
+            return False
+        if isinstance(live, torchax_tensors.Readable) != isinstance(new, torchax_tensors.Readable):
             return False
         if torchax_tensors.is_torchax(live) or torchax_tensors.is_torchax(new):
             same_side = torchax_tensors.is_torchax(live) == torchax_tensors.is_torchax(new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,15 +33,14 @@ def extra_state_owners(module: nn.Module) -> dict[str, nn.Module]:
 def saved_names(item: str, module: nn.Module) -> dict[str, str]:
     """The names in `state_dict` of own tensors that hooks or overrides give other names.
 
-    Tensors that they put in the place of own ones, such as the parts of a fused projection, are not saved: the own ones
-    are.
+    Tensors that a pair of hooks puts in the place of own ones and back, such as the parts of a fused projection, are
+    not saved: the own ones are.
 
     Raises:
         ConfigError: the `state_dict` has something that is made from no own tensor, so it could not be restored.
         NotReadyError: `state_dict` raises something.
     """
-    customized = [prefix for prefix, one in _modules(module) if _is_customized(one)]
-    if not customized:
+    if not any(_is_customized(one) for _, one in _modules(module)):
         return {}
     own = dict(own_tensors(module))
     with calling(item, f"state_dict of {type(module).__name__}"), _computing(own):
@@ -52,14 +51,13 @@ def saved_names(item: str, module: nn.Module) -> dict[str, str]:
             others.setdefault(id(value), []).append(name)
     names = {name: others[id(one)].pop(0) for name, one in own.items() if name not in entries and others.get(id(one))}
     replaced = [name for name in own if name not in entries and name not in names]
+    hooked = [prefix for prefix, one in _modules(module) if one._state_dict_hooks and one._load_state_dict_pre_hooks]
     ids = {id(tensor) for tensor in own.values()}
     extra = extra_state_owners(module)
     for name, value in entries.items():
         if id(value) in ids or name in extra:
             continue
-        derived = any(
-            name.startswith(prefix) and any(one.startswith(prefix) for one in replaced) for prefix in customized
-        )
+        derived = any(name.startswith(prefix) and any(one.startswith(prefix) for one in replaced) for prefix in hooked)
         if not (isinstance(value, torch.Tensor) and (derived or _is_view(value, own))):
             raise ConfigError(
                 f"{item}: {name} of its state_dict is neither a parameter nor a buffer, so it could not be restored; "
@@ -80,10 +78,19 @@ def _is_customized(module: nn.Module) -> bool:
     return bool(overridden or module._state_dict_hooks)
 
 
-def _computing(tensors: dict[str, torch.Tensor]) -> AbstractContextManager[Any]:
+@contextmanager
+def _computing(tensors: dict[str, torch.Tensor]) -> Iterator[None]:
     """Where hooks may compute with these tensors."""
-    on_jax = any(map(torchax_tensors.is_torchax, tensors.values()))
-    return torchax_tensors.torchax.default_env() if on_jax else nullcontext()  # type: ignore[no-any-return]
+    if not any(map(torchax_tensors.is_torchax, tensors.values())):
+        yield
+        return
+    env = torchax_tensors.torchax.default_env()
+    enabled = env.enabled  # torchax's own exit turns this off even when an outer block had it on
+    try:
+        with env:
+            yield
+    finally:
+        env.enabled = enabled
 
 
 def _is_view(value: torch.Tensor, own: dict[str, torch.Tensor]) -> bool:

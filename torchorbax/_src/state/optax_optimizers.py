@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from torchorbax._src.arrays.leaves import Array, is_key, without_key_type
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import Json, add_leaf, built, decode, encode, how_built
+from torchorbax._src.format.values import Json, LayoutError, add_leaf, built, decode, encode, how_built
 from torchorbax._src.state.compare import compare_leaves
 from torchorbax._src.state.item import Captured, ItemPlan
 from torchorbax._src.state.live_leaves import as_typed, default_device
@@ -163,7 +163,7 @@ def _known_of(saved: ItemMeta) -> tuple[list[str], Owners]:
     match decode(saved.values, {}):
         case {"params": list(params), "owners": dict(owners)}:
             return params, owners
-    raise ValueError("not the state of an optax optimizer")
+    raise LayoutError("not the state of an optax optimizer")
 
 
 def _abstract_meta(leaf: Any) -> LeafMeta:

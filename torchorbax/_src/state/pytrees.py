@@ -18,6 +18,7 @@ from torchorbax._src.format.manifest import ItemMeta, LeafMeta, digest
 from torchorbax._src.format.values import (
     MAPPINGS,
     Json,
+    LayoutError,
     Node,
     StoredLeaf,
     add_leaf,
@@ -270,8 +271,8 @@ def _below(node: Any) -> list[tuple[Any, Any]] | None:
         return list(node.children.items())
     if type(node) in MAPPINGS:
         return list(node.items())
-    if type(node) is tuple or (type(node) is list and not all(map(_is_plain, node))):
-        return list(enumerate(node))
+    if type(node) in (list, tuple):
+        return None if type(node) is list and all(map(_is_plain, node)) else list(enumerate(node))
     found = _registered(node)
     return None if found is None else list(found[1].items())
 
@@ -346,4 +347,6 @@ def _tree_of(saved: ItemMeta, leaves: Mapping[str, Any]) -> Any:
     """The tree on storage; by flat names as one without structure, as long as steps had no more to say."""
     if how_built(saved.values) is not None:
         return decode(saved.values, leaves)
+    if not isinstance(saved.values, dict):
+        raise LayoutError("not the values of a tree")
     return {name: decode(value, leaves) for name, value in saved.values.items()}

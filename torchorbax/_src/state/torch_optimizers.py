@@ -13,7 +13,7 @@ from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules, replicated_like, state_sharding
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import Path, StoredLeaf, built, decode, encode, how_built
+from torchorbax._src.format.values import LayoutError, Path, StoredLeaf, built, decode, encode, how_built
 from torchorbax._src.state.compare import compare_leaves
 from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, calling
 from torchorbax._src.state.live_leaves import as_typed
@@ -341,7 +341,7 @@ def _checked_tree(tree: Any) -> dict[str, Any]:
     """`tree`, if it is laid out as `capture` does.
 
     Raises:
-        ValueError: it is not, so somebody else wrote it.
+        LayoutError: it is not, so somebody else wrote it.
     """
     match tree:
         case {"class": str(), "state": dict(state), "param_groups": list(groups), "params": dict(params)}:
@@ -350,7 +350,7 @@ def _checked_tree(tree: Any) -> dict[str, Any]:
             known = all(isinstance(name, str) and _is_shape_and_dtype(one) for name, one in params.items())
             if named and grouped and known and isinstance(tree.get("others", {}), dict):
                 return dict(tree)
-    raise ValueError("not the state of a torch.optim optimizer")
+    raise LayoutError("not the state of a torch.optim optimizer")
 
 
 def _all_names(names: Any, known: Collection[str]) -> bool:
