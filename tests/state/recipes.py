@@ -183,9 +183,15 @@ again: st.SearchStrategy[Recipe] = st.tuples(st.sampled_from(["again", "old"]), 
 
 def _containers(inner: st.SearchStrategy[Recipe]) -> st.SearchStrategy[Recipe]:
     items = st.lists(st.tuples(keys, inner), max_size=3, unique_by=lambda pair: pair[0])
+    return st.tuples(st.sampled_from(["list", "tuple"]), st.lists(inner, max_size=3)) | st.tuples(
+        st.sampled_from(["dict", "OrderedDict", "defaultdict"]), items
+    )
+
+
+def _nodes(inner: st.SearchStrategy[Recipe]) -> st.SearchStrategy[Recipe]:
     return (
-        st.tuples(st.sampled_from(["list", "tuple"]), st.lists(inner, max_size=3))
-        | st.tuples(st.sampled_from(["dict", "OrderedDict", "defaultdict"]), items)
+        _containers(inner)
+        | _containers(inner)
         | st.tuples(st.just("pair"), st.tuples(inner, inner))
         | st.tuples(st.just("labelled"), inner, st.sampled_from(["x", "y"]))
     )
@@ -203,8 +209,11 @@ _LEAVES = (
         st.lists(st.tuples(st.just("plain"), st.integers() | st.text(max_size=2)), max_size=3),
     )
 )
-trees = st.recursive(_LEAVES, _containers, max_leaves=8)
-odd_trees = st.recursive(_LEAVES | st.tuples(st.just("odd"), st.sampled_from(sorted(ODD))), _containers, max_leaves=5)
+values = st.recursive(_LEAVES, _containers, max_leaves=8)
+"""What anything may hold."""
+trees = st.recursive(_LEAVES, _nodes, max_leaves=8)
+"""What a tree may hold: nodes of registered types, too."""
+odd_trees = st.recursive(_LEAVES | st.tuples(st.just("odd"), st.sampled_from(sorted(ODD))), _nodes, max_leaves=5)
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 

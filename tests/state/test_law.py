@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torchorbax._src.save.snapshot import take
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Request
 
-from tests.state.recipes import Builder, Camera, Recipe, arrays, keys, odd_trees, plain_values, trees
+from tests.state.recipes import Builder, Camera, Recipe, arrays, keys, odd_trees, trees, values
 
 Program = dict[str, Any]
 """What a program would hand to `resume`."""
@@ -85,26 +86,23 @@ def pictures(program: Program) -> Any:
 @given(start=trees, later=trees, in_place=st.booleans())
 def test_trees(start: Recipe, later: Recipe, in_place: bool) -> None:
     """A tree becomes another one altogether, or another one inside its outermost container."""
-    check(lambda: {"the tree": Builder().build(start)}, lambda state: grow(state, start, later, in_place), pictures)
+    check(lambda: {"tree": Builder().build(start)}, lambda state: grow(state, later, in_place), pictures)
 
 
 @given(start=odd_trees, later=odd_trees, in_place=st.booleans())
 def test_trees_with_what_cannot_be_kept(start: Recipe, later: Recipe, in_place: bool) -> None:
-    check(lambda: {"the tree": Builder().build(start)}, lambda state: grow(state, start, later, in_place), pictures)
+    check(lambda: {"tree": Builder().build(start)}, lambda state: grow(state, later, in_place), pictures)
 
 
-def grow(state: Program, start: Recipe, later: Recipe, in_place: bool) -> None:
-    builder = Builder()
-    old = objects_in(state["the tree"])
-    new = Builder(old).build(later)
-    live = state["the tree"]
+def grow(state: Program, later: Recipe, in_place: bool) -> None:
+    live = state["tree"]
+    new = Builder(objects_in(live)).build(later)
     if in_place and type(live) is list:
         live.append(new)
-    elif in_place and isinstance(live, dict) and not isinstance(live, type(None)):
+    elif in_place and isinstance(live, dict) and not isinstance(live, Counter):
         live["more"] = new
     else:
-        state["the tree"] = new
-    del builder, start
+        state["tree"] = new
 
 
 def objects_in(tree: Any) -> list[Any]:
@@ -134,7 +132,7 @@ def held(program: Program) -> Any:
     return Camera().picture(program["holder"].value)
 
 
-@given(start=trees, later=odd_trees)
+@given(start=values, later=values | values | odd_trees)
 def test_objects(start: Recipe, later: Recipe) -> None:
     def change(state: Program) -> None:
         state["holder"].value = Builder().build(later)
@@ -144,7 +142,7 @@ def test_objects(start: Recipe, later: Recipe) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- optimizers
 
-_ENTRIES = st.dictionaries(st.sampled_from(["exp_avg", "step", "L", "a.b", "", "params", 0, None]), trees, max_size=3)
+_ENTRIES = st.dictionaries(st.sampled_from(["exp_avg", "step", "L", "a.b", "", "params", 0, None]), values, max_size=3)
 
 
 @st.composite
@@ -152,8 +150,8 @@ def optimizer_states(draw: st.DrawFn) -> dict[str, Any]:
     """What an optimizer keeps: by parameter (by its index), by other keys, and in its groups."""
     return {
         "state": draw(st.dictionaries(st.integers(0, 3), _ENTRIES, max_size=4)),
-        "others": draw(st.dictionaries(keys, trees, max_size=2)),
-        "groups": draw(st.lists(st.dictionaries(st.sampled_from(["lr", "odd", "initial_lr"]), trees), max_size=3)),
+        "others": draw(st.dictionaries(keys, values, max_size=2)),
+        "groups": draw(st.lists(st.dictionaries(st.sampled_from(["lr", "odd", "initial_lr"]), values), max_size=3)),
         "of": draw(st.lists(st.integers(0, 2), min_size=4, max_size=4)),
     }
 
@@ -266,8 +264,8 @@ modules: st.SearchStrategy[dict[str, Any]] = st.recursive(
 )
 
 
-@given(recipe=modules, values=st.lists(odd_trees, min_size=1, max_size=2), fill=st.integers(0, 9), extra=st.booleans())
-def test_modules(recipe: dict[str, Any], values: list[Recipe], fill: int, extra: bool) -> None:
+@given(recipe=modules, extras=st.lists(values | odd_trees, min_size=1, max_size=2), fill=st.integers(0, 9), extra=st.booleans())
+def test_modules(recipe: dict[str, Any], extras: list[Recipe], fill: int, extra: bool) -> None:
     cls = WithExtraState if extra else OddModule
 
     def change(state: Program) -> None:
@@ -276,7 +274,7 @@ def test_modules(recipe: dict[str, Any], values: list[Recipe], fill: int, extra:
                 tensor.fill_(fill)
         for index, module in enumerate(state["model"].modules()):
             if extra:
-                module.extra = Builder().build(values[index % len(values)])
+                module.extra = Builder().build(extras[index % len(extras)])
 
     def picture(state: Program) -> Any:
         kept = {name: state["model"].state_dict(keep_vars=True)[name] for name in state["model"].state_dict()}

@@ -12,7 +12,6 @@ import torch
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from torchorbax._src.arrays.dtypes import BY_NAME, dtype_name, fits_on_device
-from torchorbax._src.arrays.jax_context import own_context
 from torchorbax._src.arrays.leaves import Array, is_key, put
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Residence
 from torchorbax._src.tensors import torchax_tensors
@@ -78,7 +77,7 @@ def _weakly_typed(array: jax.Array) -> jax.Array:
     scalar = {"f": 0.0, "c": 0j}.get(array.dtype.kind, 0)
     if array.weak_type or jnp.asarray(scalar).dtype != array.dtype:  # converted: there are no weak types but these
         return array
-    with own_context():
+    with jax.set_mesh(None):  # and with 64 bits as the caller has them, on which weak types depend
         as_weak = jax.jit(_as_weak, static_argnames="scalar", out_shardings=array.sharding)
         weak: jax.Array = as_weak(array, scalar=scalar)
     return weak if getattr(array, "committed", True) else put(weak, None)

@@ -84,7 +84,7 @@ class Merge:
             self.into(below[index] if index < len(below) else _Absent, one, (*path, str(index)))
             for index, one in enumerate(new)
         )
-        unchanged = len(below) == len(merged) and all(one is other for one, other in zip(below, merged, strict=True))
+        unchanged = below is live and len(below) == len(merged) and all(one is other for one, other in zip(below, merged, strict=True))
         return live if unchanged else merged
 
     def _container(self, live: Any, new: Any, path: Path) -> Any:

@@ -16,7 +16,7 @@ from torchorbax._src.format.manifest import ItemMeta, LeafMeta
 from torchorbax._src.format.values import LayoutError, Path, StoredLeaf, built, decode, encode, how_built
 from torchorbax._src.state.compare import compare_leaves
 from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, calling
-from torchorbax._src.state.live_leaves import as_typed
+from torchorbax._src.state.live_leaves import as_typed, live_meta, on_their_side
 from torchorbax._src.state.merge import Merge
 from torchorbax._src.state.request import Request, selected
 from torchorbax._src.tensors.live import live_dtype
@@ -24,7 +24,9 @@ from torchorbax._src.tensors.placement import placed_dtype, target_shardings
 from torchorbax.errors import ConfigError, Problem, UnsupportedLeafError
 
 _OTHERS = "*others*"
-"""Stands for state that belongs to no parameter among the names of values."""
+"""Among the names of a plan's values: what belongs to no parameter is restored as well."""
+_UNMOVED = "*unmoved*"
+"""The same: all parameters are on the side, jax or the host, that they were on when saved."""
 _WHOSE = ("params", "param_names")
 """Entries of a group that say whose it is."""
 
@@ -164,7 +166,7 @@ class TorchOptimizerItem:
             "state": state,
             "param_groups": [{**group, "params": mine} for group, mine in zip(self._groups, groups, strict=True)],
             # What the state belongs to: its own shapes tell only part of that (Adafactor's rows and columns).
-            "params": {name: [list(param.shape), str(live_dtype(param))] for name, param in params.items()},
+            "params": {name: _described(param) for name, param in params.items()},
             **({"others": others} if others else {}),
         }
         leaves: dict[str, Any] = {}
@@ -190,7 +192,7 @@ class TorchOptimizerItem:
         plan = ItemPlan()
         if not self._takes_groups(saved, request):
             plan.problems += self._compare_groups(tree["param_groups"], live, stored)
-        metas = {name: LeafMeta(tuple(shape), dtype, "jax") for name, (shape, dtype) in tree["params"].items()}
+        metas = {name: LeafMeta(tuple(one[0]), one[1], "jax") for name, one in tree["params"].items()}
         both = {name: metas[stored[name]] for name in live if name in stored}
         plan.problems += compare_leaves(self._name, {name: live[name] for name in both}, both, cast=request.cast)
         if plan.problems and request.strict:
@@ -198,7 +200,7 @@ class TorchOptimizerItem:
         bad = {problem.name for problem in plan.problems}
         plan.values = {name: stored[name] for name in both if name not in bad}
         if request.selects(self._name):
-            plan.values[_OTHERS] = "others"
+            plan.values[_OTHERS] = ""
         self._plan_targets(plan, tree, saved, placed, {name: (both[name], live[name]) for name in both})
         return plan
 
@@ -242,21 +244,30 @@ class TorchOptimizerItem:
         metas: Mapping[str, tuple[LeafMeta, LeafMeta]],
     ) -> None:
         """Where each stored leaf goes that is needed: beside its parameter, or in host memory."""
+        moved = self._have_moved(tree, placed)
+        if not moved:
+            plan.values[_UNMOVED] = ""
         for name, owner in plan.values.items():
-            if name == _OTHERS:
+            if name not in metas:
                 continue
             was, now = metas[name]
             state = tree["state"].get(owner, {})
             for key, entry in state.items() if isinstance(state, dict) else [("", state)]:
                 for leaf in _leaves_in(entry):
                     meta = saved.leaves[leaf]
-                    plan.targets.setdefault(leaf, _beside(meta, placed[name], was.shape))
+                    plan.targets.setdefault(leaf, _beside(meta, placed[name], was.shape, moved))
                     counts = key == "step"  # float32 whatever the parameter is, as torch's load_state_dict has it
                     if was.dtype != now.dtype and meta.dtype == was.dtype and not counts:
                         plan.dtypes[leaf] = BY_NAME[now.dtype]
         further = [group for _, group in self._groups_to_restore(tree, plan)]
         for leaf in _leaves_in([further, tree.get("others") if _OTHERS in plan.values else None]):
             plan.targets.setdefault(leaf, None if saved.leaves[leaf].residence == "host" else _anywhere(placed))
+
+    @staticmethod
+    def _have_moved(tree: Mapping[str, Any], placed: Mapping[str, Sharding | None]) -> bool:
+        """Do parameters go to another side, jax or the host, than they were on when saved? Their state goes along."""
+        sides = {name: one[2] if len(one) > 2 else None for name, one in tree["params"].items()}
+        return any(sides.get(name) != ("host" if one is None else "jax") for name, one in placed.items())
 
     def _groups_to_restore(
         self, tree: Mapping[str, Any], plan: ItemPlan
@@ -298,6 +309,8 @@ class TorchOptimizerItem:
 
     def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         by_name = self._by_name()
+        if _UNMOVED in plan.values:
+            arrays = on_their_side(saved, arrays)
         tree = decode(saved.values, {**dict.fromkeys(saved.leaves), **as_typed(saved, arrays)})
         merge = Merge(undo)
         state = self._optimizer.state
@@ -305,6 +318,8 @@ class TorchOptimizerItem:
         for name, owner in plan.values.items():
             if name == _OTHERS:
                 self._restore_others(tree.get("others", {}), merge)
+            elif name == _UNMOVED:
+                continue
             elif owner in tree["state"]:
                 state[by_name[name]] = merge.into(state.get(by_name[name]), tree["state"][owner])
             else:
@@ -331,6 +346,8 @@ class TorchOptimizerItem:
                 params = [by_name[name] for name in stored["params"]]
                 named = {"param_names": stored["param_names"]} if "param_names" in stored else {}
                 new = {"params": params, **named, **new}
+                for key in group.keys() - new.keys() - self._optimizer.defaults.keys():
+                    del group[key]
             group.update(new)
         if whole:
             undo.callback(self._groups.__setitem__, slice(None), list(self._groups))
@@ -359,9 +376,13 @@ def _all_names(names: Any, known: Collection[str]) -> bool:
 
 def _is_shape_and_dtype(meta: Any) -> bool:
     match meta:
-        case [list(shape), str(dtype)]:
+        case [list(shape), str(dtype)] | [list(shape), str(dtype), "jax" | "host"]:
             return dtype in BY_NAME and all(type(size) is int for size in shape)
     return False
+
+
+def _described(param: torch.Tensor) -> list[Any]:
+    return [list(param.shape), str(live_dtype(param)), live_meta(param).residence]
 
 
 def _placed_meta(name: str, param: torch.Tensor, sharding: Sharding | None) -> LeafMeta:
@@ -388,9 +409,12 @@ def _short_name(path: Path) -> str:
     return ".".join(path[2:] if path[1] == "state" else path[1:])
 
 
-def _beside(saved: LeafMeta, param: Sharding | None, param_shape: tuple[int, ...]) -> Sharding | None:
-    """On the host where it was there (Adam's counter) or its parameter is; else beside its parameter."""
-    if param is None or (saved.residence == "host" and saved.shape != param_shape):
+def _beside(saved: LeafMeta, param: Sharding | None, param_shape: tuple[int, ...], moved: bool) -> Sharding | None:
+    """On the host where it was there (Adam's counter) or its parameter is; else beside its parameter.
+
+    What has its parameter's shape moves with that from the host to jax.
+    """
+    if param is None or (saved.residence == "host" and not (moved and saved.shape == param_shape)):
         return None
     return state_sharding(saved.shape, param, param_shape)
 
