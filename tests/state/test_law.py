@@ -8,24 +8,21 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
-from torchorbax import Checkpointer, ConfigError, MismatchError, TorchorbaxError, UnsupportedLeafError
-from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
+from torchorbax import ConfigError, MismatchError, UnsupportedLeafError
 from torchorbax._src.format.manifest import Manifest
 from torchorbax._src.restore.plan import planned
 from torchorbax._src.save.snapshot import take
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Request
 
-from tests.state.recipes import Builder, Camera, Recipe, arrays, keys, odd_trees, trees, values
+from tests.state.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
 
 Program = dict[str, Any]
 """What a program would hand to `resume`."""
@@ -250,8 +247,13 @@ _TENSORS = st.lists(
     st.tuples(
         _NAMES,
         st.sampled_from(["parameter", "buffer", "not persistent", "tied"]),
-        st.tuples(st.just("array"), st.just("torch"), st.sampled_from([torch.float32, torch.int64, torch.bool]),
-                  st.sampled_from([(), (2,), (0, 2)]), st.binary(min_size=1, max_size=4)),
+        st.tuples(
+            st.just("array"),
+            st.just("torch"),
+            st.sampled_from([torch.float32, torch.int64, torch.bool]),
+            st.sampled_from([(), (2,), (0, 2)]),
+            st.binary(min_size=1, max_size=4),
+        ),
     ),
     max_size=4,
 )
@@ -264,7 +266,12 @@ modules: st.SearchStrategy[dict[str, Any]] = st.recursive(
 )
 
 
-@given(recipe=modules, extras=st.lists(values | odd_trees, min_size=1, max_size=2), fill=st.integers(0, 9), extra=st.booleans())
+@given(
+    recipe=modules,
+    extras=st.lists(values | odd_trees, min_size=1, max_size=2),
+    fill=st.integers(0, 9),
+    extra=st.booleans(),
+)
 def test_modules(recipe: dict[str, Any], extras: list[Recipe], fill: int, extra: bool) -> None:
     cls = WithExtraState if extra else OddModule
 

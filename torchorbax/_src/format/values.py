@@ -178,7 +178,7 @@ class _Encoder:
                 f"a defaultdict that makes its values with {factory!r} cannot be kept in a checkpoint; use a dict and "
                 f"setdefault, or one of {', '.join(_FACTORIES)}",
             )
-        return None if factory is None else factory.__name__  # type: ignore[attr-defined]  # those above have names
+        return None if factory is None else factory.__name__
 
     def _array(self, value: Any, path: Path) -> Json:
         if is_key(value):

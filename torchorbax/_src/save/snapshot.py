@@ -77,9 +77,7 @@ class Snapshot:
 def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> LeafMeta:
     if isinstance(held, jax.Array):  # which says these things when it has been donated, too
         sharding, weak_type = describe(held.sharding), held.weak_type
-        return LeafMeta(
-            tuple(held.shape), dtype_name(held.dtype), "jax", sharding, base=base, weak_type=weak_type
-        )
+        return LeafMeta(tuple(held.shape), dtype_name(held.dtype), "jax", sharding, base=base, weak_type=weak_type)
     dtype = live_dtype(held) if isinstance(held, torch.Tensor) else held.dtype
     return LeafMeta(tuple(held.shape), dtype_name(dtype), "host")
 

@@ -66,7 +66,7 @@ def _belongs_on_jax(saved: LeafMeta, array: Array) -> bool:
 
 
 def as_typed(saved: ItemMeta, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Loaded arrays, weakly typed where they were when saved: JAX promotes them otherwise, and storage cannot say so."""
+    """Loaded arrays, weakly typed where they were when saved, which storage cannot say and JAX promotes otherwise."""
     return {
         name: _weakly_typed(array) if saved.leaves[name].weak_type and isinstance(array, jax.Array) else array
         for name, array in arrays.items()

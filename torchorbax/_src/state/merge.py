@@ -84,25 +84,20 @@ class Merge:
             self.into(below[index] if index < len(below) else _Absent, one, (*path, str(index)))
             for index, one in enumerate(new)
         )
-        unchanged = below is live and len(below) == len(merged) and all(one is other for one, other in zip(below, merged, strict=True))
+        unchanged = below is live and [*map(id, below)] == [*map(id, merged)]
         return live if unchanged else merged
 
     def _container(self, live: Any, new: Any, path: Path) -> Any:
         filled = live if type(live) is type(new) and self._take(live) else type(new)()
         self._merged[id(new)] = new, filled
+        below: dict[Any, Any] = {}
+        if type(live) is type(new) and not isinstance(live, set):
+            below = dict(live if isinstance(live, dict) else enumerate(live))
+        content: Any = new
         if isinstance(new, dict):
-            below = dict(live) if type(live) is type(new) else {}
-            content: Any = {
-                key: self.into(below.get(key, _Absent), one, (*path, str(key))) for key, one in new.items()
-            }
+            content = {key: self.into(below.get(key, _Absent), one, (*path, str(key))) for key, one in new.items()}
         elif isinstance(new, list):
-            below = list(live) if type(live) is list else []
-            content = [
-                self.into(below[index] if index < len(below) else _Absent, one, (*path, str(index)))
-                for index, one in enumerate(new)
-            ]
-        else:
-            content = new
+            content = [self.into(below.get(key, _Absent), one, (*path, str(key))) for key, one in enumerate(new)]
         if filled is live:
             self._undo.callback(_refill, live, live.copy())
         _refill(filled, content)
@@ -142,7 +137,8 @@ class Merge:
             same_side = torchax_tensors.is_torchax(live) == torchax_tensors.is_torchax(new)
             return same_side or (self._to_jax and torchax_tensors.is_torchax(new))
         in_memory = live.device.type == "cpu" and live.layout is torch.strided
-        return in_memory and not any(step == 0 and size > 1 for step, size in zip(live.stride(), live.shape, strict=True))
+        expanded = any(step == 0 and size > 1 for step, size in zip(live.stride(), live.shape, strict=True))
+        return in_memory and not expanded
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -73,8 +73,8 @@ def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_customized(module: nn.Module) -> bool:
     """Can its `state_dict` have other entries than its tensors and extra state?"""
-    cls = type(module)
-    overridden = cls.state_dict is not nn.Module.state_dict or cls._save_to_state_dict is not nn.Module._save_to_state_dict
+    methods = ("state_dict", "_save_to_state_dict")
+    overridden = any(getattr(type(module), method) is not getattr(nn.Module, method) for method in methods)
     return bool(overridden or module._state_dict_hooks)
 
 

@@ -23,6 +23,9 @@ from torchorbax._src.tensors.live import live_dtype, settle
 from torchorbax._src.tensors.placement import placed_dtype, target_shardings
 from torchorbax.errors import ConfigError, MismatchError, Problem, UnsupportedLeafError
 
+_Outline = tuple[dict[str, tuple[Any, ...]], dict[str, str]]
+"""Shapes and dtypes by the first name of a tensor, and for every name the first."""
+
 
 class ModuleItem:
     """A module: parameters and persistent buffers by name, tied ones once; extra state with the manifest.
@@ -44,7 +47,7 @@ class ModuleItem:
         self._by_rules = by_rules
         _check_methods(name, module)
         self._saved_as: dict[str, str] | None = None
-        self._at_start: Any = None
+        self._at_start: _Outline | None = None
         with suppress(NotReadyError):  # its hooks may be when something is to be saved or restored
             self._at_start = self._outline(*self._tensors())
 
@@ -78,7 +81,7 @@ class ModuleItem:
         now = self._outline(tensors, first_of)
         self._at_start = self._at_start or now
         if now != self._at_start:
-            self._refuse_change(*self._at_start, *now)
+            self._refuse_change(self._at_start, now)
         leaves: dict[str, Any] = dict(tensors)
         if handed is not None:
             leaves.update(self._checked(handed, tensors, first_of))
@@ -88,9 +91,7 @@ class ModuleItem:
         return Captured(self.kind, leaves, ties, extra, frozenset(frozen))
 
     @staticmethod
-    def _outline(
-        tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]
-    ) -> tuple[dict[str, tuple[Any, ...]], dict[str, str]]:
+    def _outline(tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]) -> _Outline:
         """What must not change, or a fresh module could not take it: names, shapes, dtypes and ties."""
         described = {
             name: (tuple(tensor.shape), torch.int32 if tensor.dtype is torch.int64 else tensor.dtype)  # as on jax
@@ -98,9 +99,8 @@ class ModuleItem:
         }
         return described, dict(first_of)
 
-    def _refuse_change(
-        self, start: Mapping[str, Any], ties_at_start: Mapping[str, str], now: Mapping[str, Any], ties: Mapping[str, str]
-    ) -> None:
+    def _refuse_change(self, at_start: _Outline, at_save: _Outline) -> None:
+        (start, ties_at_start), (now, ties) = at_start, at_save
         changes = [f"{name} has been added" for name in now if name not in start]
         changes += [f"{name} is gone" for name in start if name not in now]
         changes += [

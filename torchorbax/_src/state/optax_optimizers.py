@@ -92,7 +92,7 @@ class OptaxItem:
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         if saved.values is None:  # saved before the first step
             return ItemPlan(values={"": ""} if request.selects(self._name) else {})
-        params, saved_owners = _known_of(saved)
+        _, saved_owners = _known_of(saved)
         plan = ItemPlan()
         if how_built(saved.values) == self._trained_at_start and request.rename is None and request.selects(self._name):
             plan.values = dict(_AS_SAVED)

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
-import torch
 
-from torchorbax._src.arrays.leaves import ARRAY_TYPES, Array, is_key, leaf_name
+from torchorbax._src.arrays.leaves import Array, is_key
 from torchorbax._src.arrays.sharding_rules import ShardingRules
-from torchorbax._src.format.manifest import ItemMeta, LeafMeta, digest
-from torchorbax._src.format.values import (
-    MAPPINGS,
-    Json,
-    LayoutError,
-    Node,
-    StoredLeaf,
-    add_leaf,
-    built,
-    decode,
-    encode,
-    how_built,
-)
+from torchorbax._src.format.manifest import ItemMeta, digest
+from torchorbax._src.format.values import Json, LayoutError, Node, StoredLeaf, built, decode, encode, how_built
 from torchorbax._src.state.compare import compare_leaves, compare_values
-from torchorbax._src.state.item import Captured, ItemPlan
-from torchorbax._src.state.live_leaves import array_meta, as_typed, on_their_side, target_beside
+from torchorbax._src.state.item import Captured, ItemPlan, below_item
+from torchorbax._src.state.live_leaves import as_typed, on_their_side, target_beside
 from torchorbax._src.state.merge import Merge
 from torchorbax._src.state.request import Request, selected
-from torchorbax._src.tensors.live import array_in, tensor_of
+from torchorbax._src.state.trees import (
+    are_alike,
+    children_of,
+    flat,
+    meta_of,
+    nodes_in,
+    outline,
+    registered,
+    with_leaves,
+)
 from torchorbax.errors import MismatchError, UnsupportedLeafError
 
 Path = tuple[str, ...]
@@ -59,10 +54,10 @@ class PytreeItem:
         self._slot = slot
         self._key = key
         tree = slot[key]
-        self._nodes = dict(_nodes_in(tree, (name,)))
-        self._encoded(tree, {})  # raises what a save would raise
-        self._at_start = {one: _meta(leaf) for one, leaf in flat(tree).items()}
-        self._outline = digest(_outline(tree))
+        encode(tree, {}, below_item, (name,), _any_node)  # raises what a save would raise
+        self._nodes = dict(nodes_in(tree, (name,)))
+        self._at_start = {one: meta_of(leaf) for one, leaf in flat(tree).items()}
+        self._outline = digest(outline(tree))
         # Kept, because making them up takes microseconds a leaf: what the last tree of nothing but arrays on devices
         # looked like, and what was made of it.
         self._known: _Known | None = None
@@ -74,24 +69,21 @@ class PytreeItem:
         structure, arrays = _arrays_only(tree)
         if self._known is not None and self._known.is_like(structure, arrays):
             return Captured(self.kind, dict(zip(self._known.names, arrays, strict=True)), values=self._known.values)
+        leaves: dict[str, Any] = {}
+        values = built(self._outline, encode(tree, leaves, below_item, (self._name,), self._node_of))
         if handed is not None:
             self._check_handed(handed)
-        leaves: dict[str, Any] = {}
-        values = built(self._outline, self._encoded(tree, leaves))
         if arrays:
             names = {id(leaf): name for name, leaf in leaves.items()}
             self._known = _Known(structure, _described(arrays), [names[id(leaf)] for leaf in arrays], values)
         return Captured(self.kind, leaves, values=values)
 
-    def _encoded(self, tree: Any, leaves: dict[str, Any]) -> Json:
-        return encode(tree, leaves, lambda path: ".".join(path[1:]), (self._name,), self._node_of)
-
     def _node_of(self, value: Any, path: Path) -> Node | None:
         """A node of a registered type, if one like it was there at the start, of which a restore can make it anew."""
-        if (found := _registered(value)) is None:
+        if (found := registered(value)) is None:
             return None
         structure, children = found
-        if path not in self._nodes or not _are_alike(structure, self._nodes[path]):
+        if path not in self._nodes or not are_alike(structure, self._nodes[path]):
             raise UnsupportedLeafError(
                 ".".join(path),
                 f"a {type(value).__qualname__} can only be restored where the tree had one when the run was opened, "
@@ -105,7 +97,7 @@ class PytreeItem:
         Raises:
             MismatchError: it has not, so it must be a slip.
         """
-        given = {name: _meta(leaf) for name, leaf in flat(handed).items()}
+        given = {name: meta_of(leaf) for name, leaf in flat(handed).items()}
         arrays = {name: meta for name, meta in given.items() if name in self._at_start and meta is not None}
         start = {name: meta for name, meta in self._at_start.items() if name not in given or name in arrays}
         problems = compare_leaves(
@@ -137,7 +129,7 @@ class PytreeItem:
     ) -> ItemPlan:
         live = {name: leaf for name, leaf in live.items() if request.selects(self._name, name)}
         old_names = selected(self._name, {name: name for name in stored}, request)
-        live_arrays = {name: meta for name, leaf in live.items() if (meta := _meta(leaf)) is not None}
+        live_arrays = {name: meta for name, leaf in live.items() if (meta := meta_of(leaf)) is not None}
         leaves = {name: leaf.name for name, old in old_names.items() if isinstance(leaf := stored[old], StoredLeaf)}
         found = {name: saved.leaves[leaf] for name, leaf in leaves.items()}
         plan = ItemPlan(problems=compare_leaves(self._name, live_arrays, found, cast=request.cast))
@@ -157,14 +149,19 @@ class PytreeItem:
         tree = _tree_of(saved, {**dict.fromkeys(saved.leaves), **loaded})
         if plan.values != {_WHOLE: _WHOLE}:
             stored = flat(tree)
-            tree = _with_leaves(live, {name: stored[old] for name, old in plan.values.items()})
-        merged = Merge(undo, _children, self._built, to_jax=True).into(live, tree, (self._name,))
+            tree = with_leaves(live, {name: stored[old] for name, old in plan.values.items()})
+        merged = Merge(undo, children_of, self._built, to_jax=True).into(live, tree, (self._name,))
         if merged is not live:  # a tuple cannot hold another value, and need not
             undo.callback(self._slot.__setitem__, self._key, live)
             self._slot[self._key] = merged
 
     def _built(self, path: Path, children: Mapping[str, Any]) -> Any:
         return jax.tree.unflatten(self._nodes[path], list(children.values()))
+
+
+def _any_node(value: Any, path: Path) -> Node | None:
+    found = registered(value)
+    return None if found is None else Node(type(value).__qualname__, found[1])
 
 
 _WHOLE = "*the whole tree*"
@@ -201,146 +198,15 @@ def _described(arrays: list[Any]) -> list[tuple[Any, Any]]:
 
 
 def _arrays_only(tree: Any) -> tuple[Any, list[Any]]:
-    """JAX's structure of a tree and its leaves, if all of them are arrays on devices, each in one place; else nothing."""
+    """JAX's structure of a tree and its leaves, if all are arrays on devices, each in one place; else nothing."""
     try:
         leaves, structure = jax.tree.flatten(tree)
-    except (TypeError, ValueError):  # keys that cannot be sorted
+    except (TypeError, ValueError, RecursionError):  # keys that cannot be sorted, or a container that is in itself
         return None, []
     one_of_each_type = {type(leaf): leaf for leaf in leaves}.values()
     if not all(isinstance(leaf, jax.Array) and not is_key(leaf) for leaf in one_of_each_type):
         return None, []
     return (structure, leaves) if len(set(map(id, leaves))) == len(leaves) else (None, [])
-
-
-# --------------------------------------------------------------------------------------------------------------- trees
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by dotted names: arrays and plain values. A list of plain values, such as the losses so far,
-    is one value."""
-    named: dict[str, Any] = {}
-
-    def walk(node: Any, path: Path) -> None:
-        if (below := _below(node)) is None:
-            add_leaf(".".join(path), node, named)
-            return
-        for key, child in below:
-            walk(child, (*path, str(key)))
-
-    walk(tree, ())
-    return named
-
-
-def _with_leaves(tree: Any, values: Mapping[str, Any]) -> Any:
-    """A tree such as `tree`, with these leaves in place of those of the same names in `flat`."""
-    names = iter(flat(tree))
-
-    def replaced(node: Any) -> Any:
-        if (below := _below(node)) is None:
-            name = next(names)
-            return _of_kind(node, values[name]) if name in values else node
-        children = {key: replaced(child) for key, child in below}
-        if isinstance(node, defaultdict):
-            return defaultdict(node.default_factory, children)
-        if isinstance(node, dict):
-            return type(node)(children)
-        if type(node) in (list, tuple):
-            return type(node)(children.values())
-        return Node(type(node).__qualname__, children)
-
-    return replaced(tree)
-
-
-def _of_kind(live: Any, value: Any) -> Any:
-    """A value as what the live one is: a tensor, a numpy array, a jax array or a typed PRNG key."""
-    array = array_in(value) if isinstance(value, torch.Tensor) else value
-    if is_key(live):
-        return array if is_key(array) else jax.random.wrap_key_data(array, impl=jax.random.key_impl(live))
-    if is_key(array) and isinstance(live, ARRAY_TYPES):
-        array = jax.random.key_data(array)
-    if isinstance(live, torch.Tensor):
-        return value if isinstance(value, torch.Tensor) else tensor_of(array)
-    if isinstance(live, np.ndarray):
-        return np.asarray(array)
-    return np.asarray(array)[()] if isinstance(live, np.generic) else array if isinstance(live, jax.Array) else value
-
-
-def _below(node: Any) -> list[tuple[Any, Any]] | None:
-    """Keys and children of a node; None for a leaf."""
-    if isinstance(node, Node):
-        return list(node.children.items())
-    if type(node) in MAPPINGS:
-        return list(node.items())
-    if type(node) in (list, tuple):
-        return None if type(node) is list and all(map(_is_plain, node)) else list(enumerate(node))
-    found = _registered(node)
-    return None if found is None else list(found[1].items())
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | complex | str | bytes)
-
-
-def _registered(value: Any) -> tuple[Any, dict[str, Any]] | None:
-    """One level of a node of a type that JAX has been told of: its structure and its children by name."""
-    if value is None or isinstance(value, (*ARRAY_TYPES, bool, int, float, str, bytes)):
-        return None
-    found, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda node: node is not value)
-    if structure.num_nodes == 1 and structure.num_leaves == 1:
-        return None
-    children: dict[str, Any] = {}
-    for path, child in found:
-        add_leaf(leaf_name(path), child, children)
-    return structure, children
-
-
-def _children(node: Any) -> dict[str, Any]:
-    found = _registered(node)
-    return {} if found is None else found[1]
-
-
-def _nodes_in(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """The nodes of registered types in a tree: paths and structures."""
-    for key, child in _below(tree) or ():
-        yield from _nodes_in(child, (*path, str(key)))
-    if type(tree) not in (*MAPPINGS, list, tuple) and (found := _registered(tree)) is not None:
-        yield path, found[0]
-
-
-def _are_alike(structure: Any, other: Any) -> bool:
-    """Are these nodes of one type, with the same fixed parts?"""
-    try:
-        return bool(structure == other)
-    except Exception:  # whatever those parts make of it; numpy arrays will not say yes or no
-        (kind, fixed), (other_kind, other_fixed) = structure.node_data(), other.node_data()
-        return kind is other_kind and _are_equal(fixed, other_fixed)
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_are_equal, one, other))
-    try:
-        return bool(np.array_equal(one, other))
-    except Exception:  # they cannot be compared, so nobody knows
-        return False
-
-
-def _outline(tree: Any) -> Json:
-    """What a tree looks like: its containers, the kinds, shapes and dtypes of its arrays, and where values are."""
-    if (meta := _meta(tree)) is not None:
-        return [_kind(tree), list(meta.shape), meta.dtype, meta.residence]
-    below = _below(tree)
-    return None if below is None else [type(tree).__qualname__, [[str(key), _outline(child)] for key, child in below]]
-
-
-def _kind(leaf: Any) -> str:
-    return "torch" if isinstance(leaf, torch.Tensor) else "scalar" if isinstance(leaf, np.generic) else "array"
-
-
-def _meta(leaf: Any) -> LeafMeta | None:
-    return array_meta(leaf) if isinstance(leaf, ARRAY_TYPES) else None
 
 
 def _tree_of(saved: ItemMeta, leaves: Mapping[str, Any]) -> Any:

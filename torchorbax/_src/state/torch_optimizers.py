@@ -11,17 +11,26 @@ from jax.sharding import Sharding
 
 from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.leaves import Array
-from torchorbax._src.arrays.sharding_rules import ShardingRules, replicated_like, state_sharding
+from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import LayoutError, Path, StoredLeaf, built, decode, encode, how_built
+from torchorbax._src.format.values import StoredLeaf, built, decode, encode, how_built
 from torchorbax._src.state.compare import compare_leaves
 from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, calling
-from torchorbax._src.state.live_leaves import as_typed, live_meta, on_their_side
+from torchorbax._src.state.live_leaves import as_typed, on_their_side
 from torchorbax._src.state.merge import Merge
 from torchorbax._src.state.request import Request, selected
-from torchorbax._src.tensors.live import live_dtype
-from torchorbax._src.tensors.placement import placed_dtype, target_shardings
-from torchorbax.errors import ConfigError, Problem, UnsupportedLeafError
+from torchorbax._src.state.torch_optimizer_tree import (
+    anywhere,
+    beside,
+    checked_tree,
+    described,
+    leaves_in,
+    placed_meta,
+    reset,
+    short_name,
+)
+from torchorbax._src.tensors.placement import target_shardings
+from torchorbax.errors import ConfigError, Problem
 
 _OTHERS = "*others*"
 """Among the names of a plan's values: what belongs to no parameter is restored as well."""
@@ -120,9 +129,7 @@ class TorchOptimizerItem:
     def _names(self) -> dict[int, str]:
         """The names of all parameters that it could have, by id."""
         owners = self._owners().items()
-        return {
-            param: self._full_name(owner) for param, owner in owners if self._only_module in (None, owner[0])
-        }
+        return {param: self._full_name(owner) for param, owner in owners if self._only_module in (None, owner[0])}
 
     def _group_names(self) -> list[list[str]]:
         owners = self._owners()
@@ -158,25 +165,25 @@ class TorchOptimizerItem:
                 params.setdefault(names[id(key)], key)
             else:
                 raise ConfigError(
-                    f"{self._name}: the optimizer's state has an entry for a tensor of shape {tuple(key.shape)} that is "
-                    "no parameter of a model that is saved; key it by a name"
+                    f"{self._name}: the optimizer's state has an entry for a tensor of shape {tuple(key.shape)} that "
+                    "is no parameter of a model that is saved; key it by a name"
                 )
         tree = {
             "class": type(self._optimizer).__name__,
             "state": state,
             "param_groups": [{**group, "params": mine} for group, mine in zip(self._groups, groups, strict=True)],
             # What the state belongs to: its own shapes tell only part of that (Adafactor's rows and columns).
-            "params": {name: _described(param) for name, param in params.items()},
+            "params": {name: described(param) for name, param in params.items()},
             **({"others": others} if others else {}),
         }
         leaves: dict[str, Any] = {}
-        values = encode(tree, leaves, _short_name, (self._name,))
+        values = encode(tree, leaves, short_name, (self._name,))
         return Captured(self.kind, leaves, values=built(self._groups_at_start, values))
 
     # --------------------------------------------------------------------------------------------------------- restore
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
-        tree = _checked_tree(decode(saved.values, {name: StoredLeaf(name) for name in saved.leaves}))
+        tree = checked_tree(decode(saved.values, {name: StoredLeaf(name) for name in saved.leaves}))
         kind = type(self._optimizer).__name__
         if tree["class"] != kind:  # whose state and hyperparameters would mean something else, or nothing
             problem = Problem("placement", self._name, "the optimizer", f"a {kind}", f"a {tree['class']}")
@@ -185,7 +192,7 @@ class TorchOptimizerItem:
         params = self._restored_params(tree, saved, request)
         placed = self._placed(params, rules)
         live = {
-            name: _placed_meta(name, param, placed[name])
+            name: placed_meta(name, param, placed[name])
             for name, param in params.items()
             if request.selects(self._name, name)
         }
@@ -208,9 +215,7 @@ class TorchOptimizerItem:
         """Are the groups taken as they were saved?"""
         return how_built(saved.values) == self._groups_at_start and request.rename is None
 
-    def _restored_params(
-        self, tree: Mapping[str, Any], saved: ItemMeta, request: Request
-    ) -> dict[str, torch.Tensor]:
+    def _restored_params(self, tree: Mapping[str, Any], saved: ItemMeta, request: Request) -> dict[str, torch.Tensor]:
         """The parameters whose state may be restored: those of its groups, and those that it had when saved."""
         params = self._params()
         if self._takes_groups(saved, request):
@@ -222,9 +227,7 @@ class TorchOptimizerItem:
         params = (param for module in self._modules.values() for param in module.parameters())
         return {names[id(param)]: param for param in params if id(param) in names}
 
-    def _placed(
-        self, params: Mapping[str, torch.Tensor], rules: ShardingRules | None
-    ) -> dict[str, Sharding | None]:
+    def _placed(self, params: Mapping[str, torch.Tensor], rules: ShardingRules | None) -> dict[str, Sharding | None]:
         """Where the parameters are, or will be by the rules for their module; None for host memory."""
         owners = self._owners()
         placed: dict[str, Sharding | None] = {}
@@ -253,15 +256,15 @@ class TorchOptimizerItem:
             was, now = metas[name]
             state = tree["state"].get(owner, {})
             for key, entry in state.items() if isinstance(state, dict) else [("", state)]:
-                for leaf in _leaves_in(entry):
+                for leaf in leaves_in(entry):
                     meta = saved.leaves[leaf]
-                    plan.targets.setdefault(leaf, _beside(meta, placed[name], was.shape, moved))
+                    plan.targets.setdefault(leaf, beside(meta, placed[name], was.shape, moved))
                     counts = key == "step"  # float32 whatever the parameter is, as torch's load_state_dict has it
                     if was.dtype != now.dtype and meta.dtype == was.dtype and not counts:
                         plan.dtypes[leaf] = BY_NAME[now.dtype]
         further = [group for _, group in self._groups_to_restore(tree, plan)]
-        for leaf in _leaves_in([further, tree.get("others") if _OTHERS in plan.values else None]):
-            plan.targets.setdefault(leaf, None if saved.leaves[leaf].residence == "host" else _anywhere(placed))
+        for leaf in leaves_in([further, tree.get("others") if _OTHERS in plan.values else None]):
+            plan.targets.setdefault(leaf, None if saved.leaves[leaf].residence == "host" else anywhere(placed))
 
     @staticmethod
     def _have_moved(tree: Mapping[str, Any], placed: Mapping[str, Sharding | None]) -> bool:
@@ -314,7 +317,7 @@ class TorchOptimizerItem:
         tree = decode(saved.values, {**dict.fromkeys(saved.leaves), **as_typed(saved, arrays)})
         merge = Merge(undo)
         state = self._optimizer.state
-        undo.callback(_reset, state, dict(state))
+        undo.callback(reset, state, dict(state))
         for name, owner in plan.values.items():
             if name == _OTHERS:
                 self._restore_others(tree.get("others", {}), merge)
@@ -340,7 +343,7 @@ class TorchOptimizerItem:
         whole = _OTHERS in plan.values and how_built(saved.values) == self._groups_at_start
         by_name = self._by_name()
         for group, stored in pairs:
-            undo.callback(_reset, group, dict(group))
+            undo.callback(reset, group, dict(group))
             new = {key: merge.into(group.get(key), value) for key, value in stored.items() if key not in _WHOSE}
             if whole:
                 params = [by_name[name] for name in stored["params"]]
@@ -352,78 +355,3 @@ class TorchOptimizerItem:
         if whole:
             undo.callback(self._groups.__setitem__, slice(None), list(self._groups))
             self._groups[:] = [group for group, _ in pairs]
-
-
-def _checked_tree(tree: Any) -> dict[str, Any]:
-    """`tree`, if it is laid out as `capture` does.
-
-    Raises:
-        LayoutError: it is not, so somebody else wrote it.
-    """
-    match tree:
-        case {"class": str(), "state": dict(state), "param_groups": list(groups), "params": dict(params)}:
-            named = all(isinstance(name, str) and name in params for name in state)
-            grouped = all(isinstance(group, dict) and _all_names(group.get("params"), params) for group in groups)
-            known = all(isinstance(name, str) and _is_shape_and_dtype(one) for name, one in params.items())
-            if named and grouped and known and isinstance(tree.get("others", {}), dict):
-                return dict(tree)
-    raise LayoutError("not the state of a torch.optim optimizer")
-
-
-def _all_names(names: Any, known: Collection[str]) -> bool:
-    return isinstance(names, list) and all(isinstance(name, str) and name in known for name in names)
-
-
-def _is_shape_and_dtype(meta: Any) -> bool:
-    match meta:
-        case [list(shape), str(dtype)] | [list(shape), str(dtype), "jax" | "host"]:
-            return dtype in BY_NAME and all(type(size) is int for size in shape)
-    return False
-
-
-def _described(param: torch.Tensor) -> list[Any]:
-    return [list(param.shape), str(live_dtype(param)), live_meta(param).residence]
-
-
-def _placed_meta(name: str, param: torch.Tensor, sharding: Sharding | None) -> LeafMeta:
-    """What a parameter is once it is placed; if that is impossible, the module says so."""
-    dtype = live_dtype(param)
-    if sharding is not None:
-        with suppress(UnsupportedLeafError):
-            dtype = placed_dtype(name, param)
-    return LeafMeta(tuple(param.shape), str(dtype), "host" if sharding is None else "jax")
-
-
-def _leaves_in(value: Any) -> list[str]:
-    """The names of the stored leaves in a value, as keys of mappings, too."""
-    if isinstance(value, StoredLeaf):
-        return [value.name]
-    if isinstance(value, dict):
-        value = [*value, *value.values()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return [leaf for one in value for leaf in _leaves_in(one)]
-    return []
-
-
-def _short_name(path: Path) -> str:
-    return ".".join(path[2:] if path[1] == "state" else path[1:])
-
-
-def _beside(saved: LeafMeta, param: Sharding | None, param_shape: tuple[int, ...], moved: bool) -> Sharding | None:
-    """On the host where it was there (Adam's counter) or its parameter is; else beside its parameter.
-
-    What has its parameter's shape moves with that from the host to jax.
-    """
-    if param is None or (saved.residence == "host" and not (moved and saved.shape == param_shape)):
-        return None
-    return state_sharding(saved.shape, param, param_shape)
-
-
-def _anywhere(placed: Mapping[str, Sharding | None]) -> Sharding | None:
-    first = next(iter(placed.values()))
-    return None if first is None else replicated_like(first)
-
-
-def _reset(container: dict[Any, Any], content: Mapping[Any, Any]) -> None:
-    container.clear()
-    container.update(content)

@@ -70,14 +70,14 @@ class Metrics:
 
     def _grow(self, state: Mapping[str, Any]) -> None:
         """Give trackers, which get a metric an epoch, those that they had."""
-        for name, one in self._metrics().items():
-            if type(one).__name__ == "MetricTracker" and isinstance(one, torch.nn.ModuleList):
-                prefix = "" if one is self._module else f"{name}."
-                steps = {step for key in state if (step := _first_part(key, prefix)).isdecimal()}
-                for step in [step for step in one._modules if step.isdecimal() and step not in steps]:
-                    del one._modules[step]
-                while one.n_steps < len(steps):
-                    one.increment()
+        trackers = {name: one for name, one in self._metrics().items() if type(one).__name__ == "MetricTracker"}
+        for name, one in trackers.items():
+            prefix = "" if one is self._module else f"{name}."
+            steps = {step for key in state if (step := _first_part(key, prefix)).isdecimal()}
+            for step in [step for step in one._modules if step.isdecimal() and step not in steps]:
+                del one._modules[step]
+            while one.n_steps < len(steps):
+                one.increment()
 
 
 def _first_part(name: str, prefix: str) -> str:

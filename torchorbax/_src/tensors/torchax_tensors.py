@@ -102,7 +102,7 @@ def become_torchax(tensor: torch.Tensor, array: jax.Array) -> torch.Tensor:
 
 def mark_as_parameter(tensor: torch.Tensor) -> None:
     """Make torch take a torchax tensor for a `Parameter`."""
-    tensor._is_param = True  # type: ignore[attr-defined]  # how torch tells one that is of a subclass of tensors
+    tensor._is_param = True  # how torch tells one that is of a subclass of tensors
 
 
 def rng_key() -> jax.Array:
