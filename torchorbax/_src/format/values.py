@@ -38,6 +38,7 @@ MAPPINGS: dict[type, str] = {
 }
 """Mappings that can be kept, and their names."""
 _SEQUENCES: dict[type, str] = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "torch.Size"}
+_MUTABLE = frozenset((list, set, *MAPPINGS))
 _BY_NAME: dict[str, type] = {name: kind for kind, name in (MAPPINGS | _SEQUENCES).items()}
 _FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict, OrderedDict, Counter)
@@ -115,7 +116,7 @@ class _Encoder:
             return value if math.isfinite(value) else {"$": "float", "value": repr(value)}
         if isinstance(value, ARRAY_TYPES):
             return self._array(value, path)
-        if type(value) in (list, set, *MAPPINGS):
+        if type(value) in _MUTABLE:
             if id(value) in self._numbers:
                 return self._same(value, path)
             self._numbers[id(value)] = len(self._numbers)
@@ -138,7 +139,7 @@ class _Encoder:
         if kind is list:
             return [self.json(one, (*path, str(index))) for index, one in enumerate(value)]
         if kind in MAPPINGS:
-            keys = [self._key(key, path) for key in value]
+            keys = [key if type(key) is str else self._key(key, path) for key in value]
             values = [self.json(one, (*path, str(key))) for key, one in value.items()]
             factory = {"factory": self._factory(value, path)} if kind is defaultdict else {}
             return {"$": MAPPINGS[kind], "keys": keys, "values": values, **factory}
@@ -167,7 +168,7 @@ class _Encoder:
             raise UnsupportedLeafError(
                 ".".join(path), f"a {type(key).__qualname__} as a key of a mapping cannot be kept in a checkpoint"
             )
-        return key if type(key) is str else self.json(key, (*path, "key"))
+        return self.json(key, (*path, "key"))
 
     @staticmethod
     def _factory(value: defaultdict[Any, Any], path: Path) -> str | None:
@@ -181,6 +182,8 @@ class _Encoder:
         return None if factory is None else factory.__name__
 
     def _array(self, value: Any, path: Path) -> Json:
+        if type(value) is torch.Tensor:  # most of them; to ask the other questions takes microseconds
+            return self._leaf(value, path, "torch")
         if is_key(value):
             data = self._array(without_key_type(value), path)
             return {"$": "key", "impl": str(jax.random.key_impl(value)), "data": data}
@@ -200,9 +203,10 @@ class _Encoder:
         return self._leaf(value, path, "array")
 
     def _leaf(self, value: Any, path: Path, kind: str) -> Json:
-        if id(value) not in self._names:
-            self._names[id(value)] = add_leaf(self._name_of(path), value, self._leaves)
-        return {"$": "leaf", "name": self._names[id(value)], "as": kind}
+        name = self._names.get(id(value))
+        if name is None:
+            name = self._names[id(value)] = add_leaf(self._name_of(path), value, self._leaves)
+        return {"$": "leaf", "name": name, "as": kind}
 
 
 def _order(value: object) -> str:

@@ -199,9 +199,19 @@ def _described(arrays: list[Any]) -> list[tuple[Any, Any]]:
 
 def _arrays_only(tree: Any) -> tuple[Any, list[Any]]:
     """JAX's structure of a tree and its leaves, if all are arrays on devices, each in one place; else nothing."""
+    met: set[int] = set()
+
+    def repeats(node: Any) -> bool:
+        """Is this a container that has been met? JAX would follow one that is in itself until Python breaks down."""
+        if not isinstance(node, list | dict):
+            return False
+        found = id(node) in met
+        met.add(id(node))
+        return found
+
     try:
-        leaves, structure = jax.tree.flatten(tree)
-    except (TypeError, ValueError, RecursionError):  # keys that cannot be sorted, or a container that is in itself
+        leaves, structure = jax.tree.flatten(tree, is_leaf=repeats)
+    except (TypeError, ValueError):  # keys that cannot be sorted
         return None, []
     one_of_each_type = {type(leaf): leaf for leaf in leaves}.values()
     if not all(isinstance(leaf, jax.Array) and not is_key(leaf) for leaf in one_of_each_type):

@@ -48,7 +48,8 @@ def _is_shape_and_dtype(meta: Any) -> bool:
 
 def described(param: torch.Tensor) -> list[Any]:
     """Shape, dtype and side of a parameter, in JSON."""
-    return [list(param.shape), str(live_dtype(param)), live_meta(param).residence]
+    meta = live_meta(param)
+    return [list(meta.shape), meta.dtype, meta.residence]
 
 
 def placed_meta(name: str, param: torch.Tensor, sharding: Sharding | None) -> LeafMeta:

@@ -71,11 +71,14 @@ class TorchOptimizerItem:
         self._optimizer = optimizer
         self._modules = modules
         self._by_rules = by_rules
-        self._check_owners()
-        owners = {self._owners()[id(param)][0] for group in optimizer.param_groups for param in group["params"]}
         # A parameter of the one module is called as it is there; of several, with the item's name in front.
-        self._only_module = next(iter(owners)) if len(owners) == 1 else None
-        self._groups_at_start = self._group_names()
+        self._only_module: str | None = None
+        self._group_names(self._names())  # raises if some are of none
+        owners = self._owners()
+        items = {owners[id(param)][0] for group in optimizer.param_groups for param in group["params"]}
+        if len(items) == 1:
+            self._only_module = items.pop()
+        self._groups_at_start = self._group_names(self._names())
         self._check_state_dict()
 
     # ----------------------------------------------------------------------------------------------------------- names
@@ -87,16 +90,6 @@ class TorchOptimizerItem:
             for name, param in module.named_parameters():
                 owners.setdefault(id(param), (item, name))
         return owners
-
-    def _check_owners(self) -> None:
-        owners = self._owners()
-        params = [param for group in self._optimizer.param_groups for param in group["params"]]
-        if strangers := sum(id(param) not in owners for param in params):
-            raise ConfigError(
-                f"{self._name}: {strangers} of the optimizer's {len(params)} parameters belong to no model that is "
-                "saved. Was the optimizer built for another model, or before model.to('jax'), which makes new "
-                "parameters? Build it afterwards, or move both with torchorbax.place_(model, optimizer)."
-            )
 
     def _check_state_dict(self) -> None:
         """See that its `state_dict` has nothing besides what is saved.
@@ -115,25 +108,32 @@ class TorchOptimizerItem:
                     "owner to resume in state="
                 )
 
-    def _full_name(self, owner: tuple[str, str]) -> str:
-        item, name = owner
-        if self._only_module is None:
-            return f"{item}.{name}"
-        if item != self._only_module:
-            raise ConfigError(
-                f"{self._name}: the optimizer has got parameters of {item} since the run was opened; close the run and "
-                "open another with the optimizer as it is now"
-            )
-        return name
-
     def _names(self) -> dict[int, str]:
         """The names of all parameters that it could have, by id."""
         owners = self._owners().items()
-        return {param: self._full_name(owner) for param, owner in owners if self._only_module in (None, owner[0])}
+        if self._only_module is not None:
+            return {param: name for param, (item, name) in owners if item == self._only_module}
+        return {param: f"{item}.{name}" for param, (item, name) in owners}
 
-    def _group_names(self) -> list[list[str]]:
-        owners = self._owners()
-        return [[self._full_name(owners[id(param)]) for param in group["params"]] for group in self._groups]
+    def _group_names(self, names: Mapping[int, str]) -> list[list[str]]:
+        """The names of the parameters of each group.
+
+        Raises:
+            ConfigError: some belong to no module, or to another than the optimizer has had so far.
+        """
+        params = [param for group in self._groups for param in group["params"]]
+        if strangers := [param for param in params if id(param) not in names]:
+            if owner := self._owners().get(id(strangers[0])):
+                raise ConfigError(
+                    f"{self._name}: the optimizer has got parameters of {owner[0]} since the run was opened; close the "
+                    "run and open another with the optimizer as it is now"
+                )
+            raise ConfigError(
+                f"{self._name}: {len(strangers)} of the optimizer's {len(params)} parameters belong to no model that "
+                "is saved. Was the optimizer built for another model, or before model.to('jax'), which makes new "
+                "parameters? Build it afterwards, or move both with torchorbax.place_(model, optimizer)."
+            )
+        return [[names[id(param)] for param in group["params"]] for group in self._groups]
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -151,10 +151,9 @@ class TorchOptimizerItem:
             raise ConfigError(
                 f"{self._name}: a torch.optim optimizer is saved from the live object; nothing can be handed over"
             )
-        self._check_owners()
-        groups = self._group_names()
         names = self._names()
-        params = self._params()
+        groups = self._group_names(names)
+        params = {names[id(param)]: param for group in self._groups for param in group["params"]}
         state: dict[str, Any] = {}
         others: dict[Any, Any] = {}
         for key, entries in self._optimizer.state.items():
@@ -287,7 +286,7 @@ class TorchOptimizerItem:
     def _compare_groups(
         self, saved: list[dict[str, Any]], wanted: Collection[str], stored: Mapping[str, str]
     ) -> list[Problem]:
-        live = self._group_names()
+        live = self._group_names(self._names())
         group_of_live = {name: index for index, group in enumerate(live) for name in group if name in wanted}
         group_of = {name: index for index, group in enumerate(saved) for name in group["params"]}
         group_of_saved = {name: group_of[owner] for name, owner in stored.items() if owner in group_of}
