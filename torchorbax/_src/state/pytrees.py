@@ -98,14 +98,15 @@ class PytreeItem:
             MismatchError: it has not, so it must be a slip.
         """
         given = {name: meta_of(leaf) for name, leaf in flat(handed).items()}
-        arrays = {name: meta for name, meta in given.items() if name in self._at_start and meta is not None}
-        start = {name: meta for name, meta in self._at_start.items() if name not in given or name in arrays}
+        parts = [name.split(".") for name in given]
+        there = {".".join(one[:count]) for one in parts for count in range(len(one) + 1)}  # what has become a container
+        start = {name: meta for name, meta in self._at_start.items() if name not in there or name in given}
         problems = compare_leaves(
             self._name,
-            {name: meta for name, meta in start.items() if meta is not None},
-            {name: meta for name, meta in arrays.items() if start[name] is not None},
+            {name: meta for name, meta in start.items() if meta is not None and given.get(name, meta) is not None},
+            {name: meta for name, meta in given.items() if meta is not None and start.get(name) is not None},
         )
-        problems += compare_values(self._name, [name for name in start if start[name] is None], arrays)
+        problems += compare_values(self._name, [name for name in start if start[name] is None], given)
         if problems := [problem for problem in problems if problem.kind != "unexpected"]:
             raise MismatchError("the state handed to save", problems)
 
