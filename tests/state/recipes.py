@@ -209,11 +209,15 @@ _LEAVES = (
         st.lists(st.tuples(st.just("plain"), st.integers() | st.text(max_size=2)), max_size=3),
     )
 )
-values = st.recursive(_LEAVES, _containers, max_leaves=8)
+# Deferred, for Hypothesis shows a strategy in full where something goes wrong.
+values: st.SearchStrategy[Recipe] = st.deferred(lambda: st.recursive(_LEAVES, _containers, max_leaves=8))
 """What anything may hold."""
-trees = st.recursive(_LEAVES, _nodes, max_leaves=8)
+trees: st.SearchStrategy[Recipe] = st.deferred(lambda: st.recursive(_LEAVES, _nodes, max_leaves=8))
 """What a tree may hold: nodes of registered types, too."""
-odd_trees = st.recursive(_LEAVES | st.tuples(st.just("odd"), st.sampled_from(sorted(ODD))), _nodes, max_leaves=5)
+odd_trees: st.SearchStrategy[Recipe] = st.deferred(
+    lambda: st.recursive(_LEAVES | st.tuples(st.just("odd"), st.sampled_from(sorted(ODD))), _nodes, max_leaves=5)
+)
+"""What a tree may not hold."""
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
@@ -239,7 +243,7 @@ class Camera:
         if isinstance(value, list | tuple):
             return (name, [self.picture(one) for one in value])
         if isinstance(value, set | frozenset):
-            return (name, sorted(map(repr, value)))
+            return (name, sorted(str(self.picture(one)) for one in value))
         if isinstance(value, Labelled):
             return (name, value.label, self.picture(value.content))
         return (name, repr(value) if not isinstance(value, int) else hex(value))

@@ -25,7 +25,10 @@ GROWTH: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a log history": (list, lambda log: [*log, {"step": 1, "loss": 0.5}, {"step": 2, "eval": [1, "x"]}]),
     "a dict that gets keys": (dict, lambda log: {**log, "epoch 1": 0.5, 2: {"nested": None}}),
     "losses as tensors": (list, lambda log: [*log, torch.ones(()), torch.zeros(2)]),
-    "arrays of all kinds": (list, lambda log: [jnp.ones(2), np.ones(3), np.float32(1), torch.ones(1), jax.random.key(3)]),
+    "arrays of all kinds": (
+        list,
+        lambda log: [jnp.ones(2), np.ones(3), np.float32(1), torch.ones(1), jax.random.key(3)],
+    ),
     "None that becomes a tensor": (lambda: None, lambda log: torch.ones(3)),
     "a tensor that becomes None": (lambda: torch.ones(3), lambda log: None),
     "a tuple that grows": (tuple, lambda log: (*log, 1, "b")),

@@ -191,8 +191,8 @@ def optimizer_picture(program: Program) -> Any:
         {key: [names[id(one)] for one in value] if key == "params" else value for key, value in sorted(group.items())}
         for group in optimizer.param_groups
     ]
-    in_order = sorted(state, key=repr)
-    return [(repr(key), camera.picture(state[key])) for key in in_order], camera.picture(groups)
+    in_order = sorted(state, key=lambda key: str(Camera().picture(key)))
+    return [(Camera().picture(key), camera.picture(state[key])) for key in in_order], camera.picture(groups)
 
 
 @given(start=optimizer_states(), later=optimizer_states())
@@ -281,7 +281,7 @@ def test_modules(recipe: dict[str, Any], extras: list[Recipe], fill: int, extra:
                 tensor.fill_(fill)
         for index, module in enumerate(state["model"].modules()):
             if extra:
-                module.extra = Builder().build(extras[index % len(extras)])
+                vars(module)["extra"] = Builder().build(extras[index % len(extras)])
 
     def picture(state: Program) -> Any:
         kept = {name: state["model"].state_dict(keep_vars=True)[name] for name in state["model"].state_dict()}

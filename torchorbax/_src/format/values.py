@@ -140,11 +140,11 @@ class _Encoder:
             return [self.json(one, (*path, str(index))) for index, one in enumerate(value)]
         if kind in MAPPINGS:
             keys = [key if type(key) is str else self._key(key, path) for key in value]
-            values = [self.json(one, (*path, str(key))) for key, one in value.items()]
+            values = [self.json(one, (*path, key_name(key))) for key, one in value.items()]
             factory = {"factory": self._factory(value, path)} if kind is defaultdict else {}
             return {"$": MAPPINGS[kind], "keys": keys, "values": values, **factory}
         if kind in _SEQUENCES:
-            ordered = sorted(value, key=_order) if kind in (set, frozenset) else value
+            ordered = sorted(value, key=_text) if kind in (set, frozenset) else value
             return {
                 "$": _SEQUENCES[kind],
                 "values": [self.json(one, (*path, str(index))) for index, one in enumerate(ordered)],
@@ -209,12 +209,20 @@ class _Encoder:
         return {"$": "leaf", "name": name, "as": kind}
 
 
-def _order(value: object) -> str:
-    """The same in all processes, for the elements of a set."""
-    try:
-        return repr(value)
-    except ValueError:  # Python shows no integer of thousands of digits
-        return ""
+def key_name(key: object) -> str:
+    """What a key of a mapping is called in the names of leaves; the same in all processes."""
+    return key if type(key) is str else _text(key)
+
+
+def _text(value: object) -> str:
+    """As `repr`, but the same for equal sets, and for integers of any size."""
+    if type(value) is frozenset:
+        return f"frozenset({{{', '.join(sorted(map(_text, value)))}}})"
+    if type(value) is tuple:
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
+    if type(value) is int and value.bit_length() > _LARGEST_BITS:
+        return hex(value)
+    return str(value) if isinstance(value, np.generic) else repr(value)
 
 
 def _cure(value: object) -> str:

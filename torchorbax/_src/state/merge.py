@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from torchorbax._src.arrays.leaves import is_key, place_like
-from torchorbax._src.format.values import MAPPINGS, LayoutError, Node
+from torchorbax._src.format.values import MAPPINGS, LayoutError, Node, key_name
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import array_in, live_dtype, settle
 
@@ -95,9 +95,9 @@ class Merge:
             below = dict(live if isinstance(live, dict) else enumerate(live))
         content: Any = new
         if isinstance(new, dict):
-            content = {key: self.into(below.get(key, _Absent), one, (*path, str(key))) for key, one in new.items()}
+            content = {key: self.into(below.get(key, _Absent), one, (*path, key_name(key))) for key, one in new.items()}
         elif isinstance(new, list):
-            content = [self.into(below.get(key, _Absent), one, (*path, str(key))) for key, one in enumerate(new)]
+            content = [self.into(below.get(key, _Absent), one, (*path, key_name(key))) for key, one in enumerate(new)]
         if filled is live:
             self._undo.callback(_refill, live, live.copy())
         _refill(filled, content)

@@ -189,9 +189,10 @@ class ModuleItem:
         for name, leaf in plan.sources.items():
             settle(tensors[name], typed[leaf], undo)
         owners = extra_state_owners(self._module)
-        on_their_sides = on_their_side(saved, typed) if plan.values else {}
         for name, stored in plan.values.items():
-            self._set_extra_state(owners[name], decode(saved.values[stored], on_their_sides), undo)
+            value = saved.values[stored]
+            loaded = on_their_side(saved, {leaf: arrays[leaf] for leaf in leaves_in(value)})
+            self._set_extra_state(owners[name], decode(value, as_typed(saved, loaded)), undo)
 
     def _set_extra_state(self, owner: torch.nn.Module, state: Any, undo: ExitStack) -> None:
         with calling(self._name, f"the extra state of {type(owner).__name__}"):

@@ -22,6 +22,7 @@ from torchorbax._src.state.trees import (
     are_alike,
     children_of,
     flat,
+    is_iterable_leaf,
     meta_of,
     nodes_in,
     outline,
@@ -205,7 +206,7 @@ def _arrays_only(tree: Any) -> tuple[Any, list[Any]]:
     def repeats(node: Any) -> bool:
         """Is this a container that has been met? JAX would follow one that is in itself until Python breaks down."""
         if not isinstance(node, list | dict):
-            return False
+            return is_iterable_leaf(node)
         found = id(node) in met
         met.add(id(node))
         return found

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchorbax._src.arrays.leaves import Array
@@ -21,6 +22,8 @@ from torchorbax._src.state.rng import RngItem
 from torchorbax._src.state.stateful import ObjectItem
 from torchorbax._src.state.torch_optimizers import TorchOptimizerItem
 from torchorbax._src.state.torchmetrics import Metrics, is_metric
+from torchorbax._src.tensors import torchax_tensors
+from torchorbax._src.tensors.live import live_array
 from torchorbax._src.tensors.optimizers import OptaxOptimizer
 from torchorbax.errors import ConfigError
 
@@ -47,11 +50,27 @@ def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:
         items[name] = item if slot is state or isinstance(item, PytreeItem) else _Kept(name, item, slot, key)
     for name, one in items.items():
         if not isinstance(found[name][2], torch.utils.data.DataLoader):  # which would start its workers
-            with suppress(NotReadyError):  # it may be when something is to be saved
-                one.capture()
+            _check_savable(name, one)
     if rng:
         items[RNG] = RngItem(RNG)
     return items
+
+
+def _check_savable(name: str, item: Item) -> None:
+    """See that what an item has now could be saved, as far as it is ready and has values.
+
+    Raises:
+        ConfigError, UnsupportedLeafError: it could not.
+    """
+    with suppress(NotReadyError):  # it may be ready when something is to be saved
+        for leaf_name, leaf in item.capture().leaves.items():
+            if isinstance(leaf, np.ndarray) or (isinstance(leaf, torch.Tensor) and not _is_elsewhere(leaf)):
+                live_array(f"{name}.{leaf_name}" if leaf_name else name, leaf)
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Is a tensor on jax, or still without values?"""
+    return torchax_tensors.is_torchax(tensor) or tensor.is_meta
 
 
 class _Kept:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MappingView
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import torch
 
 from torchorbax._src.arrays.leaves import ARRAY_TYPES, is_key, leaf_name
 from torchorbax._src.format.manifest import LeafMeta
-from torchorbax._src.format.values import MAPPINGS, Json, Node, add_leaf
+from torchorbax._src.format.values import MAPPINGS, Json, Node, add_leaf, key_name
 from torchorbax._src.state.live_leaves import array_meta
 from torchorbax._src.tensors.live import array_in, tensor_of
 
@@ -29,7 +29,7 @@ def flat(tree: Any) -> dict[str, Any]:
             add_leaf(".".join(path), node, named)
             return
         for key, child in found:
-            walk(child, (*path, str(key)))
+            walk(child, (*path, key_name(key)))
 
     walk(tree, ())
     return named
@@ -87,9 +87,14 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
+def is_iterable_leaf(value: object) -> bool:
+    """Is this something to iterate over that JAX would take for a leaf, with a warning?"""
+    return isinstance(value, Iterator | MappingView)
+
+
 def registered(value: Any) -> tuple[Any, dict[str, Any]] | None:
     """One level of a node of a type that JAX has been told of: its structure and its children by name."""
-    if value is None or isinstance(value, (*ARRAY_TYPES, bool, int, float, str, bytes)):
+    if value is None or isinstance(value, (*ARRAY_TYPES, bool, int, float, str, bytes)) or is_iterable_leaf(value):
         return None
     found: list[tuple[Any, Any]]
     structure: Any
@@ -111,7 +116,7 @@ def children_of(node: Any) -> dict[str, Any]:
 def nodes_in(tree: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     """The nodes of registered types in a tree: paths and structures."""
     for key, child in below(tree) or ():
-        yield from nodes_in(child, (*path, str(key)))
+        yield from nodes_in(child, (*path, key_name(key)))
     if type(tree) not in (*MAPPINGS, list, tuple) and (found := registered(tree)) is not None:
         yield path, found[0]
 
@@ -139,7 +144,9 @@ def outline(tree: Any) -> Json:
     if (meta := meta_of(tree)) is not None:
         return [_kind(tree), list(meta.shape), meta.dtype, meta.residence]
     found = below(tree)
-    return None if found is None else [type(tree).__qualname__, [[str(key), outline(child)] for key, child in found]]
+    return (
+        None if found is None else [type(tree).__qualname__, [[key_name(key), outline(child)] for key, child in found]]
+    )
 
 
 def _kind(leaf: Any) -> str:
