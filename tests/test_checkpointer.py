@@ -1177,15 +1177,8 @@ def test_bad_arguments(what: str, tmp_path: Path) -> None:
         call(seeded(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("live", "wrong"),
-    [
-        (Counter({"a": np.int64(1)}), Counter({"a": np.int64(1), "b": np.int64(2)})),
-        (Counter({"a": np.int64(1)}), Counter({"a": np.float32(1)})),
-        ({np.float32(1)}, {np.float32(1), np.float32(2)}),
-    ],
-)
-def test_values_with_arrays_in_them_are_compared_to_the_end(tmp_path: Path, live: Any, wrong: Any) -> None:
+def test_values_with_arrays_in_them_are_compared_to_the_end(tmp_path: Path) -> None:
+    live, wrong = Counter({"a": np.int64(1)}), Counter({"a": np.float32(1)})
     with (
         Checkpointer(tmp_path, {"seen": live}, rng=False) as run,
         pytest.raises(torchorbax.MismatchError, match="the state handed to save does not fit"),
