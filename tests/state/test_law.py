@@ -8,14 +8,16 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import torch
-from hypothesis import event, given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from torchorbax import ConfigError, MismatchError, UnsupportedLeafError
+from torchorbax import Checkpointer, ConfigError, MismatchError, UnsupportedLeafError
 from torchorbax._src.format.manifest import Manifest
 from torchorbax._src.restore.plan import planned
 from torchorbax._src.save.snapshot import take
@@ -288,3 +290,56 @@ def test_modules(recipe: dict[str, Any], extras: list[Recipe], fill: int, extra:
         return [(name, Camera().picture(value)) for name, value in kept.items()]
 
     check(lambda: {"model": cls(recipe)}, change, picture)
+
+
+# ------------------------------------------------------------------------------------------------------------- on disk
+
+
+@settings(max_examples=settings().max_examples // 5)
+@given(recipe=modules, start=trees, later=trees, holds=values, optimizer=optimizer_states())
+def test_all_of_it_on_disk(
+    recipe: dict[str, Any],
+    start: Recipe,
+    later: Recipe,
+    holds: Recipe,
+    optimizer: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    def build() -> Program:
+        odd = {"of_odd": OddModule(recipe), "tree": Builder().build(start), "holder": Holder(None)}
+        return {**odd_program({"state": {}, "others": {}, "groups": [], "of": [0, 0, 0, 0]}), **odd}
+
+    def change(state: Program) -> None:
+        set_state(state["model"], state["optimizer"], optimizer)
+        grow(state, later, in_place=False)
+        state["holder"].value = Builder().build(holds)
+
+    path = tmp_path_factory.mktemp("run")
+    saved, refusal = saved_on_disk(path, build(), change)
+    event("refused" if refusal else "restored")
+    if refusal is not None:
+        assert any(name in refusal for name in ("model", "optimizer", "of_odd", "tree", "holder"))
+        return
+    with Checkpointer(path, build(), save=None) as second:
+        assert second.restore() == 0
+
+    def picture(state: Any) -> Any:
+        return [
+            optimizer_picture(state),
+            held(state),
+            Camera().picture(state["tree"]),
+            [(name, Camera().picture(value)) for name, value in state["of_odd"].state_dict(keep_vars=True).items()],
+        ]
+
+    assert picture(second.state) == picture(saved)
+
+
+def saved_on_disk(path: Path, live: Program, change: Callable[[Any], object]) -> tuple[Any, str | None]:
+    """The state as it was saved, and what it was refused with if it was."""
+    try:
+        with Checkpointer(path, live, save=None) as run:
+            change(run.state)
+            run.save(0, force=True)
+    except REFUSALS as error:
+        return None, str(error)
+    return run.state, None
