@@ -95,9 +95,9 @@ HOSTILE: dict[str, Callable[[Any], object]] = {
     "no fingerprint": lambda content: set_leaf(content, fingerprint=""),
     "a tie to nothing": lambda content: item(content)["ties"].update({"a": "nothing"}),
     "a step that is none": lambda content: content.update(step="0"),
-    "values of an unknown kind": lambda content: item(content, "data")["values"].update(epoch={"$": "os.system"}),
+    "values of an unknown kind": lambda content: item(content, "data")["values"].update(value={"$": "os.system"}),
     "a class by name": lambda content: item(content, "data")["values"].update(
-        epoch={"$": "torch.dtype", "value": "nn"}
+        value={"$": "torch.dtype", "value": "nn"}
     ),
     "values that are not there": lambda content: item(content, "optimizer").update(values=None),
     "an optimizer without groups": lambda content: item(content, "optimizer").update(
@@ -142,7 +142,7 @@ def test_texts_that_are_no_manifest(text: str, reason: str, run_path: Path) -> N
 
 def test_values_nested_beyond_python_s_stack(run_path: Path) -> None:
     content = json.loads(manifest_file(run_path).read_text())
-    item(content, "data")["values"]["epoch"] = nested(900)
+    item(content, "data")["values"]["value"] = nested(900)
     manifest_file(run_path).write_text(json.dumps(signed(content)))
     with Checkpointer(run_path, live()) as run, pytest.raises(CorruptCheckpointError, match="RecursionError"):
         run.restore()

@@ -11,7 +11,7 @@ from tests.helpers.programs import RunPython
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if "```python" in page.read_text()
+    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in page.read_text()
 ]
 
 

@@ -37,8 +37,8 @@ def _stored(name: str, leaf: Any) -> Any:
 
 def same(one: Any, other: Any) -> bool:
     """Equal in type, order and bits."""
-    if isinstance(one, defaultdict):
-        return type(other) is dict and same(dict(one), other)
+    if isinstance(one, defaultdict) and one.default_factory is not getattr(other, "default_factory", ...):
+        return False
     if type(one) is not type(other) and not (isinstance(one, jax.Array) and isinstance(other, jax.Array)):
         return False
     if isinstance(one, torch.Tensor | np.ndarray | np.generic | jax.Array):

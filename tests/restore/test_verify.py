@@ -33,7 +33,7 @@ def test_verify_names_every_damaged_leaf_of_every_step(run_path: Path) -> None:
         verify(str(run_path))
     assert caught.value.reasons == {
         0: "the data of weights: sharded is not what was saved",
-        1: "the data of weights: host, weights: sharded is not what was saved",
+        1: "the data of weights: sharded, weights: host is not what was saved",
     }
     with pytest.raises(CorruptCheckpointError, match=r"a damaged step:\n  step 0: the data of weights: sharded"):
         verify(str(run_path), 0)

@@ -23,6 +23,8 @@ ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 Residence = Literal["jax", "host"]
 
+_SELDOM = {"base": None, "weak_type": False}
+"""What most leaves have, and is not written."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _MOST_DIMENSIONS = 64  # numpy's limit
 _MOST_BYTES = 1 << 62
@@ -39,6 +41,7 @@ class LeafMeta:
         sharding: how it was sharded when it was saved, for people to read (see `arrays.sharding_rules.describe`).
         fingerprint: the fingerprint of its data (see `arrays.fingerprint`); empty until it is known.
         base: for a frozen leaf, the number of the base that holds it (see `save.frozen`); None if the step holds it.
+        weak_type: was it weakly typed, as `jnp.asarray(0.1)` is? Such an array takes the dtype of what it meets.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +50,7 @@ class LeafMeta:
     sharding: Mapping[str, Any] | None = None
     fingerprint: str = ""
     base: int | None = None
+    weak_type: bool = False
 
     def __str__(self) -> str:
         return f"{self.dtype}{self.shape}"
@@ -81,7 +85,7 @@ class ItemMeta:
     def to_json(self) -> dict[str, Json]:
         """The JSON object of this item in the manifest."""
         leaves = {
-            name: {key: value for key, value in vars(leaf).items() if key != "base" or value is not None}
+            name: {key: value for key, value in vars(leaf).items() if _SELDOM.get(key, ...) is not value}
             for name, leaf in self.leaves.items()
         }
         return {**vars(self), "leaves": leaves}
@@ -227,7 +231,7 @@ def _item_meta(name: str, content: Json) -> ItemMeta:
 
 def _leaf_meta(name: str, content: Json) -> LeafMeta:
     shape, dtype, residence = tuple(content["shape"]), content["dtype"], content["residence"]
-    base = content.get("base")
+    base, weak_type = content.get("base"), content.get("weak_type", False)
     if (
         len(shape) > _MOST_DIMENSIONS
         or not all(type(size) is int and size >= 0 for size in shape)
@@ -236,6 +240,7 @@ def _leaf_meta(name: str, content: Json) -> LeafMeta:
         or residence not in get_args(Residence)
         or not _FINGERPRINT.fullmatch(content["fingerprint"])
         or not (base is None or (type(base) is int and base >= 0))
+        or type(weak_type) is not bool
     ):
         raise ValueError(f"{name[:200]!r} is described as {str(content)[:200]}, which no array can be")
-    return LeafMeta(shape, dtype, residence, content["sharding"], content["fingerprint"], base)
+    return LeafMeta(shape, dtype, residence, content["sharding"], content["fingerprint"], base, weak_type)

@@ -54,6 +54,7 @@ class HostItem:
                 "shape": list(meta.shape),
                 "dtype": meta.dtype,
                 "residence": meta.residence,
+                "weak_type": meta.weak_type,
                 "data": base64.b64encode(data).decode(),
             }
         return {"values": self.values, "leaves": leaves, "shared": self.shared}
@@ -92,7 +93,9 @@ def from_text(text: str) -> dict[str, HostItem]:
         for name, leaf in content["leaves"].items():
             data = np.frombuffer(bytearray(base64.b64decode(leaf["data"])), BY_NAME[leaf["dtype"]])
             arrays[name] = data.reshape(leaf["shape"])
-            metas[name] = LeafMeta(tuple(leaf["shape"]), leaf["dtype"], leaf["residence"])
+            metas[name] = LeafMeta(
+                tuple(leaf["shape"]), leaf["dtype"], leaf["residence"], weak_type=leaf.get("weak_type", False)
+            )
         items[item] = HostItem(content["values"], metas, arrays, tuple(content["shared"]))
     return items
 

@@ -221,7 +221,7 @@ def _with_whole_arrays(manifest: Manifest) -> Manifest:
     for item, meta in manifest.items.items():
         parts = manifest.parts.get(item, {})
         leaves = {
-            name: LeafMeta(tuple(parts[name]["shape"]), leaf.dtype, "jax", parts[name]["sharding"])
+            name: replace(leaf, shape=tuple(parts[name]["shape"]), sharding=parts[name]["sharding"], fingerprint="")
             if name in parts
             else leaf
             for name, leaf in meta.leaves.items()

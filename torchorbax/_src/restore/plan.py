@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, Manifest
+from torchorbax._src.format.values import LayoutError
 from torchorbax._src.state.compare import advice, with_suggestions
 from torchorbax._src.state.item import RNG, Item, ItemPlan
 from torchorbax._src.state.request import Request
@@ -81,11 +82,15 @@ def planned(
 
 @contextmanager
 def _as_corrupt(path: str, step: int, name: str, meta: ItemMeta) -> Iterator[None]:
-    """A manifest may be well-formed and still be that of no optimizer, say."""
+    """Around the planning of one item. A manifest may be well-formed and still be that of no optimizer, say; that is a
+    `LayoutError`, and damage. Any other error is a fault of this code or the user's, and says nothing of the step."""
     try:
         yield
     except TorchorbaxError:
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        reason = f"item {name} does not have what belongs to a {meta.kind}: {type(error).__name__}: {error}"
+    except LayoutError as error:
+        reason = f"item {name} does not have what belongs to a {meta.kind}: {error}"
         raise CorruptCheckpointError(path, {step: reason[:300]}) from error
+    except Exception as error:  # passed on
+        error.add_note(f"{path}: step {step}: while item {name}, a {meta.kind}, was compared with the live one")
+        raise

@@ -86,7 +86,8 @@ class Snapshot:
 
 def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> LeafMeta:
     if isinstance(held, jax.Array):  # it may have been donated by now, but still has its shape, dtype and sharding
-        return LeafMeta(tuple(held.shape), dtype_name(held.dtype), "jax", describe(held.sharding), base=base)
+        sharding, weak_type = describe(held.sharding), held.weak_type
+        return LeafMeta(tuple(held.shape), dtype_name(held.dtype), "jax", sharding, base=base, weak_type=weak_type)
     dtype = live_dtype(held) if isinstance(held, torch.Tensor) else held.dtype
     return LeafMeta(tuple(held.shape), dtype_name(dtype), "host")
 

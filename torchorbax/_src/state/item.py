@@ -1,15 +1,18 @@
 """Live objects as items of a checkpoint: what they hold, what a checkpoint must have for them, and writing it back.
 
-Every kind of object has one class with three methods (`Item`): modules here, others in `optimizer_state`, `objects` and
-`rng`. None of them does I/O or knows Orbax.
+Every kind of object has one class with three methods (`Item`). None of them does I/O or knows Orbax.
+
+All of them keep one law: what `capture` accepts, an identically built program restores, bit for bit, also when the
+state has grown since it started. What cannot be restored is refused, by name, when the run is opened or when the state
+is captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Sharding
@@ -20,9 +23,33 @@ from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
 from torchorbax._src.format.values import Json
 from torchorbax._src.state.request import Request
-from torchorbax.errors import Problem
+from torchorbax.errors import ConfigError, Problem, TorchorbaxError
 
 RNG = "rng"
+
+
+class NotReadyError(ConfigError):
+    """The user's object cannot say what its state is, which may be different later."""
+
+
+@contextmanager
+def calling(item: str, what: str) -> Iterator[None]:
+    """Around code of the user's objects: its errors name the item.
+
+    Raises:
+        NotReadyError: it has raised something.
+    """
+    try:
+        yield
+    except TorchorbaxError:
+        raise
+    except Exception as error:  # whatever users' code raises
+        raise NotReadyError(f"{item}: {what} raised {type(error).__name__}: {error}") from error
+
+
+def below_item(path: tuple[str, ...]) -> str:
+    """The name of a leaf whose path begins with the item's name."""
+    return ".".join(path[1:])
 
 
 @dataclass(frozen=True)
@@ -74,9 +101,11 @@ class ItemPlan:
 
 
 class Item(Protocol):
-    """One live object that is saved under a name of its own. `kind` says what it is, in the manifest."""
+    """One live object that is saved under a name of its own. The manifest has its `kind`."""
 
-    kind: ClassVar[str]
+    @property
+    def kind(self) -> str:
+        """The kind of object."""
 
     def capture(self, handed: Any = None) -> Captured:
         """The leaves to save; `handed` is a tree that the caller gives instead of the live values.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,61 +13,107 @@ from torchorbax._src.arrays.dtypes import dtype_name
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import Json, decode, encode
+from torchorbax._src.format.values import decode, encode, leaves_in
 from torchorbax._src.state.compare import compare_leaves, compare_ties, compare_values
-from torchorbax._src.state.item import Captured, ItemPlan
-from torchorbax._src.state.live_leaves import default_device, live_meta
+from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, below_item, calling
+from torchorbax._src.state.live_leaves import as_typed, live_meta, on_their_side
+from torchorbax._src.state.module_names import extra_state_owners, own_tensors, saved_names
 from torchorbax._src.state.request import Request, selected
-from torchorbax._src.tensors.live import live_dtype, module_tensors, settle
+from torchorbax._src.tensors.live import live_dtype, settle
 from torchorbax._src.tensors.placement import placed_dtype, target_shardings
 from torchorbax.errors import ConfigError, MismatchError, Problem, UnsupportedLeafError
 
+_Outline = tuple[dict[str, tuple[Any, ...]], dict[str, str]]
+"""Shapes and dtypes by the first name of a tensor, and for every name the first."""
+
 
 class ModuleItem:
-    """A module: parameters and persistent buffers by name, tied ones once; extra state with the manifest."""
+    """A module: parameters and persistent buffers by name, tied ones once; extra state with the manifest.
+
+    Args:
+        name: the item's name.
+        module: the module.
+        by_rules: do sharding rules say where it belongs? Otherwise it stays where it is.
+
+    Raises:
+        ConfigError: it could never be restored from what it is saved as.
+    """
 
     kind: ClassVar[str] = "module"
 
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, *, by_rules: bool = True) -> None:
         self._name = name
         self._module = module
+        self._by_rules = by_rules
+        _check_methods(name, module)
+        self._saved_as: dict[str, str] | None = None
+        self._at_start: _Outline | None = None
+        with suppress(NotReadyError):  # its hooks may be when something is to be saved or restored
+            self._at_start = self._outline(*self._tensors())
 
     def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The unique live tensors by the first of their names, and for every name the first name of its tensor."""
         tensors: dict[str, torch.Tensor] = {}
         first_of: dict[str, str] = {}
         first_by_id: dict[int, str] = {}
-        own = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
-        for name, tensor in module_tensors(self._module):
-            if name.endswith(_EXTRA):
-                continue  # made anew by every state_dict(), so nothing written into it would stay
+        if self._saved_as is None:
+            self._saved_as = saved_names(self._name, self._module)
+        for own_name, tensor in own_tensors(self._module):
+            name = self._saved_as.get(own_name, own_name)
             if torch.nn.parameter.is_lazy(tensor):
                 raise ConfigError(f"{self._name}: {name} has no shape yet; run one batch through the lazy module first")
-            if id(tensor) not in own:
-                raise ConfigError(
-                    f"{self._name}: {name} of its state_dict is neither a parameter nor a buffer, so it could not be "
-                    "restored; name its owner in `state` instead"
-                )
             first_of[name] = first_by_id.setdefault(id(tensor), name)
             tensors.setdefault(first_of[name], tensor)
         return tensors, first_of
 
     def _extra(self) -> dict[str, Any]:
         """What `get_extra_state` of its modules gives, by name."""
-        state = self._module.state_dict(keep_vars=True)
-        return {
-            name: value for name, value in state.items() if name.endswith(_EXTRA) or not isinstance(value, torch.Tensor)
-        }
+        extra = {}
+        for name, owner in extra_state_owners(self._module).items():
+            with calling(self._name, f"get_extra_state of {type(owner).__name__}"):
+                extra[name] = owner.get_extra_state()
+        return extra
+
+    # ------------------------------------------------------------------------------------------------------------ save
 
     def capture(self, handed: Mapping[str, Any] | None = None) -> Captured:
         tensors, first_of = self._tensors()
+        now = self._outline(tensors, first_of)
+        self._at_start = self._at_start or now
+        if now != self._at_start:
+            self._refuse_change(self._at_start, now)
         leaves: dict[str, Any] = dict(tensors)
         if handed is not None:
             leaves.update(self._checked(handed, tensors, first_of))
-        extra = {name: encode(value, leaves, path=(name,)) for name, value in self._extra().items()}
+        extra = {name: encode(value, leaves, below_item, (self._name, name)) for name, value in self._extra().items()}
         ties = {name: first for name, first in first_of.items() if name != first}
         frozen = (name for name, tensor in tensors.items() if is_parameter(tensor) and not tensor.requires_grad)
         return Captured(self.kind, leaves, ties, extra, frozenset(frozen))
+
+    @staticmethod
+    def _outline(tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]) -> _Outline:
+        """What must not change, or a fresh module could not take it: names, shapes, dtypes and ties."""
+        described = {
+            name: (tuple(tensor.shape), torch.int32 if tensor.dtype is torch.int64 else tensor.dtype)  # as on jax
+            for name, tensor in tensors.items()
+        }
+        return described, dict(first_of)
+
+    def _refuse_change(self, at_start: _Outline, at_save: _Outline) -> None:
+        (start, ties_at_start), (now, ties) = at_start, at_save
+        changes = [f"{name} has been added" for name in now if name not in start]
+        changes += [f"{name} is gone" for name in start if name not in now]
+        changes += [
+            f"{name} was {start[name][1]}{start[name][0]} and is {now[name][1]}{now[name][0]}"
+            for name in now
+            if name in start and now[name] != start[name]
+        ]
+        changes += [f"{name} is tied otherwise" for name in ties if ties_at_start.get(name, ties[name]) != ties[name]]
+        raise ConfigError(
+            f"{self._name}: the module has changed since the run was opened, so the same program could not restore it: "
+            f"{', '.join(changes[:5])}{', ...' if len(changes) > 5 else ''}. Close the run and open another with the "
+            "module as it is now"
+        )
 
     def _checked(
         self, handed: Any, tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]
@@ -89,13 +135,19 @@ class ModuleItem:
                 )
         return leaves
 
+    # --------------------------------------------------------------------------------------------------------- restore
+
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        rules = rules if self._by_rules else None
         plan = ItemPlan()
         tensors, first_of = self._tensors()
-        values = saved.values or {}
-        of_values = {name: _leaf_names(value) for name, value in values.items()}
-        named = {leaf: leaf for leaf in saved.leaves.keys() - set().union(*of_values.values())}
-        stored = selected(self._name, {**dict(sorted(named.items())), **saved.ties}, request)
+        values = dict(saved.values or {})
+        named: dict[str, str] = {}
+        for name in [name for name, value in values.items() if name in first_of and _is_leaf(value)]:
+            named[name] = values.pop(name)["name"]  # a tensor called like extra state was once taken for that
+        of_values = {name: set(leaves_in(value)) for name, value in values.items()}
+        named |= {leaf: leaf for leaf in sorted(saved.leaves.keys() - set(named.values()).union(*of_values.values()))}
+        stored = selected(self._name, {**named, **saved.ties}, request)
         first_of = {
             name: first
             for name, first in first_of.items()
@@ -112,12 +164,11 @@ class ModuleItem:
         plan.sources = {first_of[name]: leaf for name, leaf in plan.sources.items()}
         shardings = target_shardings(tensors, rules, host=True)
         plan.targets = {leaf: shardings[first] for first, leaf in plan.sources.items()}
-        for leaf in set().union(*(of_values[name] for name in plan.values.values())):
-            plan.targets[leaf] = None if saved.leaves[leaf].residence == "host" else default_device()
+        plan.targets |= dict.fromkeys(set().union(*(of_values[name] for name in plan.values.values())))
         return plan
 
     def _plan_values(self, plan: ItemPlan, stored: Mapping[str, str], request: Request) -> None:
-        live = [name for name in self._extra() if request.selects(self._name, name)]
+        live = [name for name in extra_state_owners(self._module) if request.selects(self._name, name)]
         plan.problems += compare_values(self._name, live, stored)
         plan.values = {name: stored[name] for name in live if name in stored}
 
@@ -134,15 +185,19 @@ class ModuleItem:
 
     def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         tensors, _ = self._tensors()
+        typed = as_typed(saved, arrays)
         for name, leaf in plan.sources.items():
-            settle(tensors[name], arrays[leaf], undo)
+            settle(tensors[name], typed[leaf], undo)
+        owners = extra_state_owners(self._module)
         for name, stored in plan.values.items():
-            owner = self._module.get_submodule(name.rpartition(".")[0])
+            value = saved.values[stored]
+            loaded = on_their_side(saved, {leaf: arrays[leaf] for leaf in leaves_in(value)})
+            self._set_extra_state(owners[name], decode(value, as_typed(saved, loaded)), undo)
+
+    def _set_extra_state(self, owner: torch.nn.Module, state: Any, undo: ExitStack) -> None:
+        with calling(self._name, f"the extra state of {type(owner).__name__}"):
             undo.callback(owner.set_extra_state, owner.get_extra_state())
-            owner.set_extra_state(decode(saved.values[stored], arrays))
-
-
-_EXTRA = "_extra_state"
+            owner.set_extra_state(state)
 
 
 def is_parameter(tensor: torch.Tensor) -> bool:
@@ -150,17 +205,24 @@ def is_parameter(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter)
 
 
+def _check_methods(name: str, module: torch.nn.Module) -> None:
+    """See that nobody has put something else in the place of a module's methods.
+
+    Raises:
+        ConfigError: somebody has.
+    """
+    methods = ("parameters", "buffers", "named_parameters", "named_buffers", "named_modules", "state_dict")
+    if hidden := [method for method in methods if not callable(getattr(module, method, None))]:
+        inner = [key for key, child in module._modules.items() if child is not None]
+        raise ConfigError(
+            f"{name}: {type(module).__name__} has an attribute {hidden[0]!r} in place of the method of that name, as "
+            f"wrappers of torchax have; hand over the module inside it ({', '.join(inner)}), whose tensors it uses"
+        )
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("$") == "leaf"
+
+
 def _dtype_name(leaf: Any) -> str:
     return dtype_name(live_dtype(leaf) if isinstance(leaf, torch.Tensor) else np.dtype(leaf.dtype))
-
-
-def _leaf_names(json: Json) -> set[str]:
-    """The names of all leaves that an encoded value refers to."""
-    names: dict[str, None] = {}
-
-    class _Recorder(dict[str, Any]):
-        def __missing__(self, name: str) -> None:
-            names[name] = None
-
-    decode(json, _Recorder())
-    return set(names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -12,80 +12,158 @@ import jax.numpy as jnp
 from torchorbax._src.arrays.leaves import Array, is_key, without_key_type
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
+from torchorbax._src.format.values import Json, LayoutError, add_leaf, built, decode, encode, how_built
 from torchorbax._src.state.compare import compare_leaves
 from torchorbax._src.state.item import Captured, ItemPlan
-from torchorbax._src.state.live_leaves import default_device
+from torchorbax._src.state.live_leaves import as_typed, default_device
 from torchorbax._src.state.request import Request
 from torchorbax._src.tensors.optimizers import OptaxOptimizer
 from torchorbax._src.tensors.placement import target_shardings
+from torchorbax.errors import MismatchError, Problem, UnsupportedLeafError
+
+_AS_SAVED = {"params": "params"}
+"""The values of a plan that restores the state for the parameters that it was saved for, trained now or not."""
+
+Owners = dict[str, str | None]
+"""The leaves of a state by name, and the parameter that each belongs to."""
 
 
 class OptaxItem:
-    """An `OptaxOptimizer`: the leaves of its state, named after the parameter that they belong to."""
+    """An `OptaxOptimizer`: the leaves of its state, named after the parameter that they belong to.
+
+    A step says which parameters were trained when the run was opened. Where the same are trained, the program has been
+    built the same, and gets back the state for whichever parameters it was made.
+
+    Args:
+        name: the item's name.
+        optimizer: the optimizer.
+        by_rules: do sharding rules say where its model belongs?
+    """
 
     kind: ClassVar[str] = "optax"
 
-    def __init__(self, name: str, optimizer: OptaxOptimizer) -> None:
+    def __init__(self, name: str, optimizer: OptaxOptimizer, *, by_rules: bool = True) -> None:
         self._name = name
         self._optimizer = optimizer
+        self._by_rules = by_rules
+        self._trained_at_start = list(optimizer.params())
+        self._known: tuple[Any, Owners, Json] | None = None  # a structure, and what was made of it
+
+    # ------------------------------------------------------------------------------------------------------------ save
 
     def capture(self, handed: Any = None) -> Captured:
         state = self._optimizer.state if handed is None else handed
         if state is None:
             return Captured(self.kind, {}, values=None)
-        names = self._optimizer.leaf_names(state)
-        arrays = map(without_key_type, jax.tree.leaves(state))
-        leaves = dict(zip([name for name, _ in names], arrays, strict=True))
-        # Whose leaf it is: that a parameter was renamed cannot be read off `fc.weight.0.mu`.
-        return Captured(self.kind, leaves, values={name: owner for name, owner in names if owner is not None})
+        leaves, structure = jax.tree.flatten(state)
+        if self._known is None or self._known[0] != structure:
+            owners = self._owners(state)
+            self._check(owners, leaves)
+            # Whose leaf it is: that a parameter was renamed cannot be read off `fc.weight.0.mu`.
+            known = {"params": list(self._optimizer.state_params()), "owners": owners}
+            self._known = structure, owners, built(self._trained_at_start, encode(known, {}))
+        _, owners, values = self._known
+        return Captured(self.kind, dict(zip(owners, map(without_key_type, leaves), strict=True)), values=values)
 
-    def _live(self) -> tuple[list[tuple[str, str | None]], list[Any], Any]:
-        leaves, structure = jax.tree.flatten(self._optimizer.abstract_state())
-        return self._optimizer.leaf_names(jax.tree.unflatten(structure, leaves)), leaves, structure
+    def _owners(self, state: Any) -> Owners:
+        owners: Owners = {}
+        for name, owner in self._optimizer.leaf_names(state):
+            add_leaf(name, owner, owners)
+        return owners
+
+    def _check(self, owners: Owners, leaves: list[Any]) -> None:
+        """See that this is a state that the transformation makes, or it could not be restored.
+
+        Raises:
+            UnsupportedLeafError: it has something that is no array.
+            MismatchError: it has other leaves.
+        """
+        for name, leaf in zip(owners, leaves, strict=True):
+            if not isinstance(leaf, jax.Array):
+                raise UnsupportedLeafError(f"{self._name}.{name}", f"a {type(leaf).__name__} is no jax.Array")
+        made = self._owners(self._optimizer.abstract_state(self._optimizer.state_params()))
+        problems = [Problem("missing", self._name, name, "a leaf") for name in made if name not in owners]
+        problems += [Problem("unexpected", self._name, name, "", "a leaf") for name in owners if name not in made]
+        if problems:
+            raise MismatchError("the state of the OptaxOptimizer", problems, "Its state must be one that its tx makes.")
+
+    # --------------------------------------------------------------------------------------------------------- restore
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
-        names, leaves, _ = self._live()
         if saved.values is None:  # saved before the first step
             return ItemPlan(values={"": ""} if request.selects(self._name) else {})
+        _, saved_owners = _known_of(saved)
+        plan = ItemPlan()
+        if how_built(saved.values) == self._trained_at_start and request.rename is None and request.selects(self._name):
+            plan.values = dict(_AS_SAVED)
+        names = self._names(saved, plan)
+        abstract = self._optimizer.abstract_state(names)
+        owners = self._owners(abstract)
         live = {
             name: _abstract_meta(leaf)
-            for (name, owner), leaf in zip(names, leaves, strict=True)
+            for name, leaf in zip(owners, jax.tree.leaves(abstract), strict=True)
             if request.selects(self._name, name)
         }
-        stored: dict[str, str] = {}
-        for leaf in saved.leaves:
-            owner = saved.values.get(leaf)
-            name = leaf if owner is None else request.live_name(self._name, owner) + leaf.removeprefix(owner)
-            if request.selects(self._name, name):
-                stored[name] = leaf
+        stored = {
+            name: leaf
+            for leaf in saved.leaves
+            if request.selects(self._name, name := self._live_name(leaf, saved_owners.get(leaf), request))
+        }
         found = {name: saved.leaves[leaf] for name, leaf in stored.items()}
-        plan = ItemPlan(problems=compare_leaves(self._name, live, found, cast=request.cast))
+        plan.problems += compare_leaves(self._name, live, found, cast=request.cast)
         if plan.problems and request.strict:
             return plan
         plan.match(live, stored, saved)
         if plan.sources:
-            placed = target_shardings(self._optimizer.params(), rules)
-            shardings = self._optimizer.state_shardings({name: s or default_device() for name, s in placed.items()})
-            by_name = dict(zip([name for name, _ in names], jax.tree.leaves(shardings), strict=True))
+            placed = target_shardings(
+                {name: param for name, param in self._optimizer.model.named_parameters() if name in names},
+                rules if self._by_rules else None,
+            )
+            where = {name: sharding or default_device() for name, sharding in placed.items()}
+            shardings = jax.tree.leaves(self._optimizer.state_shardings(where, names))
+            by_name = dict(zip(owners, shardings, strict=True))
             plan.targets = {leaf: by_name[name] for name, leaf in plan.sources.items()}
         return plan
+
+    def _names(self, saved: ItemMeta, plan: ItemPlan) -> Collection[str]:
+        """The parameters that the restored state is for."""
+        return _known_of(saved)[0] if plan.values == _AS_SAVED else list(self._optimizer.state_params())
+
+    def _live_name(self, leaf: str, owner: str | None, request: Request) -> str:
+        """Renamed with its parameter, or by its own name."""
+        if owner is not None and (renamed := request.live_name(self._name, owner)) != owner:
+            return renamed + leaf.removeprefix(owner)
+        return request.live_name(self._name, leaf)
 
     def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         if not plan.restores_something:
             return
-        undo.callback(setattr, self._optimizer, "state", self._optimizer.state)
+        undo.callback(self._optimizer.adopt, self._optimizer.state, list(self._optimizer.state_params()))
         if saved.values is None:
             self._optimizer.state = None
             return
-        names, abstract, structure = self._live()
+        names = self._names(saved, plan)
+        abstract, structure = jax.tree.flatten(self._optimizer.abstract_state(names))
+        owners = self._owners(jax.tree.unflatten(structure, abstract))
         # What is not restored keeps the value that it has, or starts with.
-        whole = len(plan.sources) == len(names) and not any(map(is_key, abstract))  # of a key, the kind is needed
+        whole = len(plan.sources) == len(owners) and not any(map(is_key, abstract))  # of a key, the kind is needed
         present = abstract if whole else jax.tree.leaves(self._optimizer.init())
+        typed = as_typed(saved, arrays)
         leaves = [
-            _like(leaf, arrays[plan.sources[name]]) if name in plan.sources else leaf
-            for (name, _), leaf in zip(names, present, strict=True)
+            _like(leaf, typed[plan.sources[name]]) if name in plan.sources else leaf
+            for name, leaf in zip(owners, present, strict=True)
         ]
-        self._optimizer.state = jax.tree.unflatten(structure, leaves)
+        self._optimizer.adopt(jax.tree.unflatten(structure, leaves), names)
+
+
+def _known_of(saved: ItemMeta) -> tuple[list[str], Owners]:
+    """The parameters that a saved state is for, if the step says so, and whose its leaves are."""
+    if how_built(saved.values) is None:
+        return [], saved.values
+    match decode(saved.values, {}):
+        case {"params": list(params), "owners": dict(owners)}:
+            return params, owners
+    raise LayoutError("not the state of an optax optimizer")
 
 
 def _abstract_meta(leaf: Any) -> LeafMeta:

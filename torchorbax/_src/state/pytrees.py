@@ -1,32 +1,51 @@
-"""Trees of arrays and plain values."""
+"""Trees of arrays and plain values, which may grow and change while the program runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
-import torch
 
-from torchorbax._src.arrays.leaves import ARRAY_TYPES, Array, is_key, leaf_name, place_like, without_key_type
+from torchorbax._src.arrays.leaves import Array, is_key
 from torchorbax._src.arrays.sharding_rules import ShardingRules
-from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import add_leaf, decode, encode
+from torchorbax._src.format.manifest import ItemMeta, digest
+from torchorbax._src.format.values import Json, LayoutError, Node, StoredLeaf, built, decode, encode, how_built
 from torchorbax._src.state.compare import compare_leaves, compare_values
-from torchorbax._src.state.item import Captured, ItemPlan
-from torchorbax._src.state.live_leaves import array_meta, target_beside
+from torchorbax._src.state.item import Captured, ItemPlan, below_item
+from torchorbax._src.state.live_leaves import as_typed, on_their_side, target_beside
+from torchorbax._src.state.merge import Merge
 from torchorbax._src.state.request import Request, selected
-from torchorbax._src.tensors.live import array_in, settle
-from torchorbax.errors import MismatchError
+from torchorbax._src.state.trees import (
+    are_alike,
+    children_of,
+    flat,
+    is_iterable_leaf,
+    meta_of,
+    nodes_in,
+    outline,
+    registered,
+    with_leaves,
+)
+from torchorbax.errors import MismatchError, UnsupportedLeafError
+
+Path = tuple[str, ...]
 
 
 class PytreeItem:
     """A tree of containers with tensors, arrays and plain values, living in `slot[key]`.
 
+    A step says what the tree looked like when the program opened the run. A program whose tree looks the same then has
+    been built the same, and gets back whatever the tree had become. For any other program the tree on storage must be
+    like the live one, name by name.
+
     Tensors, numpy arrays and mutable containers are written in place; what is immutable is replaced, up to the slot
     itself.
+
+    Raises:
+        UnsupportedLeafError: the tree has something that could never be saved.
     """
 
     kind: ClassVar[str] = "pytree"
@@ -35,146 +54,177 @@ class PytreeItem:
         self._name = name
         self._slot = slot
         self._key = key
-        # Kept, for to make them up takes microseconds a leaf: the names of the leaves of a structure, and what
-        # `Captured.values` says of leaves with some names if all of them are arrays on devices.
-        self._structure: Any = None
-        self._names: list[str] = []
-        self._values: dict[str, Any] = {}
+        tree = slot[key]
+        encode(tree, {}, below_item, (name,), _any_node)  # raises what a save would raise
+        self._nodes = dict(nodes_in(tree, (name,)))
+        self._at_start = {one: meta_of(leaf) for one, leaf in flat(tree).items()}
+        self._outline = digest(outline(tree))
+        # Kept, because making them up takes microseconds a leaf: what the last tree of nothing but arrays on devices
+        # looked like, and what was made of it.
+        self._known: _Known | None = None
 
-    def _flatten(self, tree: Any) -> tuple[dict[str, Any], Any]:
-        leaves, structure = jax.tree_util.tree_flatten(tree, is_leaf=_is_value)
-        if not self._is_known(structure):
-            named: dict[str, Any] = {}
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_value)[0]:
-                add_leaf(leaf_name(path), leaf, named)
-            self._structure, self._names = structure, list(named)
-        return dict(zip(self._names, leaves, strict=True)), structure
-
-    def _is_known(self, structure: Any) -> bool:
-        try:
-            return bool(structure == self._structure)
-        except Exception:  # it compares what nodes of others are registered with: perhaps numpy arrays
-            return False
+    # ------------------------------------------------------------------------------------------------------------ save
 
     def capture(self, handed: Any = None) -> Captured:
-        live, _ = self._flatten(self._slot[self._key])
-        if handed is None:
-            return self._captured(live)
-        named, _ = self._flatten(handed)
-        given = self._captured(named)
-        if live.keys() == named.keys() and all(map(_are_alike, live.values(), named.values())):
-            return given  # as always, so what follows need not be fast
-        captured = self._captured(live)
-        problems = compare_leaves(self._name, _metas(captured), _metas(given))
-        problems += compare_values(
-            self._name, captured.values.keys() - captured.leaves.keys(), given.values.keys() - given.leaves.keys()
-        )
-        if problems:  # or it could not be restored
-            raise MismatchError("the state handed to save", problems)
-        return given
-
-    def _captured(self, named: Mapping[str, Any]) -> Captured:
-        one_of_each_type = {type(leaf): leaf for leaf in named.values()}.values()
-        if all(isinstance(leaf, jax.Array) and not is_key(leaf) for leaf in one_of_each_type):
-            if self._values.keys() != named.keys():
-                self._values = {name: encode(leaf, {}, lambda path: path[0], (name,)) for name, leaf in named.items()}
-            return Captured(self.kind, named, values=self._values)
+        tree = self._slot[self._key] if handed is None else handed
+        structure, arrays = _arrays_only(tree)
+        if self._known is not None and self._known.is_like(structure, arrays):
+            return Captured(self.kind, dict(zip(self._known.names, arrays, strict=True)), values=self._known.values)
         leaves: dict[str, Any] = {}
-        values = {
-            name: encode(without_key_type(leaf), leaves, lambda path: path[0], (name,)) for name, leaf in named.items()
-        }
+        values = built(self._outline, encode(tree, leaves, below_item, (self._name,), self._node_of))
+        if handed is not None:
+            self._check_handed(handed)
+        if arrays:
+            names = {id(leaf): name for name, leaf in leaves.items()}
+            self._known = _Known(structure, _described(arrays), [names[id(leaf)] for leaf in arrays], values)
         return Captured(self.kind, leaves, values=values)
 
-    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
-        captured = self.capture()
-        values = {name: name for name in captured.values if request.selects(self._name, name)}
-        live = {name: array_meta(captured.leaves[name]) for name in values if name in captured.leaves}
-        stored_values = selected(self._name, {name: name for name in saved.values}, request)
-        stored = {name: leaf for name, leaf in stored_values.items() if leaf in saved.leaves}
-        found = {name: saved.leaves[leaf] for name, leaf in stored.items()}
-        plan = ItemPlan(problems=compare_leaves(self._name, live, found, cast=request.cast))
-        plan.problems += compare_values(
+    def _node_of(self, value: Any, path: Path) -> Node | None:
+        """A node of a registered type, if one like it was there at the start, of which a restore can make it anew."""
+        if (found := registered(value)) is None:
+            return None
+        structure, children = found
+        if path not in self._nodes or not are_alike(structure, self._nodes[path]):
+            raise UnsupportedLeafError(
+                ".".join(path),
+                f"a {type(value).__qualname__} can only be restored where the tree had one when the run was opened, "
+                "with the same fixed parts; put one there before, or keep its content in a dict",
+            )
+        return Node(type(value).__qualname__, children)
+
+    def _check_handed(self, handed: Any) -> None:
+        """See that a tree handed to `save` has all that the live one had at the start, in the same shapes and dtypes.
+
+        Raises:
+            MismatchError: it has not, so it must be a slip.
+        """
+        given = {name: meta_of(leaf) for name, leaf in flat(handed).items()}
+        parts = [name.split(".") for name in given]
+        there = {".".join(one[:count]) for one in parts for count in range(len(one) + 1)}  # what has become a container
+        start = {name: meta for name, meta in self._at_start.items() if name not in there or name in given}
+        problems = compare_leaves(
             self._name,
-            [name for name in values if name not in live and name not in stored],
-            [name for name in stored_values if name not in stored and name not in live],
+            {name: meta for name, meta in start.items() if meta is not None and given.get(name, meta) is not None},
+            {name: meta for name, meta in given.items() if meta is not None and start.get(name) is not None},
         )
+        problems += compare_values(self._name, [name for name in start if start[name] is None], given)
+        if problems := [problem for problem in problems if problem.kind != "unexpected"]:
+            raise MismatchError("the state handed to save", problems)
+
+    # --------------------------------------------------------------------------------------------------------- restore
+
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        live = flat(self._slot[self._key])
+        stored = flat(_tree_of(saved, {name: StoredLeaf(name) for name in saved.leaves}))
+        if how_built(saved.values) == self._outline and request.rename is None and request.selects(self._name):
+            beside = {leaf.name: live.get(name) for name, leaf in stored.items() if isinstance(leaf, StoredLeaf)}
+            # What was in host memory stays there, whatever the program had in its place at the start.
+            targets = {
+                name: target_beside(beside.get(name), meta) if meta.residence == "jax" else None
+                for name, meta in saved.leaves.items()
+            }
+            return ItemPlan(values={_WHOLE: _WHOLE}, targets=targets)
+        return self._plan_by_name(live, stored, saved, request)
+
+    def _plan_by_name(
+        self, live: Mapping[str, Any], stored: Mapping[str, Any], saved: ItemMeta, request: Request
+    ) -> ItemPlan:
+        live = {name: leaf for name, leaf in live.items() if request.selects(self._name, name)}
+        old_names = selected(self._name, {name: name for name in stored}, request)
+        live_arrays = {name: meta for name, leaf in live.items() if (meta := meta_of(leaf)) is not None}
+        leaves = {name: leaf.name for name, old in old_names.items() if isinstance(leaf := stored[old], StoredLeaf)}
+        found = {name: saved.leaves[leaf] for name, leaf in leaves.items()}
+        plan = ItemPlan(problems=compare_leaves(self._name, live_arrays, found, cast=request.cast))
+        values = [name for name in live if name not in live_arrays and name not in leaves]
+        stored_values = [name for name in old_names if name not in leaves and name not in live_arrays]
+        plan.problems += compare_values(self._name, values, stored_values)
         if plan.problems and request.strict:
             return plan
-        plan.match(live, stored, saved)
-        plain = [name for name in values if name in stored_values and name not in live and name not in stored]
-        plan.values = {name: stored_values[name] for name in (*plan.sources, *plain)}
-        plan.targets = {
-            leaf: target_beside(captured.leaves[name], saved.leaves[leaf]) for name, leaf in plan.sources.items()
-        }
+        plan.match(live_arrays, leaves, saved)
+        plan.values = {name: old_names[name] for name in (*plan.sources, *values) if name in old_names}
+        plan.targets = {leaf: target_beside(live[name], saved.leaves[leaf]) for name, leaf in plan.sources.items()}
         return plan
 
     def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         live = self._slot[self._key]
-        named, structure = self._flatten(live)
-        new = [
-            self._restored(leaf, decode(saved.values[plan.values[name]], arrays), undo) if name in plan.values else leaf
-            for name, leaf in named.items()
-        ]
-        merged = _merged(live, jax.tree.unflatten(structure, new), undo)
+        loaded = as_typed(saved, on_their_side(saved, arrays))
+        tree = _tree_of(saved, {**dict.fromkeys(saved.leaves), **loaded})
+        if plan.values != {_WHOLE: _WHOLE}:
+            stored = flat(tree)
+            tree = with_leaves(live, {name: stored[old] for name, old in plan.values.items()})
+        merged = Merge(undo, children_of, self._built, to_jax=True).into(live, tree, (self._name,))
         if merged is not live:  # a tuple cannot hold another value, and need not
             undo.callback(self._slot.__setitem__, self._key, live)
             self._slot[self._key] = merged
 
-    @staticmethod
-    def _restored(live: Any, value: Any, undo: ExitStack) -> Any:
-        if isinstance(live, torch.Tensor):
-            settle(live, array_in(value), undo)
-            return live
-        if is_key(live):
-            return jax.random.wrap_key_data(value, impl=jax.random.key_impl(live))
-        if isinstance(live, list) and isinstance(value, list):
-            undo.callback(_refill, live, live.copy())
-            live[:] = value
-            return live
-        if isinstance(live, np.ndarray) and live.flags.writeable:
-            undo.callback(np.copyto, live, live.copy())
-            np.copyto(live, value)
-            return live
-        return place_like(value, live) if isinstance(live, jax.Array) else value
+    def _built(self, path: Path, children: Mapping[str, Any]) -> Any:
+        return jax.tree.unflatten(self._nodes[path], list(children.values()))
 
 
-def _is_value(node: Any) -> bool:
-    """Is this a value as a whole? None may have become something else since the last start, and a list of plain values,
-    such as the losses so far, longer."""
-    return node is None or (type(node) is list and all(_is_plain(one) for one in node))
+def _any_node(value: Any, path: Path) -> Node | None:
+    found = registered(value)
+    return None if found is None else Node(type(value).__qualname__, found[1])
 
 
-def _is_plain(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return all(_is_plain(one) for one in value)
-    return value is None or isinstance(value, bool | int | float | complex | str | bytes)
+_WHOLE = "*the whole tree*"
+"""Stands for the tree among the names of values."""
 
 
-def _are_alike(leaf: Any, other: Any) -> bool:
-    if type(leaf) is not type(other):
-        return False
-    if isinstance(leaf, ARRAY_TYPES):
-        return bool(leaf.shape == other.shape and leaf.dtype == other.dtype)
-    return _is_plain(leaf)  # a set may have arrays in it
+@dataclass(frozen=True)
+class _Known:
+    """What has been made of a tree that has nothing but arrays on devices.
+
+    Attributes:
+        structure: JAX's.
+        described: shape and dtype of each array.
+        names: of the leaves, in JAX's order.
+        values: `Captured.values`.
+    """
+
+    structure: Any
+    described: list[tuple[Any, Any]]
+    names: list[str]
+    values: Json
+
+    def is_like(self, structure: Any, arrays: list[Any]) -> bool:
+        """Can the same be said of this tree?"""
+        try:
+            same = bool(structure == self.structure)
+        except Exception:  # it compares what nodes of others are registered with: perhaps numpy arrays
+            return False
+        return same and _described(arrays) == self.described
 
 
-def _metas(captured: Captured) -> dict[str, LeafMeta]:
-    return {name: array_meta(leaf) for name, leaf in captured.leaves.items()}
+def _described(arrays: list[Any]) -> list[tuple[Any, Any]]:
+    return [(array.shape, array.dtype) for array in arrays]
 
 
-def _merged(live: Any, new: Any, undo: ExitStack) -> Any:
-    """`new`, but with the mutable containers of `live` kept and filled."""
-    if isinstance(live, dict | list):
-        undo.callback(_refill, live, live.copy())
-        keys = list(live) if isinstance(live, dict) else range(len(live))
-        for key in keys:
-            live[key] = _merged(live[key], new[key], undo)
-        return live
-    return new
+def _arrays_only(tree: Any) -> tuple[Any, list[Any]]:
+    """JAX's structure of a tree and its leaves, if all are arrays on devices, each in one place; else nothing."""
+    met: set[int] = set()
+
+    def repeats(node: Any) -> bool:
+        """Is this a container that has been met? JAX would follow one that is in itself until Python breaks down."""
+        if not isinstance(node, list | dict):
+            return is_iterable_leaf(node)
+        found = id(node) in met
+        met.add(id(node))
+        return found
+
+    try:
+        leaves, structure = jax.tree.flatten(tree, is_leaf=repeats)
+    except (TypeError, ValueError):  # keys that cannot be sorted
+        return None, []
+    one_of_each_type = {type(leaf): leaf for leaf in leaves}.values()
+    if not all(isinstance(leaf, jax.Array) and not is_key(leaf) for leaf in one_of_each_type):
+        return None, []
+    return (structure, leaves) if len(set(map(id, leaves))) == len(leaves) else (None, [])
 
 
-def _refill(container: Any, content: Any) -> None:
-    if isinstance(container, dict):
-        container.update(content)
-    else:
-        container[:] = content
+def _tree_of(saved: ItemMeta, leaves: Mapping[str, Any]) -> Any:
+    """The tree on storage; by flat names as one without structure, as long as steps had no more to say."""
+    if how_built(saved.values) is not None:
+        return decode(saved.values, leaves)
+    if not isinstance(saved.values, dict):
+        raise LayoutError("not the values of a tree")
+    return {name: decode(value, leaves) for name, value in saved.values.items()}

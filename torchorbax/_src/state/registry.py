@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
+import numpy as np
 import torch
 
-from torchorbax._src.format.manifest import ITEM_NAME
-from torchorbax._src.state.item import RNG, Item
+from torchorbax._src.arrays.leaves import Array
+from torchorbax._src.arrays.sharding_rules import ShardingRules
+from torchorbax._src.format.manifest import ITEM_NAME, ItemMeta
+from torchorbax._src.state.generators import Generator, is_generator
+from torchorbax._src.state.item import RNG, Captured, Item, ItemPlan, NotReadyError
 from torchorbax._src.state.modules import ModuleItem
 from torchorbax._src.state.optax_optimizers import OptaxItem
 from torchorbax._src.state.pytrees import PytreeItem
+from torchorbax._src.state.request import Request
 from torchorbax._src.state.rng import RngItem
 from torchorbax._src.state.stateful import ObjectItem
 from torchorbax._src.state.torch_optimizers import TorchOptimizerItem
 from torchorbax._src.state.torchmetrics import Metrics, is_metric
+from torchorbax._src.tensors import torchax_tensors
+from torchorbax._src.tensors.live import live_array
 from torchorbax._src.tensors.optimizers import OptaxOptimizer
 from torchorbax.errors import ConfigError
 
@@ -25,18 +33,72 @@ _RESERVED = ("manifest", "metrics", "default", "_CHECKPOINT_METADATA", "commit_s
 def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:
     """One item for every entry of `state`, and one for the random number generators.
 
-    A list, tuple or dict that holds modules, optimizers or objects with `state_dict` becomes an item for each of its
-    entries: `model.0`, `model.1`.
+    A list, tuple or dict that holds modules, optimizers, generators or objects with `state_dict` becomes an item for
+    each of its entries: `model.0`, `model.1`.
 
     Raises:
-        ConfigError: a name that no item can have, or an optimizer of parameters that no module in `state` has.
+        ConfigError: a name that no item can have, an optimizer of parameters that no module in `state` has, or an
+            object that could never be restored.
+        UnsupportedLeafError: an object that has something that could never be saved.
     """
     found = dict(_entries(state))
     modules = {name: value for name, (_, _, value) in found.items() if _is_module(value)}
-    items = {name: _item(name, slot, key, value, modules) for name, (slot, key, value) in found.items()}
+    by_rules = _placed_by_rules(modules)
+    items: dict[str, Item] = {}
+    for name, (slot, key, value) in found.items():
+        item = _item(name, slot, key, value, modules, by_rules)
+        items[name] = item if slot is state or isinstance(item, PytreeItem) else _Kept(name, item, slot, key)
+    for name, one in items.items():
+        if not isinstance(found[name][2], torch.utils.data.DataLoader):  # which would start its workers
+            _check_savable(name, one)
     if rng:
         items[RNG] = RngItem(RNG)
     return items
+
+
+def _check_savable(name: str, item: Item) -> None:
+    """See that what an item has now could be saved, as far as it is ready and has values.
+
+    Raises:
+        ConfigError, UnsupportedLeafError: it could not.
+    """
+    with suppress(NotReadyError):  # it may be ready when something is to be saved
+        for leaf_name, leaf in item.capture().leaves.items():
+            if isinstance(leaf, np.ndarray) or (isinstance(leaf, torch.Tensor) and not _is_elsewhere(leaf)):
+                live_array(f"{name}.{leaf_name}" if leaf_name else name, leaf)
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Is a tensor on jax, or still without values?"""
+    return torchax_tensors.is_torchax(tensor) or tensor.is_meta
+
+
+class _Kept:
+    """An object in a list or dict of the user's, which must stay what the run was opened with."""
+
+    def __init__(self, name: str, item: Item, slot: Any, key: Any) -> None:
+        self.kind = item.kind
+        self._name = name
+        self._item = item
+        self._slot = slot
+        self._key = key
+        self._object = slot[key]
+        self._count = len(slot)
+
+    def capture(self, handed: Any = None) -> Captured:
+        there = self._key in self._slot if isinstance(self._slot, Mapping) else self._key < len(self._slot)
+        if len(self._slot) != self._count or not there or self._slot[self._key] is not self._object:
+            raise ConfigError(
+                f"{self._name}: the container that it is in has changed since the run was opened, so the same program "
+                "could not restore it. Close the run and open another with what is there now"
+            )
+        return self._item.capture(handed)
+
+    def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
+        return self._item.plan(saved, rules, request)
+
+    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+        self._item.apply(saved, plan, arrays, undo)
 
 
 def objects_in(value: Any) -> Iterator[Any]:
@@ -73,8 +135,10 @@ def _holds_objects(value: Any) -> bool:
 
 
 def _is_object(value: Any) -> bool:
-    return isinstance(value, OptaxOptimizer) or (
-        callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+    return (
+        isinstance(value, OptaxOptimizer)
+        or is_generator(value)
+        or (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)))
     )
 
 
@@ -82,13 +146,31 @@ def _is_module(value: Any) -> bool:
     return isinstance(value, torch.nn.Module) and not is_metric(value)
 
 
-def _item(name: str, slot: Any, key: Any, value: Any, modules: Mapping[str, torch.nn.Module]) -> Item:
+def _placed_by_rules(modules: Mapping[str, torch.nn.Module]) -> frozenset[str]:
+    """The modules that sharding rules are for: those called `model`, or all if none is.
+
+    Others, such as an average of the weights beside the model, live where the user has put them.
+    """
+    models = frozenset(name for name in modules if name.partition(".")[0] == "model")
+    return models or frozenset(modules)
+
+
+def _item(
+    name: str,
+    slot: Any,
+    key: Any,
+    value: Any,
+    modules: Mapping[str, torch.nn.Module],
+    by_rules: frozenset[str],
+) -> Item:
     if is_metric(value):
         return ObjectItem(name, Metrics(value))
     if isinstance(value, torch.nn.Module):
-        return ModuleItem(name, value)
+        return ModuleItem(name, value, by_rules=name in by_rules)
     if isinstance(value, torch.optim.Optimizer):
-        return TorchOptimizerItem(name, value, modules)
+        return TorchOptimizerItem(name, value, modules, by_rules)
     if isinstance(value, OptaxOptimizer):
-        return OptaxItem(name, value)
+        return OptaxItem(name, value, by_rules=any(modules[one] is value.model for one in by_rules))
+    if is_generator(value):
+        return ObjectItem(name, Generator(value))
     return ObjectItem(name, value) if _is_object(value) else PytreeItem(name, slot, key)

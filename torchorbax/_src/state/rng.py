@@ -16,6 +16,7 @@ from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta
 from torchorbax._src.format.values import decode, encode
+from torchorbax._src.state.generators import python_state, set_python_state
 from torchorbax._src.state.item import Captured, ItemPlan
 from torchorbax._src.state.request import Request
 from torchorbax._src.tensors import torchax_tensors
@@ -56,7 +57,6 @@ def _read() -> dict[str, Any]:
     key = torchax_tensors.rng_key()
     key = key if key.is_fully_addressable else key.addressable_data(0)  # the same on all devices
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    version, words, gauss = random.getstate()
     return {
         "torchax": {
             "impl": str(jax.random.key_impl(key)) if typed else None,
@@ -64,7 +64,7 @@ def _read() -> dict[str, Any]:
         },
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(legacy=False),
-        "python": {"version": version, "words": np.asarray(words, np.uint32), "gauss": gauss},
+        "python": python_state(_PYTHON),
     }
 
 
@@ -74,5 +74,8 @@ def _write(state: Mapping[str, Any]) -> None:
     torchax_tensors.set_rng_key(key if impl is None else jax.random.wrap_key_data(key, impl=impl))
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
-    python = state["python"]
-    random.setstate((python["version"], tuple(int(word) for word in python["words"]), python["gauss"]))
+    set_python_state(_PYTHON, state["python"])
+
+
+_PYTHON: Any = random
+"""The module has the methods of its hidden generator."""

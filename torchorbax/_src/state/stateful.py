@@ -1,4 +1,4 @@
-"""Objects with `state_dict`, and trees of tensors, arrays and plain values, as items."""
+"""Objects with `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta
-from torchorbax._src.format.values import decode, encode
+from torchorbax._src.format.values import built, decode, encode, how_built
 from torchorbax._src.state.compare import compare_values
-from torchorbax._src.state.item import Captured, ItemPlan
-from torchorbax._src.state.live_leaves import target_beside
+from torchorbax._src.state.item import Captured, ItemPlan, below_item, calling
+from torchorbax._src.state.live_leaves import as_typed, on_their_side, target_beside
 from torchorbax._src.state.request import Request
 from torchorbax._src.tensors.live import host_copy, live_array
-from torchorbax.errors import MismatchError, Problem
+from torchorbax.errors import MismatchError, Problem, TorchorbaxError
 
 _logger = logging.getLogger(__name__)
 
@@ -43,10 +43,15 @@ class ObjectItem:
         self._name = name
         self._obj = obj
 
+    def _state(self) -> Any:
+        with calling(self._name, f"state_dict of {type(self._obj).__name__}"):
+            return self._obj.state_dict()
+
     def capture(self, handed: Any = None) -> Captured:
         leaves: dict[str, Any] = {}
-        values = encode(self._obj.state_dict() if handed is None else handed, leaves, path=())
-        return Captured(self.kind, leaves, values=values)
+        state = self._state() if handed is None else handed
+        encoded = encode(state, leaves, below_item, (self._name,))
+        return Captured(self.kind, leaves, values=built(type(self._obj).__qualname__, encoded))
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         if not request.selects(self._name):
@@ -54,24 +59,34 @@ class ObjectItem:
         plan = ItemPlan(problems=self._compare(saved))
         if not plan.problems:
             on_jax = any(meta.residence == "jax" for meta in saved.leaves.values())
-            live = self.capture().leaves if on_jax else {}  # making a state may cost: a data loader starts its workers
+            live = self._live_leaves() if on_jax else {}  # making a state may cost: a data loader starts its workers
             plan.targets = {name: target_beside(live.get(name), meta) for name, meta in saved.leaves.items()}
             plan.values = {"": ""}
         return plan
 
+    def _live_leaves(self) -> Mapping[str, Any]:
+        """The arrays that it has now; none while it is not ready to say."""
+        try:
+            return self.capture().leaves
+        except TorchorbaxError:
+            return {}
+
     def _compare(self, saved: ItemMeta) -> list[Problem]:
-        """A torch scheduler takes the state of any other without a word, so its names are compared here."""
-        if not isinstance(self._obj, torch.optim.lr_scheduler.LRScheduler):
+        """A torch scheduler takes the state of any other without a word. So it must be of the same class, whatever has
+        been added since; or have the same names in its state."""
+        scheduler = isinstance(self._obj, torch.optim.lr_scheduler.LRScheduler)
+        if not scheduler or how_built(saved.values) == type(self._obj).__qualname__:
             return []
         stored = decode(saved.values, dict.fromkeys(saved.leaves))
-        return compare_values(self._name, sorted(self._obj.state_dict()), sorted(stored))
+        return compare_values(self._name, sorted(self._state()), sorted(stored))
 
     def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         if not plan.values:
             return
+        state = decode(saved.values, as_typed(saved, on_their_side(saved, arrays)))
         self._register_undo(undo)
         try:
-            self._obj.load_state_dict(decode(saved.values, arrays))
+            self._obj.load_state_dict(state)
             if isinstance(self._obj, torch.utils.data.DataLoader):
                 # Makes the iterator now, before the random numbers are restored, of which it takes some: the run that
                 # nobody interrupted took them at the start of the epoch.
@@ -82,15 +97,29 @@ class ObjectItem:
             raise MismatchError("the checkpoint", [problem], "Build the object as it was when it was saved.") from error
 
     def _register_undo(self, undo: ExitStack) -> None:
+        """By its state; by its attributes where making one has effects, or it has none yet."""
         if isinstance(self._obj, torch.utils.data.DataLoader):  # its state_dict would start the workers
-            attributes = dict(vars(self._obj))
-            undo.callback(vars(self._obj).update, attributes)
+            self._undo_by_attributes(undo)
             return
         before: dict[str, Any] = {}
-        values = encode(self._obj.state_dict(), before)
+        try:
+            values = encode(self._state(), before)
+        except TorchorbaxError:
+            self._undo_by_attributes(undo)
+            return
         held = {name: live_array(name, leaf) for name, leaf in before.items()}
         kept = {name: array if isinstance(array, jax.Array) else host_copy(array) for name, array in held.items()}
         undo.callback(lambda: self._put_back(decode(values, kept)))
+
+    def _undo_by_attributes(self, undo: ExitStack) -> None:
+        attributes = getattr(self._obj, "__dict__", {})
+        before = dict(attributes)
+
+        def put_back() -> None:
+            attributes.clear()
+            attributes.update(before)
+
+        undo.callback(put_back)
 
     def _put_back(self, state: Any) -> None:
         try:

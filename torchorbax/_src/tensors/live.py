@@ -168,6 +168,23 @@ def tensor_of(array: Array) -> torch.Tensor:
     return torchax_tensors.wrap(array) if isinstance(array, jax.Array) else host_to_torch(array)
 
 
+def as_parameter(tensor: torch.Tensor, *, requires_grad: bool) -> torch.nn.Parameter | torch.Tensor:
+    """A new tensor, such as `tensor_of` makes, as a `Parameter`."""
+    if not torchax_tensors.is_torchax(tensor):
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    param = torchax_tensors.wrap(torchax_tensors.array_of(tensor), requires_grad=requires_grad)
+    torchax_tensors.mark_as_parameter(param)
+    return param
+
+
+def as_readable(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor, such as `tensor_of` makes, as one that can be read outside torchax's modes."""
+    if not torchax_tensors.is_torchax(tensor):
+        return tensor
+    readable: torch.Tensor = torchax_tensors.readable(torchax_tensors.array_of(tensor))
+    return readable
+
+
 def array_in(tensor: torch.Tensor) -> Array:
     """The reverse of `tensor_of`: a torchax tensor's own array, or a copy of a CPU tensor's values."""
     return torchax_tensors.array_of(tensor) if torchax_tensors.is_torchax(tensor) else torch_to_host(tensor)

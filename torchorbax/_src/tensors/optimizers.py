@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,10 +49,22 @@ class OptaxOptimizer:
         self.model = model
         self.tx = tx
         self.state: State = None
+        self._made_for: tuple[str, ...] | None = None
 
     def params(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name."""
         return {name: param for name, param in self.model.named_parameters() if param.requires_grad}
+
+    def state_params(self) -> dict[str, torch.Tensor]:
+        """The tensors that the state is for, by name: those that were trained when it was made, frozen since or not."""
+        if self.state is None or self._made_for is None:
+            return self.params()
+        made_for = set(self._made_for)
+        return {name: param for name, param in self.model.named_parameters() if name in made_for}
+
+    def adopt(self, state: State, names: Iterable[str]) -> None:
+        """Take a state that was made for the parameters of these names."""
+        self.state, self._made_for = state, tuple(names)
 
     def init(self) -> State:
         """The state, made now if there is none yet, beside the parameters (those on the CPU count as on jax)."""
@@ -62,19 +74,30 @@ class OptaxOptimizer:
             committed = all(getattr(array, "committed", True) for array in arrays.values())
             devices = next(iter(arrays.values())).sharding.device_set if arrays else ()
             with training_context(devices):
+                self._made_for = tuple(arrays)
                 self.state = jax.jit(self.tx.init, out_shardings=shardings if committed else None)(arrays)
         return self.state
 
-    def abstract_state(self) -> State:
-        """The state's structure: a pytree of `jax.ShapeDtypeStruct`. Nothing is allocated."""
+    def abstract_state(self, names: Collection[str] | None = None) -> State:
+        """The structure of a state: a pytree of `jax.ShapeDtypeStruct`. Nothing is allocated.
+
+        Args:
+            names: of the parameters that it is for; None for those that are trained now.
+        """
         params = {
-            name: jax.ShapeDtypeStruct(tuple(param.shape), live_dtype(param)) for name, param in self.params().items()
+            name: jax.ShapeDtypeStruct(tuple(param.shape), live_dtype(param))
+            for name, param in self._named(names).items()
         }
         return jax.eval_shape(self.tx.init, params)
 
+    def _named(self, names: Collection[str] | None) -> dict[str, torch.Tensor]:
+        if names is None:
+            return self.params()
+        return {name: param for name, param in self.model.named_parameters() if name in names}
+
     def leaf_names(self, state: State) -> list[tuple[str, str | None]]:
         """For each leaf of `state`, its name (`fc.weight.0.mu`, `0.count`) and the parameter it belongs to, if any."""
-        params = self.params()
+        params = dict(self.model.named_parameters())  # one that is frozen now may have been trained
         names: list[tuple[str, str | None]] = []
         for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
             # The innermost: an outer one may be a label of multi_transform that has a parameter's name.
@@ -84,11 +107,16 @@ class OptaxOptimizer:
             names.append((f"{param}.{rest}" if param else rest, param))
         return names
 
-    def state_shardings(self, params: Mapping[str, Sharding]) -> State:
-        """Where the state's leaves belong when the parameters are at `params`; a pytree like the state."""
-        abstract = self.abstract_state()
+    def state_shardings(self, params: Mapping[str, Sharding], names: Collection[str] | None = None) -> State:
+        """Where a state's leaves belong when the parameters are at `params`; a pytree like the state.
+
+        Args:
+            params: where the parameters are, by name.
+            names: as in `abstract_state`.
+        """
+        abstract = self.abstract_state(names)
         leaves, structure = jax.tree.flatten(abstract)
-        shapes = {name: tuple(param.shape) for name, param in self.params().items()}
+        shapes = {name: tuple(param.shape) for name, param in self._named(names).items()}
         if not params:
             raise ConfigError("the model has no parameter that requires a gradient, so there is nothing to optimise")
         somewhere = next(iter(params.values()))
@@ -103,8 +131,8 @@ class OptaxOptimizer:
     def place_state(self) -> None:
         """Move existing state to where the parameters are."""
         if self.state is not None:
-            params = {name: torchax_tensors.array_of(param).sharding for name, param in self.params().items()}
-            self.state = jax.tree.map(put, self.state, self.state_shardings(params))
+            params = {name: torchax_tensors.array_of(param).sharding for name, param in self.state_params().items()}
+            self.state = jax.tree.map(put, self.state, self.state_shardings(params, params))
 
 
 Optimizer = torch.optim.Optimizer | OptaxOptimizer

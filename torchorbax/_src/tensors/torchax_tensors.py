@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ VERSION: str = torchax.__version__
 
 def is_torchax(value: object) -> bool:
     """Is `value` a torchax tensor or a view of one?"""
-    return isinstance(value, _TENSORS)
+    return isinstance(value, TENSORS)
 
 
-_TENSORS = (Tensor, View)
-"""A tuple, as `adapter.ARRAY_TYPES`."""
+TENSORS = (Tensor, View)
+"""A tuple, as `arrays.leaves.ARRAY_TYPES`."""
 
 
 @functools.cache
@@ -44,6 +45,30 @@ def wrap(array: jax.Array, *, requires_grad: bool = False) -> torch.Tensor:
     """A torchax tensor that holds `array` (no copy)."""
     tensor: torch.Tensor = Tensor(array, torchax.default_env(), requires_grad=requires_grad)
     return tensor
+
+
+class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
+    """A torchax tensor whose value can be read anywhere, also where no torchax mode is on.
+
+    torchax refuses `float(t)`, `t.item()` and formatting outside its modes; a training loop wants them for its loss.
+    """
+
+    def item(self) -> Any:
+        return self._elem.item()
+
+    def __float__(self) -> float:
+        return float(self._elem)
+
+    def __format__(self, spec: str) -> str:
+        return format(self._elem.item() if self._elem.ndim == 0 else self._elem, spec)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self._elem.__array__(dtype, copy=copy)
+
+
+def readable(array: jax.Array) -> Readable:
+    """A torchax tensor that holds `array` (no copy) and can be read outside torchax's modes."""
+    return Readable(array, torchax.default_env())
 
 
 def set_array(tensor: torch.Tensor, array: jax.Array) -> None:
@@ -70,9 +95,14 @@ def become_torchax(tensor: torch.Tensor, array: jax.Array) -> torch.Tensor:
     new = wrap(array, requires_grad=tensor.requires_grad)
     vars(new).update({name: value for name, value in vars(tensor).items() if name not in vars(new)})
     if isinstance(tensor, torch.nn.Parameter):
-        new._is_param = True  # how torch tells a Parameter that is a tensor subclass
+        mark_as_parameter(new)
     torch.utils.swap_tensors(tensor, new)
     return new
+
+
+def mark_as_parameter(tensor: torch.Tensor) -> None:
+    """Make torch take a torchax tensor for a `Parameter`."""
+    tensor._is_param = True  # how torch tells one that is of a subclass of tensors
 
 
 def rng_key() -> jax.Array:

@@ -17,30 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchorbax._src.tensors.torchax_import import Tensor, torchax
 from torchorbax._src.tensors.torchax_tensors import array_of, is_torchax, rng_key, set_array
-
-
-class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
-    """A torchax tensor whose value can be read anywhere, also where no torchax mode is on.
-
-    torchax refuses `float(t)`, `t.item()` and formatting outside its modes; a training loop wants them for its loss.
-    """
-
-    def item(self) -> Any:
-        return self._elem.item()
-
-    def __float__(self) -> float:
-        return float(self._elem)
-
-    def __format__(self, spec: str) -> str:
-        return format(self._elem.item() if self._elem.ndim == 0 else self._elem, spec)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        return self._elem.__array__(dtype, copy=copy)
-
-
-def readable(array: jax.Array) -> Readable:
-    """A torchax tensor that holds `array` (no copy) and can be read outside torchax's modes."""
-    return Readable(array, torchax.default_env())
+from torchorbax._src.tensors.torchax_tensors import readable as readable
 
 
 @contextlib.contextmanager
