@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchax import interop
 from torchax.train import ScannedModule
 from torchorbax import OptaxOptimizer, place_, resume, to_jax, train_step
-from torchorbax._src.format.values import encode
+from torchorbax._src.state.values import encode
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.helpers.models import BATCH, TOKENS, WIDTH, TiedNet, batch_of, loss_fn
