@@ -24,7 +24,7 @@ from torchorbax._src.save.snapshot import take
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Request
 
-from tests.state.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
+from tests.helpers.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
 
 Program = dict[str, Any]
 """What a program would hand to `resume`."""
@@ -45,13 +45,13 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
     except REFUSALS as error:
         return str(error)
     written = Manifest(0, datetime.datetime.now(datetime.UTC), {}, snapshot.items)
-    prints = {item: dict.fromkeys(meta.leaves, "0" * 32) for item, meta in snapshot.items.items()}
+    prints = dict.fromkeys(written.leaves, "0" * 32)
     manifest = Manifest.from_json(json.loads(json.dumps(written.stamped(prints).to_json())))
     fresh = items_of(again, rng=False)
     plan = planned("a run", manifest, fresh, None, Request())
     with contextlib.ExitStack() as undo:
         for name, one in plan.items.items():
-            loaded = {leaf: _loaded(snapshot.arrays[name][leaf], target) for leaf, target in one.targets.items()}
+            loaded = {leaf: _loaded(snapshot.arrays[name, leaf], target) for leaf, target in one.targets.items()}
             assert not one.dtypes
             fresh[name].apply(manifest.items[name], one, loaded, undo)
         undo.pop_all()

@@ -15,7 +15,7 @@ from torchax import interop
 from torchorbax import Checkpointer, ConfigError, place_, resume
 from torchorbax._src.tensors import torchax_tensors
 
-from tests.conftest import bits
+from tests.helpers.tensors import bits
 
 
 @pytest.mark.parametrize("name", ["rnn_extra_state", "_extra_state", "extra_state"])
