@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import datetime
 import functools
 import json
@@ -35,13 +34,13 @@ from jax._src.lib import _jax  # type: ignore[attr-defined]  # only here can one
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.serialization import ocdbt_process_spec, ocdbt_utils, tensorstore_utils
-from tests import gcs_server
+from tests.helpers import gcs_server
 from torchorbax._src.arrays import fingerprint
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest
-from torchorbax._src.restore import verify as integrity
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.restore import checked_read
+from torchorbax._src.save import writer
 
 from benchmarks.measure import median, timed
 
@@ -207,41 +206,15 @@ def _some_sums(seed: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- process 0, with many answers
 
 
-@dataclasses.dataclass
-class _Answers:
-    """A channel on which so many processes have answered."""
-
-    values: list[Any]
-
-    @property
-    def processes(self) -> Processes:
-        return Processes(1.0, index=0, count=1)
-
-    def gather(self, phase: str, mine: Any) -> list[Any]:
-        """What was given."""
-        return [mine, *self.values]
-
-    def publish(self, phase: str, value: Any = None) -> Any:
-        """The same."""
-        return value
-
-
-class _Filled(Storage):
-    def _fill(self, folders: Any, arrays: Any) -> dict[str, dict[str, np.ndarray]]:
-        return {item: {name: _some_sums(0) for name in one} for item, one in arrays.items()}
-
-
 def summing_a_save(processes: int, leaves: int) -> Found:
     """Seconds of processor time that process 0 takes to add up what all have sent, and the bytes that one has sent."""
     sums = {name: fingerprint.text(_some_sums(index)) for index, name in enumerate(names(leaves))}
-    part = {"sums": {"model": sums}, "own": "0" * 64, "error": None}
+    part = {"sums": {"model": sums}, "own": "0" * 64}
     meta = LeafMeta((8192, 8192), "float32", "jax", {"mesh": {"fsdp": 256}, "spec": ["fsdp", None]})
     manifest = Manifest(
         0, datetime.datetime.now(datetime.UTC), {}, {"model": ItemMeta("module", dict.fromkeys(sums, meta))}
     )
-    storage, arrays = _Filled("/nowhere"), {"model": dict.fromkeys(sums)}
-    answers: Any = _Answers([part] * (processes - 1))
-    seconds = _processor_s(lambda: storage._filled({}, manifest, arrays, answers))  # type: ignore[arg-type]
+    seconds = _processor_s(lambda: writer.stamped(manifest, [part] * processes))
     return {"seconds": seconds, "bytes": len(json.dumps(part)), "entries": processes * leaves}
 
 
@@ -255,8 +228,7 @@ def summing_a_restore(processes: int, leaves: int, parts: int = 4) -> Found:
         for process in range(1, processes)
         for sums in [_some_sums(process)]
     ]
-    channel: Any = _Answers(answers)
-    seconds = _processor_s(lambda: integrity._together({}, channel))
+    seconds = _processor_s(lambda: checked_read.added([[], *answers]))
     size = len(json.dumps(answers[0]))
     return {"seconds": seconds, "bytes": size, "entries": processes * leaves * parts}
 

@@ -54,27 +54,29 @@ class Moment:
     after: bool = False
 
 
+_STORAGE = "torchorbax._src.storage.orbax_storage:OrbaxStorage"
+
 MOMENTS: dict[str, Moment] = {
-    "before the snapshot": Moment("torchorbax.snapshot", "take"),
-    "after the snapshot": Moment("torchorbax.snapshot", "take", after=True),
-    "before the write": Moment("torchorbax._orbax:Storage", "write"),
-    "before the data": Moment("torchorbax._orbax_arrays", "write"),
-    "in the data": Moment("torchorbax._orbax_arrays:_Batches", "add_small"),
-    "after the data of an item": Moment("torchorbax._orbax_arrays", "write", after=True),
-    "before the manifest": Moment("torchorbax._orbax_save:_Late", "result"),
-    "after the manifest": Moment("torchorbax._orbax_save:_Late", "result", after=True),
+    "before the snapshot": Moment("torchorbax._src.save.snapshot", "take"),
+    "after the snapshot": Moment("torchorbax._src.save.snapshot", "take", after=True),
+    "before the write": Moment(_STORAGE, "write"),
+    "before the data": Moment("torchorbax._src.storage.array_writer", "write"),
+    "in the data": Moment("torchorbax._src.storage.array_writer:_Batches", "add_small"),
+    "after the data of an item": Moment("torchorbax._src.storage.array_writer", "write", after=True),
+    "before the manifest": Moment("torchorbax._src.storage.orbax_commit:_ManifestWrite", "result"),
+    "after the manifest": Moment("torchorbax._src.storage.orbax_commit:_ManifestWrite", "result", after=True),
     "before a rename": Moment("os", "rename"),
     "after a rename": Moment("os", "rename", after=True),
-    "before the flush": Moment("torchorbax._orbax:Storage", "_make_durable"),
+    "before the flush": Moment(_STORAGE, "_make_durable"),
     "in the flush": Moment("os", "fsync"),
-    "after the commit": Moment("torchorbax._orbax:Storage", "write", after=True),
-    "before a deletion": Moment("torchorbax._orbax:Storage", "delete"),
+    "after the commit": Moment(_STORAGE, "write", after=True),
+    "before a deletion": Moment(_STORAGE, "delete"),
     "in a deletion": Moment("os", "unlink"),
-    "after a deletion": Moment("torchorbax._orbax:Storage", "delete", after=True),
-    "before reading": Moment("torchorbax._orbax:Storage", "read"),
-    "after reading": Moment("torchorbax._orbax:Storage", "read", after=True),
-    "in the restore": Moment("torchorbax.adapter", "settle"),
-    "while leftovers are removed": Moment("torchorbax._orbax:Storage", "remove_leftovers", after=True),
+    "after a deletion": Moment(_STORAGE, "delete", after=True),
+    "before reading": Moment(_STORAGE, "read"),
+    "after reading": Moment(_STORAGE, "read", after=True),
+    "in the restore": Moment("torchorbax._src.tensors.live", "settle"),
+    "while leftovers are removed": Moment(_STORAGE, "remove_leftovers", after=True),
 }
 
 

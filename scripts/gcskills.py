@@ -31,7 +31,7 @@ import numpy as np
 import torchorbax
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.gcs_server import ServerProcess, environment
+from tests.helpers.gcs_server import ServerProcess, environment
 
 RUN = "gs://bucket/runs/killed"
 KEEP = 2

@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 MIB = 1 << 20
-CHUNK_BYTES, FILE_BYTES = 64 * MIB, 128 * MIB  # as in torchorbax._orbax_arrays, where a test looks
+CHUNK_BYTES, FILE_BYTES = 64 * MIB, 128 * MIB  # as in torchorbax._src.storage.array_writer, where a test looks
 MAX_HOST_BYTES = 1 << 30
 READ_BYTES = 24 * MIB
 BARRIER_S = 600.0

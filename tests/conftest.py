@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,12 +19,17 @@ import jax
 import numpy as np
 import pytest
 import torch
-import torchorbax  # noqa: F401  # makes torchax importable
-from hypothesis import strategies as st
+import torchorbax  # makes torchax importable
 from jax.sharding import Mesh
+from torchorbax._src.storage import opening
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
-from tests.several import Ended, PortTakenError, Running, RunProcesses
+from tests.helpers.coordination import FakeService
+from tests.helpers.damage import state_of_every_dtype
+from tests.helpers.memory_storage import MemoryStorage
+from tests.helpers.models import RULES, batch_of, loss_fn, objects, seeded
+from tests.helpers.programs import RunPython, run_program, with_devices
+from tests.helpers.several import Ended, PortTakenError, Running, RunProcesses
 
 for _profile, _examples in (("usual", 50), ("thorough", 2000)):  # pytest --hypothesis-profile=thorough
     hypothesis.settings.register_profile(
@@ -41,15 +45,6 @@ hypothesis.settings.load_profile("usual")
 
 # A shell that runs the tests in the background has them, and the programs that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _with_devices(flags: str, devices: int | None) -> str:
-    """XLA's flags with this number of CPU devices; None leaves it to the program."""
-    others = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags).strip()
-    return others if devices is None else f"{others} --xla_force_host_platform_device_count={devices}"
-
-
-RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -86,38 +81,16 @@ def run_python(tmp_path: Path) -> RunPython:
     an exit code other than 0 fails the test with the program's output.
     """
 
-    def run(
-        program: str | Path,
-        *args: object,
-        devices: int | None = 8,
-        timeout: float = 120,
-        check: bool = True,
-        warnings: str = "error",
-        env: dict[str, str] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        what = [str(program)] if isinstance(program, Path) else ["-c", textwrap.dedent(program)]
-        done = subprocess.run(
-            [sys.executable, "-W", warnings, *what, *map(str, args)],
-            cwd=tmp_path,
-            env={**os.environ, "XLA_FLAGS": _with_devices(os.environ["XLA_FLAGS"], devices), **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        if check and done.returncode:
-            pytest.fail(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False)
-        return done
-
-    return run
+    return partial(run_program, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def run_processes(tmp_path_factory: pytest.TempPathFactory) -> RunProcesses:
     """Run Python as several jax processes: `run_processes(code, *args, processes=2, devices=4, ...)`.
 
-    What the program finds is told in `tests.several.Running`. `during` gets the running processes, to wait for what
-    they say and to send them signals, and returns those that will end, or nothing if all do. Everything is started
-    again if somebody else has taken the port.
+    `tests.helpers.several.Running` says what the program finds. `during` gets the running processes, to wait for what
+    they print and to send them signals, and returns those that will end, or nothing if all do. If somebody else has
+    taken the port, everything is started again.
     """
 
     def run(
@@ -130,7 +103,7 @@ def run_processes(tmp_path_factory: pytest.TempPathFactory) -> RunProcesses:
         heartbeat_s: int = 100,
         during: Callable[[Running], Sequence[int]] = lambda running: (),
     ) -> list[Ended]:
-        env = {**os.environ, "XLA_FLAGS": _with_devices(os.environ["XLA_FLAGS"], devices)}
+        env = {**os.environ, "XLA_FLAGS": with_devices(os.environ["XLA_FLAGS"], devices)}
         for _ in range(5):
             try:
                 folder = tmp_path_factory.mktemp("processes")
@@ -165,51 +138,56 @@ def compilations() -> Iterator[list[str]]:
     logger.propagate = propagate
 
 
-def bits(value: object) -> bytes:
-    """The bytes of a tensor's or an array's values, so that NaNs with payloads and signed zeros compare, too."""
-    if isinstance(value, torch.Tensor):
-        if not _torchax.is_torchax(value):
-            return value.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        value = _torchax.array_of(value)
-    return np.asarray(value).tobytes()
+@pytest.fixture
+def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStorage]:
+    """What every `Checkpointer` of the test finds in place of files."""
+    fake = MemoryStorage()
+    monkeypatch.setattr(opening, "OrbaxStorage", lambda path, traffic: fake)
+    yield fake
+    fake.gate.set()
 
 
-def tensor_of_bits(dtype: torch.dtype, shape: tuple[int, ...], raw: bytes) -> torch.Tensor:
-    """A CPU tensor with these bits, as many as it needs and over again if they are too few."""
-    tensor = torch.empty(shape, dtype=dtype)
-    memory = tensor.reshape(-1).view(torch.uint8).numpy()
-    memory[...] = np.resize(np.frombuffer(raw, np.uint8), memory.shape)
-    if dtype is torch.bool:
-        memory &= 1  # other bytes are no bool
-    return tensor
+@pytest.fixture
+def trained_run(tmp_path: Path) -> str:
+    """A run with two steps of a small network."""
+    model, optimizer, _ = objects("adamw")
+    step = torchorbax.train_step(model, optimizer, loss_fn)
+    with torchorbax.resume(model, optimizer, str(tmp_path / "saved"), save=None) as run:
+        for i in range(2):
+            step(batch_of(i))
+            run.save(i, force=True)
+    return run.path
 
 
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy where JAX's CPU backend could use the memory as it is, without a copy."""
-    memory = np.empty(array.nbytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    copy = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
+@pytest.fixture
+def service() -> FakeService:
+    """The coordination service of a test's threads that play processes."""
+    return FakeService()
 
 
-DTYPES = [
-    getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool"),
-        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
-        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    )
-]
-WIDE = {torch.float64, torch.int64, torch.uint64, torch.complex128}
-"""What a jax.Array cannot hold while jax_enable_x64 is off."""
-
-shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3).map(tuple)
-_PATTERNS = st.sampled_from([b"\xff", b"\x00", b"\x80\x7f", b"\x01\xfc", b"\x01\x00\x80\x7f", b"\x01\x02\xf8\xff"])
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this module are."""
+    return tmp_path_factory.mktemp("several")
 
 
-@st.composite
-def tensors(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> torch.Tensor:
-    """CPU tensors of any dtype and small shape, with any bits: NaNs with payloads, infinities, zero-size and 0-d."""
-    raw = draw(_PATTERNS | st.binary(min_size=1, max_size=64))
-    return tensor_of_bits(draw(st.sampled_from(dtypes)), draw(shapes), raw)
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two steps of a sharded model, an optimizer, and values of every dtype."""
+    path = tmp_path_factory.mktemp("integrity") / "run"
+    mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+    model = seeded()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train_step = torchorbax.train_step(model, optimizer, loss_fn)
+    with torchorbax.resume(
+        model, optimizer, str(path), state=state_of_every_dtype(), save=1, shardings=(mesh, RULES)
+    ) as run:
+        for step in run.steps(2):
+            train_step(batch_of(step))
+    return path
+
+
+@pytest.fixture
+def run_path(saved_run: Path, tmp_path: Path) -> Path:
+    """A copy of `saved_run`, to be damaged."""
+    return Path(shutil.copytree(saved_run, tmp_path / "run"))

@@ -8,7 +8,7 @@ TorchorbaxError
 ├── MismatchError            the checkpoint and the live objects differ; `.problems` has every difference
 ├── UnsupportedLeafError     a value that a checkpoint cannot hold, or a device cannot
 ├── DeletedArrayError        a live tensor whose buffer was donated to a jitted function
-├── ProcessError             other processes of the run have failed, left or not come in time; `.processes`, `.phase`
+├── ProcessError             other processes of the run have failed, left or are late; `.processes`, `.phase`
 ├── SaveError                a save failed; `.step` says which
 └── StorageError             the storage does not answer or refuses; `.path`
 ```
@@ -18,6 +18,7 @@ Errors of Orbax, TensorStore and the file system arrive as one of these, with th
 
 from __future__ import annotations
 
+import copyreg
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,18 +31,11 @@ ProblemKind = Literal["missing", "unexpected", "shape", "dtype", "ties", "groups
 
 
 class TorchorbaxError(Exception):
-    """Base of all errors of this package. They survive a trip through a worker pool, attributes and notes included."""
+    """Base of all errors of this package. They can be pickled, with their attributes and notes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception would call `__init__` with the message alone, which is not what the subclasses take.
-        return _rebuilt, (type(self), self.args, vars(self))
-
-
-def _rebuilt(cls: type[TorchorbaxError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> TorchorbaxError:
-    error = cls.__new__(cls)
-    error.args = args
-    vars(error).update(attributes)
-    return error
+        return copyreg.__newobj__, (type(self),), {"args": self.args, **vars(self)}  # type: ignore[attr-defined]
 
 
 class ConfigError(TorchorbaxError, ValueError):
@@ -49,11 +43,11 @@ class ConfigError(TorchorbaxError, ValueError):
 
 
 class CheckpointNotFoundError(TorchorbaxError, FileNotFoundError):
-    """There is no checkpoint at `path` (or no step `step` there).
+    """There is no checkpoint at `path`, or no step `step`.
 
     Attributes:
         path: the run's folder or URI.
-        step: the step asked for; None when any would have done.
+        step: the step asked for; None if any step was.
     """
 
     def __init__(self, path: str, step: int | None = None, available: Sequence[int] = (), hint: str = "") -> None:
@@ -65,11 +59,11 @@ class CheckpointNotFoundError(TorchorbaxError, FileNotFoundError):
 
 
 class CorruptCheckpointError(TorchorbaxError):
-    """Steps that cannot be read back as they were saved: the one asked for, or all there are under a path.
+    """Steps that cannot be read back as they were saved: the step asked for, or all steps under a path.
 
     Attributes:
         path: the run's folder or URI.
-        reasons: what is wrong, by step.
+        reasons: what is wrong with each step.
     """
 
     def __init__(self, path: str, reasons: Mapping[int, str]) -> None:
@@ -91,7 +85,7 @@ class Problem:
             `ties` (names share one tensor on one side only), `groups` (an optimizer's param_groups) or `placement` (the
             value cannot go where it should).
         item: the item, such as `model`; empty where there are no items (`assign_`).
-        name: the leaf's name within the item; empty for a tree that is one leaf.
+        name: the leaf's name within the item; empty if the whole tree is a single leaf.
         expected: what the live object has.
         found: what the checkpoint has.
         nearest: for a missing leaf, the most similar name in the checkpoint that no live leaf has, if there is one.
@@ -116,7 +110,7 @@ class Problem:
 
 
 def _printable(text: str) -> str:
-    """`text` as a terminal can show it, whoever wrote it into a file."""
+    """`text` without control characters and of bounded length: it may come from a file that somebody else wrote."""
     shown = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
     return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}... ({len(text)} characters)"
 
@@ -164,7 +158,7 @@ class DeletedArrayError(TorchorbaxError, RuntimeError):
     """Live tensors whose buffers are gone, because they were donated to a jitted function.
 
     Attributes:
-        names: the leaves concerned, all of them.
+        names: all leaves concerned.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -178,7 +172,7 @@ class DeletedArrayError(TorchorbaxError, RuntimeError):
 
 
 class StorageError(TorchorbaxError, OSError):
-    """The storage does not answer, or refuses; it says nothing about the checkpoints there.
+    """The storage does not answer, or refuses. This says nothing about the checkpoints there.
 
     Attributes:
         path: the run's URI.
@@ -190,10 +184,10 @@ class StorageError(TorchorbaxError, OSError):
 
 
 class ProcessError(TorchorbaxError, RuntimeError):
-    """Other processes of the same run have failed, have left it, or did not come to a phase in time.
+    """Other processes of the same run have failed, have left it, or did not reach a phase in time.
 
     Attributes:
-        processes: which ones, in ascending order.
+        processes: their indices, in ascending order.
         phase: what all processes were to do together, such as `write`.
         reason: what is known about it.
     """
@@ -206,7 +200,7 @@ class ProcessError(TorchorbaxError, RuntimeError):
 
     @classmethod
     def of_failures(cls, failures: Mapping[int, str], phase: str) -> ProcessError:
-        """What to raise when processes have failed with these errors."""
+        """The error for processes that have failed, given why by process."""
         return cls(failures, phase, "; ".join(f"process {process}: {why}" for process, why in failures.items()))
 
 
@@ -217,7 +211,7 @@ class SaveError(TorchorbaxError):
         step: the step concerned.
         path: the run's folder or URI.
         reason: why.
-        committed: the step itself was saved, but what follows (the preservation policy) failed.
+        committed: the step itself was saved; what failed comes after it (the preservation policy).
     """
 
     def __init__(self, step: int, path: str, reason: str, *, committed: bool = False) -> None:

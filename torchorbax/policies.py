@@ -1,8 +1,8 @@
 """When to save and what to keep: Orbax's policies under their own names, and what Orbax lacks.
 
-A save policy answers `should_save(step, previous_steps, *, context)`, a preservation policy
-`should_preserve(checkpoints, *, context)`; any object that does is accepted as `save=` and `keep=`. Whatever a
-preservation policy says, the newest step is kept: it is what a resumed run starts from.
+A save policy has the method `should_save(step, previous_steps, *, context)`, a preservation policy
+`should_preserve(checkpoints, *, context)`. Any object with that method is accepted as `save=` or `keep=`. The newest
+step is kept whatever the preservation policy says, because a resumed run starts from it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,6 @@ from typing import TypeAlias
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as orbax_policies
-
-
-def decision_context(*, saving: bool, preempted: bool) -> orbax_policies.DecisionContext:
-    """What Orbax's save policies get to know besides the steps."""
-    return orbax_policies.DecisionContext(
-        is_saving_in_progress=saving, reached_preemption=preempted, multiprocessing_options=_one_process()
-    )
-
-
-@functools.cache
-def _one_process() -> ocp.options.MultiprocessingOptions:
-    return ocp.options.MultiprocessingOptions()
-
 
 __all__ = [
     "AnyPreservationPolicy",
@@ -54,6 +41,12 @@ __all__ = [
     "SpecificStepsPolicy",
     "TimeIntervalPolicy",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without what this module imports."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+
 
 AnyPreservationPolicy = orbax_policies.AnyPreservationPolicy
 AnySavePolicy = orbax_policies.AnySavePolicy
@@ -88,13 +81,12 @@ class PreserveAll:
 
 @dataclass(frozen=True)
 class ContinuousPolicy:
-    """Saves whenever no save is in flight, so the newest committed step is at most two saves' durations old.
+    """Saves whenever no save is in flight. The newest committed step is then at most two saves old.
 
-    The same decision as Orbax's `ContinuousCheckpointingPolicy`, without its round trip through the coordination
-    service.
+    It decides as Orbax's `ContinuousCheckpointingPolicy` does, without a round trip through the coordination service.
 
     Attributes:
-        minimum_interval: the least time from the start of one save to the start of the next.
+        minimum_interval: the shortest time from the start of a save to the start of the next.
     """
 
     minimum_interval: datetime.timedelta = datetime.timedelta(0)
@@ -104,15 +96,18 @@ class ContinuousPolicy:
     ) -> bool:
         if context.is_saving_in_progress:
             return False
-        if not previous_steps or not self.minimum_interval:  # the time of a step may have to be read from storage
+        if not previous_steps or not self.minimum_interval:  # spares reading the time of a step from storage
             return True
         return bool(step.time - previous_steps[-1].time >= self.minimum_interval)
 
 
 @dataclass(frozen=True)
 class TimeIntervalPolicy:
-    """Saves when at least `interval` has passed since the start of the previous save, and at the first step there
-    is."""
+    """Saves the first step, and then whenever `interval` has passed since the start of the save before.
+
+    Attributes:
+        interval: the shortest time from the start of a save to the start of the next.
+    """
 
     interval: datetime.timedelta
 
@@ -130,3 +125,18 @@ class NeverPolicy:
         self, step: PolicyCheckpointInfo, previous_steps: Sequence[PolicyCheckpointInfo], *, context: DecisionContext
     ) -> bool:
         return False
+
+
+# What torchorbax itself needs of Orbax's policies; not public.
+
+
+def decision_context(*, saving: bool, preempted: bool) -> DecisionContext:
+    """What a save policy can look at besides the steps: is a save in flight, and has SIGTERM arrived?"""
+    return orbax_policies.DecisionContext(
+        is_saving_in_progress=saving, reached_preemption=preempted, multiprocessing_options=_one_process()
+    )
+
+
+@functools.cache
+def _one_process() -> ocp.options.MultiprocessingOptions:
+    return ocp.options.MultiprocessingOptions()

@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torchorbax._src.tensors import torchax_tensors
 
-from tests.conftest import bits, tensor_of_bits
+from tests.helpers.tensors import bits, tensor_of_bits
 
 Recipe = tuple[Any, ...]
 """A kind, and what it takes."""

@@ -45,13 +45,14 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
     except REFUSALS as error:
         return str(error)
     written = Manifest(0, datetime.datetime.now(datetime.UTC), {}, snapshot.items)
-    prints = {item: dict.fromkeys(meta.leaves, "0" * 32) for item, meta in snapshot.items.items()}
+    prints = {(item, leaf): "0" * 32 for item, meta in snapshot.items.items() for leaf in meta.leaves}
     manifest = Manifest.from_json(json.loads(json.dumps(written.stamped(prints).to_json())))
     fresh = items_of(again, rng=False)
+    arrays = snapshot.arrays
     plan = planned("a run", manifest, fresh, None, Request())
     with contextlib.ExitStack() as undo:
         for name, one in plan.items.items():
-            loaded = {leaf: _loaded(snapshot.arrays[name][leaf], target) for leaf, target in one.targets.items()}
+            loaded = {leaf: _loaded(arrays[name, leaf], target) for leaf, target in one.targets.items()}
             assert not one.dtypes
             fresh[name].apply(manifest.items[name], one, loaded, undo)
         undo.pop_all()

@@ -28,7 +28,7 @@ from torchorbax import (
     verify,
 )
 
-from tests.conftest import bits
+from tests.helpers.tensors import bits
 
 
 def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchorbax import Checkpointer, ConfigError, UnsupportedLeafError, resume
 from torchorbax._src.state.pytrees import PytreeItem
 
-from tests.conftest import bits
+from tests.helpers.tensors import bits
 
 
 def test_a_data_loader_is_refused_and_the_cure_works(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

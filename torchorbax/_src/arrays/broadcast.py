@@ -1,9 +1,10 @@
-"""One replica reads, the others get it over the network of the devices, which is faster than storage and free.
+"""Sends arrays from the devices of the first replica to those of all other replicas.
 
-Over a mesh of several slices, parameters are often sharded within a slice and replicated over the slices. Then a
-restore would read everything once for every slice. With `single_replica_restore` the devices that hold the first
-replica are filled from storage, and the rest by one sum over the replicas, in which all others are zero: on integers,
-so that no bit changes.
+Over a mesh of several slices, parameters are often sharded within a slice and replicated over the slices. A restore
+would then read everything once for every slice. With `single_replica_restore`, only the devices of the first replica
+read from storage. The others receive the data over the network between the devices, which is faster than storage and
+costs nothing: as the sum over all replicas, of which all but the first are zero. The sum is taken of the bits as
+integers, so it changes none of them.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from torchorbax._src.arrays.shards import is_on_device
 Key = TypeVar("Key", bound=tuple[str, ...])
 
 _BATCH_BYTES = 256 << 20
-"""So much is summed by one program: beside it lies a second copy on the devices."""
+"""The most bytes that one program sums. It needs as much memory again on the devices for its result."""
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 @dataclass(frozen=True)
 class FirstReplica:
-    """An array of which only the devices with the first replica have anything yet.
+    """An array that has been read onto the devices of the first replica only.
 
     Attributes:
-        shape: of the whole array.
-        dtype: of the array.
-        sharding: where it is to be.
-        shards: the parts on this process's devices.
+        shape: the shape of the whole array.
+        dtype: the dtype of the array.
+        sharding: the sharding that the whole array is to have.
+        shards: the shards of the first replica that are on this process's devices; empty if there are none.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +49,7 @@ class FirstReplica:
 
 
 def is_shared(sharding: Sharding | None, dtype: np.dtype) -> bool:
-    """Do several processes hold the same parts of an array, and can its bits be summed?"""
+    """Is the array replicated along a mesh axis and spread over processes, and can `broadcast` sum its bits?"""
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable or not is_on_device(sharding):
         return False
     return math.prod(sharding.mesh.shape[axis] for axis in _free_axes(sharding)) > 1 and (
@@ -64,9 +65,11 @@ def first_devices(sharding: NamedSharding) -> frozenset[Any]:
 
 
 def broadcast(arrays: Mapping[Key, FirstReplica]) -> dict[Key, jax.Array]:
-    """The whole arrays on all their devices. A device collective: every process calls it, with the same arrays.
+    """The whole arrays, on all their devices.
 
-    In whatever order it has them: they go in the order of their keys, for programs that differ would never end.
+    This is a device collective: every process calls it with the same arrays. Their order in the mapping does not
+    matter. They are sent in the order of their keys, because processes that ran different programs would wait for each
+    other for ever.
     """
     found: dict[Key, jax.Array] = {}
     batch: list[Key] = []
@@ -75,11 +78,11 @@ def broadcast(arrays: Mapping[Key, FirstReplica]) -> dict[Key, jax.Array]:
         array = arrays[key]
         nbytes = math.prod(array.shape) * array.dtype.itemsize
         if batch and (size + nbytes > _BATCH_BYTES or array.sharding.mesh != arrays[batch[0]].sharding.mesh):
-            found |= _broadcast_at_once(batch, [arrays[one] for one in batch])
+            found |= _broadcast_at_once(batch, [arrays[member] for member in batch])
             batch, size = [], 0
         batch.append(key)
         size += nbytes
-    return found | (_broadcast_at_once(batch, [arrays[one] for one in batch]) if batch else {})
+    return found | (_broadcast_at_once(batch, [arrays[member] for member in batch]) if batch else {})
 
 
 def _broadcast_at_once(keys: Sequence[Key], arrays: Sequence[FirstReplica]) -> dict[Key, jax.Array]:
@@ -89,7 +92,7 @@ def _broadcast_at_once(keys: Sequence[Key], arrays: Sequence[FirstReplica]) -> d
 
 
 def _stacked(array: FirstReplica) -> jax.Array:
-    """All replicas along a first axis, zeros but for the first."""
+    """The bits of all replicas, stacked along a new first axis; all but the first are zero."""
     sharding, word = array.sharding, _WORDS[array.dtype.itemsize]
     free = _free_axes(sharding)
     copies = math.prod(sharding.mesh.shape[axis] for axis in free)

@@ -1,7 +1,7 @@
-"""One table of dtypes: torch's, numpy's (with ml_dtypes) and the name the manifest uses, which is the same for all.
+"""The table of dtypes that can be saved: torch's, numpy's (with ml_dtypes), and the name used in the manifest.
 
-A torch dtype that is not in the table (packed float4, complex32, quantised and sub-byte types) has no counterpart that
-keeps its bits, and a leaf of it is an `UnsupportedLeafError`.
+A torch dtype that is not in the table (packed float4, complex32, quantised and sub-byte types) has no numpy counterpart
+that keeps its bits. A leaf of such a dtype raises `UnsupportedLeafError`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ BY_NAME: dict[str, np.dtype] = {dtype.name: dtype for dtype in NUMPY_TO_TORCH}
 
 @functools.cache
 def dtype_name(dtype: np.dtype) -> str:
-    """The name of a dtype, which numpy takes some microseconds to make up."""
+    """The name of a dtype. Cached, because numpy takes some microseconds to compose it."""
     return str(dtype)
 
 
 def fits_on_device(dtype: np.dtype) -> bool:
-    """Can a `jax.Array` hold `dtype`? Not the 64-bit ones while `jax_enable_x64` is off: JAX would narrow them."""
+    """Can a `jax.Array` hold `dtype`? It cannot hold 64-bit dtypes while `jax_enable_x64` is off: JAX narrows them."""
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype)) == dtype
 
 

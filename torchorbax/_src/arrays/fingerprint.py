@@ -1,23 +1,25 @@
 """Fingerprints of arrays that do not depend on how they are laid out over devices.
 
-An array is read as words: elements of 1, 2 or 4 bytes are a word each, larger ones several words of 4 bytes, along an
-axis of their own. Its trailing axes count columns `c`, the leading ones rows `r`, each in row-major order (where they
-part, `_split` says by the shape alone). With `b_rc` the bits of a word, a fingerprint is the two sums
+An array is read as words: elements of 1, 2 or 4 bytes are one word each, larger elements are several words of 4 bytes
+along an axis of their own. The trailing axes count columns `c` and the leading axes count rows `r`, each in row-major
+order. `_split` chooses the axis where they part, by the shape alone. With `b_rc` the bits of a word, a fingerprint is
+the two sums
 
     s_k = sum_r u_k(r) * (sum_c b_rc * v_k(c))  mod 2**64,    k = 0, 1,
 
-of odd weights, hashed from the index: `u_0`, `u_1` of 64 bits, `v_0` and `v_1` of 32 bits, the halves of one hash. So a
-word costs two products of 32 bits each, and no hash: those of columns are a table, those of rows come once a row.
+with odd weights that are hashed from the index: `u_0` and `u_1` have 64 bits; `v_0` and `v_1` have 32 bits and are the
+halves of one hash. A word therefore costs two 32-bit products and no hash: the weights of columns come from a table,
+and those of rows are computed once a row.
 
-A sum over parts of an array is the sum of the parts, whatever the parts are, so every shard is summed where it is, from
-its rows' and columns' indices in the whole array, and no device talks to another.
+The sums of an array are the totals of the sums of its parts, however it is divided. So every shard is summed on its own
+device, with the indices that its rows and columns have in the whole array, and no device communicates with another.
 
-**Any change within one word is found with certainty**, a flipped bit among them: it adds `d * v * u`, where
-`0 < |d * v| < 2**64`, which an odd `u` never makes 0 modulo 2**64.
+**Any change within one word is found with certainty**, for example a flipped bit: it adds `d * v * u`, where
+`0 < |d * v| < 2**64`, and an odd `u` never makes that 0 modulo 2**64.
 
 **Any other change is missed with a probability of less than 2**-50**, with the weights taken as independent random odd
 numbers. Proof, for one sum: let `2**z`, `z <= 31`, be the highest power of two that divides all the differences `d_rc`,
-and `d_rj` one that `2**(z+1)` does not divide. What row `r` adds is `u(r) * X`, `X = sum_c d_rc v(c)`.
+and let `d_rj` be one that `2**(z+1)` does not divide. Row `r` adds `u(r) * X`, where `X = sum_c d_rc v(c)`.
 
 - For `z < t <= 64`, `2**t` divides `X` with probability at most `2**(1 - min(t - z, 32))`: whatever the other weights
   are, `v(j)` is then fixed modulo `2**min(t - z, 32)`, and all but one of those bits are random.
@@ -26,9 +28,9 @@ and `d_rj` one that `2**(z+1)` does not divide. What row `r` adds is `u(r) * X`,
 
 So the change is missed with probability at most `sum_{t=z..63} P(2**t divides X) * 2**(t - 63) + P(X = 0)`, which is
 largest for `z = 31`: `2**-32 + 32 * 2**-31 + 2**-31 < 2**-25`. The two sums have no weights in common, so both miss it
-with less than `2**-50`. (This is the bound of differences in the top bits of words only, such as flipped signs, which
-sums modulo 2**32 would always miss; if any difference is odd, it is `2**-58`.) The weights are no secret, so this is no
-defence against somebody who wants to forge an array.
+with a probability of less than `2**-50`. (This bound is for differences in the top bits of words only, such as flipped
+signs, of which sums modulo 2**32 would always miss an even number. If any difference is odd, the bound is `2**-58`.)
+The weights are no secret, so a fingerprint does not protect against somebody who forges an array.
 
 The hash is splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """
@@ -59,16 +61,19 @@ _COLUMN_SEED, *_ROW_SEEDS = 0x243F6A8885A308D3, 0x13198A2E03707344, 0xA409382229
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 _LEAST_COLUMNS = 128
-"""So many words share the hash of their row, if the trailing axes have them."""
+"""The number of columns at which `_split` stops adding axes to them: enough words then share the hash of their row."""
 _MOST_COLUMNS = 1 << 17
-"""A table of their weights is a megabyte; where the last axis is longer, each word is a row."""
+"""The most columns: the table of their weights then has a megabyte. If the last axis is longer, each word is a row."""
 _BLOCK_WORDS = 1 << 20
+"""The number of words of a host array that one program sums."""
 _CACHED_WORDS = 1 << 15
+"""The number of words of a host array that numpy sums at once: they stay in the processor's cache."""
 _SMALL_BYTES = 64 << 10
+"""Up to this size, an array is summed on the host: that costs less than to start a program."""
 _AT_ONCE = 8
-"""So many arrays alike are summed by one program, which takes little more than half the time of as many programs."""
+"""The number of arrays of one layout that one program sums, in little more than half the time of eight programs."""
 _AT_ONCE_BYTES = 8 << 20
-"""But of larger shards only one: what the training step has to wait for should be short."""
+"""Larger shards are summed one array at a time, because a training step has to wait for the program to end."""
 
 
 def fingerprints(arrays: Mapping[Key, Array]) -> dict[Key, str]:
@@ -76,7 +81,7 @@ def fingerprints(arrays: Mapping[Key, Array]) -> dict[Key, str]:
 
     Args:
         arrays: jax or numpy arrays of any dtype and shape. Large jax arrays are summed on their devices, each distinct
-            part once; all of it is dispatched before any result is waited for.
+            part once. All programs are dispatched before any result is waited for.
     """
     return {key: text(finish()) for key, finish in start_all(arrays).items()}
 
@@ -92,7 +97,7 @@ def sums(fingerprint: str) -> Sums:
 
 
 def total(parts: Any) -> Sums:
-    """The sums of an array, from those of its parts."""
+    """The sums of an array, from the sums of its parts."""
     added: Sums = np.asarray(parts, np.uint64).reshape(-1, len(_ROW_SEEDS)).sum(axis=0, dtype=np.uint64)
     return added
 
@@ -106,7 +111,7 @@ def start_all(arrays: Mapping[Key, Array]) -> dict[Key, Callable[[], Sums]]:
 
 
 def batches(arrays: Mapping[Key, Array]) -> list[list[Key]]:
-    """Arrays in such groups as `start_batch` takes: every program on every device has its price."""
+    """The keys, grouped as `start_batch` takes them. Fewer programs cost less time to start."""
     found: list[list[Key]] = []
     programs: dict[Key, jax.Array] = {}
     for key, array in arrays.items():
@@ -119,7 +124,7 @@ def batches(arrays: Mapping[Key, Array]) -> list[list[Key]]:
         size = _AT_ONCE if math.prod(sharding.shard_shape(shape)) * dtype.itemsize <= _AT_ONCE_BYTES else 1
         whole = len(keys) // size * size
         found += [keys[start : start + size] for start in range(0, whole, size)]
-        found += [[key] for key in keys[whole:]]  # a program for another number would have to be compiled
+        found += [[key] for key in keys[whole:]]  # a program for another number of arrays would have to be compiled
     return found
 
 
@@ -133,10 +138,10 @@ def start_batch(arrays: Mapping[Key, Array]) -> dict[Key, Callable[[], Sums]]:
 
 
 def start(array: Array) -> Callable[[], Sums]:
-    """Start to sum what this process has of an array (of replicas the first only), and return how to wait for it."""
+    """Start to sum what this process has of an array; of replicas, only the first. Call the result for the sums."""
     if isinstance(array, np.ndarray | Row):
         return _start_on_host(np.asarray(array), (0,) * len(array.shape), array.shape)
-    if array.nbytes <= _SMALL_BYTES and array.is_fully_addressable:  # to start a program costs more than to sum it here
+    if array.nbytes <= _SMALL_BYTES and array.is_fully_addressable:
         if array.platform() != "cpu":
             array.copy_to_host_async()
         return lambda: _start_on_host(np.asarray(array), (0,) * array.ndim, array.shape)()
@@ -149,15 +154,17 @@ def _first_replicas(array: Any) -> list[Shard]:
 
 
 def start_parts(array: jax.Array) -> Callable[[], dict[int, Sums]]:
-    """Start to sum every part of an array that this process has, replicas included, and return how to wait for it: the
-    sums by the index that the part's first element has in the array."""
+    """Start to sum each distinct part of an array that this process has, even if it is a later replica.
+
+    Call the result for the sums, by the row-major index that the part's first element has in the array.
+    """
     parts = {_flat(shard.start, array.shape): shard for shard in shards(array)}
     by_shard = _start_shards(array, list(parts.values()))
     return lambda: dict(zip(parts, by_shard(), strict=True))
 
 
 def _start_shards(array: Array, held: Sequence[Shard]) -> Callable[[], np.ndarray]:
-    """Start to sum some shards of an array; gives `uint64[shards, 2]`."""
+    """Start to sum some shards of an array. Call the result for a `uint64[shards, 2]`."""
     if _runs_on_devices(array):
         by_shard = _start_on_devices([array], [held])
         return lambda: by_shard()[:, 0]
@@ -166,15 +173,18 @@ def _start_shards(array: Array, held: Sequence[Shard]) -> Callable[[], np.ndarra
 
 
 def _start_on_devices(arrays: Sequence[Array], held: Sequence[Sequence[Shard]]) -> Callable[[], np.ndarray]:
-    """Start to sum the same shards of arrays alike, where they are; gives `uint64[shards, arrays, 2]`."""
+    """Start to sum the same shards of arrays of one layout, on their devices.
+
+    Call the result for a `uint64[shards, arrays, 2]`.
+    """
     firsts = tuple(shard.start for shard in held[0])
     if not firsts:
         return lambda: np.zeros((0, len(arrays), len(_ROW_SEEDS)), np.uint64)
-    data = [[shard.data for shard in one] for one in held]
+    data = [[shard.data for shard in of_array] for of_array in held]
     mesh, local = local_mesh(tuple(part.device for part in data[0])), data[0][0].shape
     with own_context():
-        places = _places(mesh, arrays[0].shape, local, firsts)
-        result = _sums_by_shard(mesh)([stacked(one) for one in data], *places)
+        positions = _positions(mesh, arrays[0].shape, local, firsts)
+        result = _sums_by_shard(mesh)([stacked(of_array) for of_array in data], *positions)
     return lambda: np.asarray(result)
 
 
@@ -185,19 +195,27 @@ def _runs_on_devices(array: Array) -> bool:
 
 
 def _start_on_host(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> Callable[[], Sums]:
-    """The same of a part, in host memory, of an array of some shape, given the indices of its first element."""
+    """Start to sum a part of an array, in host memory.
+
+    Args:
+        part: the part.
+        first: the index of its first element in the whole array, along each axis.
+        shape: the shape of the whole array.
+    """
     words = _words(part)
     if words.size == 0:
         return lambda: total([])
-    added = words.shape[len(shape) :]  # axes, of which every part has all
+    # As a grid of rows and columns. Axes that only count words within an element are never divided between parts.
+    added = words.shape[len(shape) :]
     first, shape = (*first, *(0 for _ in added)), (*shape, *added)
     split = _split(shape)
     grid = words.reshape(math.prod(words.shape[:split]), -1)
     weights = _column_weights(first[split:], shape[split:], words.shape[split:]).reshape(len(_ROW_SEEDS), -1)
-    if words.shape[1:split] != shape[1:split]:  # its rows do not follow each other
+    if words.shape[1:split] != shape[1:split]:  # the indices of its rows have gaps
         rows = _indices(first[:split], shape[:split], words.shape[:split]).reshape(-1)
-        found = _grid_sums(grid, rows, weights)  # now, for whoever waits for it must not hold the array
+        found = _grid_sums(grid, rows, weights)  # computed now, so that the result does not keep the array alive
         return lambda: found
+    # Whole blocks by a program, the rest by numpy.
     first_row = _flat(first[:split], shape[:split])
     height = _BLOCK_WORDS // grid.shape[1]
     in_blocks = len(grid) // height * height
@@ -218,13 +236,13 @@ def _start_on_host(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, .
 def _computing_device() -> jax.Device:
     try:
         device: jax.Device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         device = jax.local_devices()[0]
     return device
 
 
 def _split(shape: tuple[int, ...]) -> int:
-    """The axis from which on columns are counted: never the first, and all of them few enough for a table."""
+    """The first of the axes that count columns. It is never axis 0, so that there is an axis of rows."""
     split, columns = len(shape), 1
     while split > 1 and columns < _LEAST_COLUMNS and columns * shape[split - 1] <= _MOST_COLUMNS:
         split -= 1
@@ -234,26 +252,26 @@ def _split(shape: tuple[int, ...]) -> int:
 
 def _flat(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
     """The row-major index of an element."""
-    return sum(one * int(stride) for one, stride in zip(index, _strides(shape), strict=True))
+    return sum(along_axis * int(stride) for along_axis, stride in zip(index, _strides(shape), strict=True))
 
 
 def _strides(shape: tuple[int, ...]) -> np.ndarray:
-    """In elements."""
+    """The row-major strides of a shape, in elements."""
     return np.array([math.prod(shape[axis + 1 :]) for axis in range(len(shape))], np.uint64)
 
 
 def _one_word_each(dtype: np.dtype) -> bool:
-    """Are the elements words that a device can see the bits of? XLA has no bit casts of complex numbers."""
+    """Is each element one word, whose bits a device program can read? XLA has no bit casts of complex numbers."""
     return dtype.itemsize in _UNSIGNED and dtype.kind != "c"
 
 
-# --------------------------------------------------------------------------------------------------------- on devices
+# On devices.
 
 
 @functools.cache
 def _sums_by_shard(mesh: Mesh) -> Callable[..., jax.Array]:
-    """`([stacked shards of an array, ...], weights of their columns, first row of each, strides of rows) ->
-    uint64[shards, arrays, 2]`; no communication."""
+    """The program `([stacked shards of an array, ...], weights of columns, first row of each shard, strides of rows) ->
+    uint64[shards, arrays, 2]`. Its devices do not communicate."""
     parts = PartitionSpec(AXIS)
     return jax.jit(
         jax.shard_map(_shard_sums, mesh=mesh, in_specs=(parts, parts, parts, PartitionSpec()), out_specs=parts)
@@ -271,7 +289,8 @@ def _sums_of(shard: jax.Array, weights: jax.Array, first: jax.Array, strides: ja
     split = len(strides)
     columns = tuple(range(split, shard.ndim))
     weights = weights[0].astype(np.uint64)
-    # One reduction for both sums, so that the array is read once. XLA makes 64-bit products of two 32-bit ones.
+    # One reduction gives both sums, so that the array is read once. Both factors of each product have 32 bits, so the
+    # compiler needs no multiplication of 64 by 64 bits.
     in_rows = _both_sums([bits * lax.broadcast_in_dim(lane, shard.shape, columns) for lane in weights], columns)
     index = first[0]
     for axis in range(split):
@@ -288,16 +307,23 @@ def _both_sums(terms: Sequence[jax.Array], axes: tuple[int, ...]) -> Sequence[ja
 
 
 def _add_both(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(one + other for one, other in zip(left, right, strict=True))
+    return tuple(first + second for first, second in zip(left, right, strict=True))
 
 
 @functools.lru_cache(maxsize=64)
-def _places(
+def _positions(
     mesh: Mesh, shape: tuple[int, ...], local: tuple[int, ...], firsts: tuple[tuple[int, ...], ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `_sums_by_shard` needs to know of where shards lie in an array, on the devices: that costs as much as a sum.
+    """The arguments of `_sums_by_shard` that follow from where the shards lie in an array, on their devices.
 
-    The weights of columns are among it, for within the sums XLA would hash them again in every row.
+    Cached, because to make them takes as long as a sum. The weights of columns are among them: computed within the
+    program, XLA would hash them again for every row.
+
+    Args:
+        mesh: the devices of the shards.
+        shape: the shape of the whole array.
+        local: the shape of one shard.
+        firsts: for each shard, the index of its first element in the whole array.
     """
     split = _split(shape)
     tables = np.stack([_column_weights(first[split:], shape[split:], local[split:]) for first in firsts])
@@ -308,11 +334,11 @@ def _places(
         return table, first_rows, jax.device_put(_strides(shape[:split]), NamedSharding(mesh, PartitionSpec()))
 
 
-# ------------------------------------------------------------------------------------------------------------ weights
+# Weights.
 
 
 def _hash(index: Any, seed: int) -> Any:
-    """splitmix64 of a `uint64` array by jax or numpy."""
+    """splitmix64 of a `uint64` array, of jax or numpy."""
     number = np.uint64
     mixed = index * number(_GAMMA) + number(seed)
     mixed = (mixed ^ (mixed >> number(30))) * number(_MIX_1)
@@ -321,19 +347,19 @@ def _hash(index: Any, seed: int) -> Any:
 
 
 def _row_weights(index: Any, seed: int) -> Any:
-    """`uint64`, odd; of a `uint64` array by jax or numpy."""
+    """The odd `uint64` weights of rows, by their indices: a `uint64` array of jax or numpy."""
     return _hash(index, seed) | np.uint64(1)
 
 
 @functools.lru_cache(maxsize=64)
 def _column_weights(first: tuple[int, ...], shape: tuple[int, ...], local: tuple[int, ...]) -> np.ndarray:
-    """`uint32[2, *local]`: the weights of a part of the columns, given the indices of its first one."""
+    """The weights of a part of the columns, as `uint32[2, *local]`. `first` is the index of its first column."""
     hashed = _hash(_indices(first, shape, local).reshape(-1), _COLUMN_SEED).reshape(local)
     return np.stack([hashed >> np.uint64(32), hashed & np.uint64(0xFFFFFFFF)]).astype(np.uint32) | np.uint32(1)
 
 
 def _indices(first: tuple[int, ...], shape: tuple[int, ...], local: tuple[int, ...]) -> np.ndarray:
-    """The row-major indices, in the whole, of a part of the shape `local`."""
+    """The row-major indices in the whole array, as `uint64[local]`, of a part that begins at `first`."""
     index: np.ndarray = np.full(local, _flat(first, shape), np.uint64)
     for axis, stride in enumerate(_strides(shape)):
         steps = np.arange(local[axis], dtype=np.uint64) * stride
@@ -341,11 +367,11 @@ def _indices(first: tuple[int, ...], shape: tuple[int, ...], local: tuple[int, .
     return index
 
 
-# --------------------------------------------------------------------------------------------------------- on the host
+# On the host.
 
 
 def _words(array: np.ndarray) -> np.ndarray:
-    """All words of a numpy array, those of large elements along an axis of their own; there is at least one axis."""
+    """All words of a numpy array; those of larger elements along an axis of their own. At least one axis."""
     array = np.ascontiguousarray(array)
     if array.dtype.itemsize in _UNSIGNED:
         return array.view(_UNSIGNED[array.dtype.itemsize])
@@ -353,7 +379,7 @@ def _words(array: np.ndarray) -> np.ndarray:
 
 
 def _grid_sums(grid: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Sums:
-    """The sums of rows of words, given the rows' indices, in pieces that stay in the processor's cache."""
+    """The sums of rows of words, given the indices of the rows."""
     parts: list[Sums] = []
     height = max(1, _CACHED_WORDS // grid.shape[1])
     for start in range(0, len(grid), height):

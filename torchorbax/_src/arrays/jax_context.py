@@ -1,4 +1,4 @@
-"""JAX as it is without what a caller has set for a thread."""
+"""The JAX settings under which programs run, whatever the caller has set for its thread."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from jax.sharding import Mesh
 
 @contextmanager
 def own_context() -> Iterator[None]:
-    """For programs of this library: they get arrays of any mesh, of one device and of 64 bits, whatever mesh the caller
-    has set with `jax.set_mesh`, which would be taken for theirs, and whether or not 64 bits are enabled."""
+    """The settings for programs of this library: no mesh, and 64-bit dtypes enabled.
+
+    They take arrays of any mesh, of a single device, and of 64 bits. A mesh that the caller has set with `jax.set_mesh`
+    would be taken for the mesh of those arrays.
+    """
     with jax.set_mesh(None), jax.enable_x64(True):
         yield
 
 
 @contextmanager
 def training_context(devices: Collection[jax.Device]) -> Iterator[None]:
-    """For programs of torchax over these devices: the caller's mesh if it is over the same, with all axes Auto.
+    """The settings for programs of torchax over these devices.
 
-    torchax cannot be traced over Explicit axes, which `jax.make_mesh` gives; and arrays of other devices than the
-    mesh's cannot be used under it.
+    If the caller has set a mesh of the same devices, it is kept with all axes Auto: torchax cannot be traced over
+    Explicit axes, which `jax.make_mesh` gives. A mesh of other devices is left out, because arrays on other devices
+    cannot be used under it.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:

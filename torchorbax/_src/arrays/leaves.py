@@ -1,4 +1,4 @@
-"""An array: its name, its key type, where it is put."""
+"""A single leaf that is an array: its name in a tree, PRNG keys, and how it is put on devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchorbax._src.arrays.jax_context import own_context
 Array = jax.Array | np.ndarray
 
 ARRAY_TYPES = (torch.Tensor, jax.Array, np.ndarray, np.generic)
-"""A tuple, which `isinstance` is asked about for every leaf; to make a union of it each time takes a microsecond."""
+"""What counts as an array. A tuple for `isinstance`: to make a union for every leaf would take a microsecond each."""
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -30,24 +30,24 @@ def is_key(leaf: Any) -> bool:
 
 
 def without_key_type(leaf: Any) -> Any:
-    """A typed PRNG key as its raw `uint32` data; anything else as it is."""
+    """The raw `uint32` data of a typed PRNG key; any other leaf unchanged."""
     return jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and is_key(leaf) else leaf
 
 
 def place_like(array: Array, like: jax.Array) -> jax.Array:
-    """`array` on the devices and in the layout of `like`, which may have been donated; no copy if it is there."""
+    """`array` with the sharding of `like`, which may have been donated. Nothing is copied if it has it already."""
     if isinstance(array, jax.Array) and array.sharding == like.sharding:
         return array
     return put(array, like.sharding if getattr(like, "committed", True) else None)
 
 
 def put(array: Array, sharding: Sharding | None) -> jax.Array:
-    """An array where it belongs; None is the default device, uncommitted.
+    """An array with a sharding. With None it goes to the default device, uncommitted.
 
-    What a process has for itself, the same as all others have, can go to the devices of several processes; each then
-    puts its part there, while `device_put` would first have them all compare it on their devices.
+    An array that is local to a process, and equal in all processes, can go to a sharding over all of them. Each process
+    then puts its own part there. `device_put` would first make the processes compare the array, on their devices.
     """
-    if sharding is None or sharding.is_fully_addressable or not _is_here(array):
+    if sharding is None or sharding.is_fully_addressable or is_global(array):
         placed: jax.Array = jax.device_put(array, sharding)
         return placed
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -57,10 +57,6 @@ def put(array: Array, sharding: Sharding | None) -> jax.Array:
         return placed
     on_host = np.asarray(array)
     return jax.make_array_from_callback(on_host.shape, sharding, on_host.__getitem__)
-
-
-def _is_here(array: Array) -> bool:
-    return isinstance(array, np.ndarray) or array.is_fully_addressable
 
 
 def is_global(array: Array) -> bool:

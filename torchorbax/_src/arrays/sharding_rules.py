@@ -1,4 +1,4 @@
-"""From rules by parameter name to a `jax.sharding.NamedSharding` for every leaf."""
+"""Sharding rules by parameter name, and the `jax.sharding.NamedSharding` that they give every leaf."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ShardingRules:
-    """A mesh, and which part of which array each of its devices holds.
+    """A mesh, and rules that say how each array is sharded over it.
 
     Args:
         shardings: `(mesh, rules)`. `rules` is a mapping of name patterns (`*` and `?` as in file names; the first that
@@ -35,8 +35,8 @@ class ShardingRules:
                 pass
             case _:
                 raise ConfigError(f"shardings must be (jax.sharding.Mesh, rules by name), not {shardings!r}")
-        # torchax cannot trace over Explicit axes, which is what jax.make_mesh gives: embedding raises
-        # ShardingTypeError.
+        # The same mesh with Auto axes. `jax.make_mesh` gives Explicit axes, over which torchax cannot trace: its
+        # embedding raises ShardingTypeError.
         self.mesh = Mesh(mesh.devices, mesh.axis_names)
         self._rules: Rules = rules
 
@@ -63,7 +63,7 @@ class ShardingRules:
         return {name: NamedSharding(self.mesh, spec) for name, spec in specs.items()}
 
     def warn_of_unused(self, names: Collection[str]) -> None:
-        """Log every pattern that none of `names` matches, most likely a slip of the pen."""
+        """Log every pattern that matches none of `names`: it is most likely misspelt."""
         if isinstance(self._rules, Mapping):
             for pattern in self._rules:
                 if not any(fnmatchcase(name, pattern) for name in names):
@@ -100,19 +100,19 @@ class ShardingRules:
 
 
 def state_sharding(shape: tuple[int, ...], param: Sharding, param_shape: tuple[int, ...]) -> Sharding:
-    """Where optimizer state belongs: with its parameter if it has the parameter's shape, else replicated beside it."""
+    """The sharding of optimizer state: its parameter's if it has the parameter's shape, else replicated."""
     return param if shape == param_shape else replicated_like(param)
 
 
 def replicated_like(sharding: Sharding) -> Sharding:
-    """The whole value on every device of `sharding`."""
+    """A sharding that puts the whole array on every device of `sharding`."""
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
 def describe(sharding: Sharding) -> dict[str, Any] | None:
-    """A JSON form of a named sharding for people to read: `{"mesh": {axis: size}, "spec": [axis | [axes] | None]}`.
+    """A named sharding as JSON, for people to read: `{"mesh": {axis: size}, "spec": [axis | [axes] | None]}`.
 
-    None for any other sharding. Nothing is restored from it: a restore says for itself where values go.
+    None for any other sharding. No restore uses it: the live objects or the caller's rules decide the shardings.
     """
     if not isinstance(sharding, NamedSharding):
         return None

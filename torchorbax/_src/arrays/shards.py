@@ -1,4 +1,4 @@
-"""What one process has of an array: its shards, on its devices or in host memory."""
+"""The shards that this process has of an array, on its devices or in host memory."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 Bounds = tuple[tuple[int, int], ...]
+"""Where a part of an array begins and ends, along each axis."""
 
 
-def _bounds(index: Iterable[slice], shape: tuple[int, ...]) -> Bounds:
+def bounds_of(index: Iterable[slice], shape: tuple[int, ...]) -> Bounds:
+    """The bounds of the part of an array of this shape that an index selects."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 AXIS = "shard"
-"""Of the mesh of a process's own devices."""
+"""The axis of `local_mesh`."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one device has of an array, as `jax.Shard` tells it; the data may lie in host memory.
+    """One device's shard of an array, like `jax.Shard`; but its data may be in host memory.
 
     Attributes:
-        index: the part of the array.
-        start: its first element, along each axis.
-        replica_id: how many devices with the same part come before this one.
-        data: the part.
+        index: the part of the array, as slices.
+        start: the index of its first element, along each axis.
+        replica_id: how many devices that hold the same part come before this one.
+        data: the part: a `jax.Array` or a numpy array.
     """
 
     index: tuple[slice, ...]
@@ -43,13 +45,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class HostShards:
-    """What this process has of an array that is laid out over several processes, in host memory; looks like the array.
+    """Host copies of this process's shards of an array that is sharded over several processes.
+
+    It has those attributes of a `jax.Array` that a save needs.
 
     Attributes:
-        shape: of the whole array.
-        dtype: of the array.
-        sharding: how it is laid out.
-        addressable_shards: the parts that this process has.
+        shape: the shape of the whole array.
+        dtype: the dtype of the array.
+        sharding: the sharding of the whole array.
+        addressable_shards: this process's shards.
     """
 
     shape: tuple[int, ...]
@@ -70,7 +74,7 @@ class HostShards:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole array."""
+        """The number of bytes of the whole array."""
         return self.size * self.dtype.itemsize
 
 
@@ -86,7 +90,7 @@ def shards(array: jax.Array | HostShards) -> Sequence[Shard]:
 
 
 def devices(sharding: Sharding, shape: tuple[int, ...]) -> list[jax.Device]:
-    """This process's devices of an array, in the order of its `parts`."""
+    """The devices of this process that hold a shard, in the order of `parts`."""
     return [place[0] for place in _places(sharding, shape)]
 
 
@@ -94,8 +98,10 @@ def devices(sharding: Sharding, shape: tuple[int, ...]) -> list[jax.Device]:
 def _places(
     sharding: Sharding, shape: tuple[int, ...]
 ) -> list[tuple[jax.Device, tuple[slice, ...], tuple[int, ...], int]]:
-    """The devices of this process, with index, start and replica of what each has: jax works them out for every array
-    anew."""
+    """The devices of this process that hold a shard, each with the shard's index, start and replica_id.
+
+    Cached, because `jax.Array.addressable_shards` works them out again for every array.
+    """
     places, seen = [], Counter[tuple[int, ...]]()
     for device, index in sharding.devices_indices_map(shape).items():
         start = tuple(part.indices(size)[0] for part, size in zip(index, shape, strict=True))
@@ -106,30 +112,36 @@ def _places(
 
 
 def parts(array: jax.Array) -> list[jax.Array]:
-    """What each device of this process has of an array."""
-    # Private, but `addressable_shards` would also work out the index of each, which takes as long as all the rest, and
-    # `addressable_data` gives the first device's of a replicated array whatever it is asked for.
-    array._check_if_deleted()  # type: ignore[attr-defined]  # private, too: of a deleted array the parts are None
-    return list(array._arrays)  # type: ignore[attr-defined]  # private, for the reason above
+    """The data of each shard of this process, as an array on a single device.
+
+    Raises:
+        RuntimeError: the array has been deleted.
+    """
+    # `_arrays` is private. Its public alternatives do not serve: `addressable_shards` also works out the index of every
+    # shard, which takes as long as all the rest, and `addressable_data` of a replicated array always gives the shard of
+    # the first device. In a deleted array `_arrays` is None, hence the check.
+    array._check_if_deleted()  # type: ignore[attr-defined]  # private, see above
+    return list(array._arrays)  # type: ignore[attr-defined]  # private, see above
 
 
 @functools.lru_cache(maxsize=1024)
 def is_on_device(sharding: Sharding) -> bool:
-    """Is it of the memory that programs compute in? Not so for what is offloaded to the host's (`pinned_host`)."""
+    """Is the array in the devices' own memory, in which programs compute, and not offloaded to `pinned_host`?"""
     kind, held_by = sharding.memory_kind, cast("set[Any]", sharding.addressable_devices)
     return kind is None or all(kind == device.default_memory().kind for device in held_by)
 
 
 def place(part: np.ndarray, device: jax.Device, sharding: Sharding) -> jax.Array:
-    """A device's part of an array with this sharding, in the same kind of memory."""
+    """A part of an array, on a device, in the kind of memory that `sharding` names."""
     placed: jax.Array = jax.device_put(part, SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
     return placed
 
 
 def stacked(parts: Sequence[jax.Array]) -> jax.Array:
-    """Arrays of one shape, each on a device of its own, as one array along the first axis; they stay where they are.
+    """One array of several arrays of one shape, each on a device of its own. No data moves.
 
-    0-d arrays, which have no axis, must be the same and stay one.
+    They follow each other along the first axis. 0-d arrays have no axis: they must be equal, and become one replicated
+    0-d array.
     """
     mesh, memory = local_mesh(tuple(part.device for part in parts)), parts[0].sharding.memory_kind
     if not parts[0].ndim:
@@ -142,5 +154,5 @@ def stacked(parts: Sequence[jax.Array]) -> jax.Array:
 
 @functools.cache
 def local_mesh(devices: tuple[Any, ...]) -> Mesh:
-    """Some devices along one axis."""
+    """A mesh of these devices along one axis."""
     return Mesh(np.array(devices), (AXIS,))

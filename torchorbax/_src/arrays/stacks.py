@@ -1,4 +1,7 @@
-"""Small arrays of one shape and layout, taken to the host together: every program and transfer has its price."""
+"""Stacks of small arrays: arrays of one layout, copied into one array on the devices and to the host together.
+
+To start a program and a transfer for each small array would take longer than to copy its data.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ Key = TypeVar("Key", bound=Hashable)
 T = TypeVar("T")
 
 Layout = tuple[tuple[int, ...], np.dtype, Sharding]
-"""What arrays alike have in common: shape, dtype and sharding."""
+"""Shape, dtype and sharding of an array. Arrays of one layout can be handled by one program."""
 
 GATHERED_BYTES = 64 << 10
-"""Up to here an array is small: one write of all of it is cheaper than one for each of its shards."""
+"""The largest array that counts as small: to write it whole is cheaper than to write each of its shards."""
 AT_ONCE = (256, 64, 16, 4, 1)
-"""So many arrays alike are taken by one program. One for all arrays would take seconds to compile (2.8 s for 2,000, the
-first time), and one for each milliseconds to start."""
+"""The numbers of arrays for which programs are compiled. A program for all arrays would take seconds to compile (2.8 s
+for 2,000, the first time), and a program for each array would take milliseconds to start."""
 
 
 def alike(arrays: Mapping[Key, jax.Array]) -> dict[Layout, dict[Key, jax.Array]]:
-    """Arrays by their layout."""
+    """The arrays, grouped by layout."""
     groups: dict[Layout, dict[Key, jax.Array]] = {}
     for key, array in arrays.items():
         groups.setdefault((array.shape, array.dtype, array.sharding), {})[key] = array
@@ -36,7 +39,7 @@ def alike(arrays: Mapping[Key, jax.Array]) -> dict[Layout, dict[Key, jax.Array]]
 
 
 def in_programs(arrays: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Arrays alike, cut into as many as one program takes."""
+    """Arrays of one layout, cut into pieces of the numbers in `AT_ONCE`."""
     start = 0
     while start < len(arrays):
         size = next(size for size in AT_ONCE if size <= len(arrays) - start)
@@ -45,14 +48,14 @@ def in_programs(arrays: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def can_be_stacked(layout: Layout) -> bool:
-    """Are they small, all here, and of a dtype whose bits XLA can take? It has no bit casts of complex numbers."""
+    """Are arrays of this layout small, all in this process, and of a dtype whose bits XLA can cast (not complex)?"""
     shape, dtype, sharding = layout
     nbytes = math.prod(shape) * dtype.itemsize
     return 0 < nbytes <= GATHERED_BYTES and dtype.kind != "c" and sharding.is_fully_addressable
 
 
 class Stack:
-    """Arrays alike, being copied into one along a new axis; dispatched and not waited for."""
+    """Arrays of one layout, copied into one array along a new first axis. The copy is dispatched and not waited for."""
 
     def __init__(self, arrays: Sequence[jax.Array]) -> None:
         self._dtype = arrays[0].dtype
@@ -60,7 +63,7 @@ class Stack:
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """The arrays in host memory, one after the other; waits for them, and frees those on the devices."""
+        """The arrays in host memory, in order. Waits for the copy, and frees its memory on the devices."""
         rows: np.ndarray = np.asarray(self._stacked).view(self._dtype)
         self._stacked = None
         return rows
@@ -68,13 +71,13 @@ class Stack:
 
 @dataclass(eq=False, slots=True)
 class Row:
-    """One of the arrays in a stack; looks like a host array, and is one for `numpy.asarray`.
+    """One of the arrays in a stack. It has a host array's attributes, and `numpy.asarray` makes one of it.
 
     Attributes:
-        stack: where it is.
-        index: its place there.
-        shape: its own.
-        dtype: its own.
+        stack: the stack that it is in.
+        index: its index in the stack.
+        shape: the shape of this array.
+        dtype: the dtype of this array.
     """
 
     stack: Stack
@@ -90,7 +93,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array."""
+        """The number of bytes of the array."""
         return self.size * self.dtype.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -99,44 +102,45 @@ class Row:
 
 
 def stack(arrays: Mapping[Key, jax.Array]) -> Iterator[tuple[Key, Row]]:
-    """Small arrays alike as rows of stacks."""
-    for some in in_programs(list(arrays)):
-        first = arrays[some[0]]
-        together = Stack([arrays[key] for key in some])
-        for index, key in enumerate(some):
-            yield key, Row(together, index, first.shape, first.dtype)
+    """Small arrays of one layout, as rows of stacks."""
+    for keys in in_programs(list(arrays)):
+        first = arrays[keys[0]]
+        stacked = Stack([arrays[key] for key in keys])
+        for index, key in enumerate(keys):
+            yield key, Row(stacked, index, first.shape, first.dtype)
 
 
-def compile_stack(one: jax.ShapeDtypeStruct, size: int) -> None:
-    """`compile_ahead` what stacks arrays."""
-    compile_ahead(_program(one.sharding), one, size)
+def compile_stack(like: jax.ShapeDtypeStruct, size: int) -> None:
+    """Compile the program that stacks `size` arrays like this one."""
+    compile_ahead(_program(like.sharding), like, size)
 
 
 _ahead: dict[tuple[Any, Layout, int], Any] = {}
-"""Programs by jitted function, layout and number of arrays. The function itself would be traced at its first call."""
+"""Compiled programs, by jitted function, layout and number of arrays. They are kept here because a jitted function
+would trace again when it is first called."""
 
 
-def compile_ahead(function: Any, one: jax.ShapeDtypeStruct, size: int) -> None:
-    """Do for a jitted function of a list what its first `run` with so many arrays like this one would wait for."""
-    _ahead[function, (one.shape, one.dtype, one.sharding), size] = function.lower([one] * size).compile()
+def compile_ahead(function: Any, like: jax.ShapeDtypeStruct, size: int) -> None:
+    """Compile a jitted function for a list of `size` arrays like this one, so that its first `run` need not."""
+    _ahead[function, (like.shape, like.dtype, like.sharding), size] = function.lower([like] * size).compile()
 
 
 def run(function: Any, arrays: Sequence[jax.Array]) -> Any:
-    """What a jitted function makes of a list of arrays alike."""
+    """Call a jitted function with a list of arrays of one layout; by the program compiled ahead, if there is one."""
     first = arrays[0]
     if program := _ahead.get((function, (first.shape, first.dtype, first.sharding), len(arrays))):
         try:
             return program(list(arrays))
-        except ValueError:  # it takes one order of bytes in memory only; the function takes any, and says what is wrong
+        except ValueError:  # the program takes one memory layout only; the function takes any, or says what is wrong
             pass
     return function(list(arrays))
 
 
 @functools.lru_cache(maxsize=64)
 def _program(sharding: Sharding) -> Any:
-    """Arrays of a sharding as one along a new axis; every device stacks what it has.
+    """The program that stacks arrays of this sharding. Every device stacks its own shards.
 
-    As integers: XLA makes quiet NaNs of others where it moves small floats about.
+    They are stacked as integers: where XLA moves floats of 8 or 16 bits, it turns signalling NaNs into quiet ones.
     """
 
     def stack(arrays: Sequence[jax.Array]) -> jax.Array:

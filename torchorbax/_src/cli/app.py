@@ -1,4 +1,4 @@
-"""The `torchorbax` command: what is in a run's folder."""
+"""The `torchorbax` command: shows and verifies what is in the folder of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from torchorbax._src.format.manifest import LeafMeta
 from torchorbax._src.restore import verify as verification
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.opening import open_storage
 from torchorbax.errors import CorruptCheckpointError, TorchorbaxError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look into the checkpoints of a run.")
@@ -24,7 +24,7 @@ RunPath = Annotated[str, typer.Argument(metavar="PATH", help="A run's folder or 
 @app.command("ls")
 def list_steps(path: RunPath) -> None:
     """List the committed steps, with their time, size and metrics."""
-    storage = Storage(path)
+    storage = open_storage(path)
     table = Table("step", "saved (UTC)", "arrays", "metrics")
     for step in storage.existing_steps():
         try:
@@ -43,7 +43,7 @@ def inspect(
     path: RunPath, step: Annotated[int | None, typer.Option(help="Which step; the newest if not given.")] = None
 ) -> None:
     """Show every array of a step: name, dtype, shape and how it was sharded."""
-    storage = Storage(path)
+    storage = open_storage(path)
     manifest = storage.manifest(storage.existing_steps()[-1] if step is None else step)
     for name, item in manifest.items.items():
         table = Table(

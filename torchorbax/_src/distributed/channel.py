@@ -1,50 +1,98 @@
-"""Agreements, one after another."""
+"""Agreement between all processes: values that they exchange, and actions that succeed in all of them or in none.
+
+Process 0 collects the values of the others, decides, and publishes the result. The values travel through the key-value
+store of the coordination service of `jax.distributed`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import jax
 
-from torchorbax._src.distributed.processes import _LOOK_S, Processes, Service, T, answering
-from torchorbax._src.format.values import Json
+from torchorbax._src.distributed.failures import Failure, combined, described, rebuilt
+from torchorbax._src.distributed.processes import Processes, Service, as_process_error
 from torchorbax.errors import ProcessError
+
+T = TypeVar("T")
+
+_POLL_S = 1.0
+"""How long to wait for a value before asking whether its process has left the run."""
+_SHARE_OF_FIRST = 0.8
+"""The share of the time limit that process 0 waits. The others wait longer, so that it can tell them who is missing."""
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What an action has returned in this process, or what it has raised."""
+
+    value: T | None = None
+    failure: Exception | None = None
+
+    @classmethod
+    def of(cls, action: Callable[[], T]) -> _Outcome[T]:
+        try:
+            return cls(action())
+        except Exception as error:  # `result` raises it, after the other processes have been told
+            return cls(failure=error)
+
+    @property
+    def described_failure(self) -> Failure | None:
+        """The failure as JSON, for the other processes; None if there is none."""
+        return None if self.failure is None else described(self.failure)
+
+    def result(self) -> T:
+        """Return what the action has returned, or raise what it has raised."""
+        if self.failure is not None:
+            raise self.failure
+        return self.value  # type: ignore[return-value]  # a T, which may be None
 
 
 class Channel:
-    """Agreements, one after another, that all processes make in the same order. Values are JSON."""
+    """A sequence of agreements. All processes make the same calls in the same order; the values are JSON.
+
+    An agreement succeeds in all processes, or all of them raise. The process in which an exception happened raises it
+    unchanged. The other processes raise what the module `failures` makes of it.
+
+    Args:
+        processes: the processes of the run.
+        name: the name of this channel, the same in all processes. Each thread needs a channel of its own.
+    """
 
     def __init__(self, processes: Processes, name: str) -> None:
         self.processes = processes
         self._name = f"{processes.name}/{name}"
         self._sequence = ""
         self._counts: Counter[str] = Counter()
-        self._read_by_all: list[str] = []  # what process 0 has published and will delete when all have come further
+        self._published: list[str] = []  # keys that process 0 deletes when every process has certainly read them
 
     def begin(self, sequence: object) -> None:
-        """Start a sequence of its own, so that one that has broken off does not matter to it."""
+        """Start a new sequence of agreements. The keys of a sequence that broke off do not disturb it."""
         self._sequence = f"{sequence}."
         self._counts.clear()
 
-    def gather(self, phase: str, mine: Json) -> list[Json] | None:
-        """Everybody's value at process 0, in order; None elsewhere, at once.
+    # Exchanging values.
+
+    def gather(self, phase: str, mine: Any) -> list[Any] | None:
+        """In process 0, the values of all processes in their order. Other processes return None and do not wait.
 
         Raises:
-            ProcessError: some have not come in time, or have left. At process 0.
+            ProcessError: in process 0: some processes have not come in time, or have left.
         """
         if self.processes.count == 1:
             return [mine]
         prefix = self._next(phase)
         if not self.processes.is_first:
-            self._service.key_value_set(f"{prefix}/{self.processes.index}", json.dumps(mine))
+            self._set(f"{prefix}/{self.processes.index}", mine, phase)
             return None
-        # Before the others' time is up, so that they hear from here who is missing.
-        deadline = time.monotonic() + self.processes.timeout_s * _FIRST_WAITS
+        deadline = time.monotonic() + self.processes.timeout_s * _SHARE_OF_FIRST
         values = [mine]
         for process in range(1, self.processes.count):
             try:
@@ -52,119 +100,171 @@ class Channel:
             except TimeoutError:
                 here = {int(key.rpartition("/")[2]) for key, _ in self._service.key_value_dir_get(prefix)}
                 raise self._late(set(range(1, self.processes.count)) - here, phase) from None
-        for key in (prefix, *self._read_by_all):
+        # A process reads what is published before it comes here, so the earlier keys are no longer needed.
+        for key in (prefix, *self._published):
             self._service.key_value_delete(key)
-        self._read_by_all.clear()
+        self._published.clear()
         return values
 
-    def publish(self, phase: str, value: Json = None) -> Any:
-        """The value of process 0, everywhere.
+    def publish(self, phase: str, value: Any = None) -> Any:
+        """The value of process 0, in all processes.
 
         Raises:
-            ProcessError: it has not come in time, or has left.
+            ProcessError: process 0 has not come in time, or has left.
         """
         if self.processes.count == 1:
             return value
         key = self._next(f"{phase}:all")
         if self.processes.is_first:
-            self._service.key_value_set(key, json.dumps(value))
-            self._read_by_all.append(key)
+            self._set(key, value, phase)
+            self._published.append(key)
             return value
         try:
             return json.loads(self._wait(key, 0, phase, time.monotonic() + self.processes.timeout_s))
         except TimeoutError:
             raise self._late({0}, phase) from None
 
-    def everyone(self, phase: str, mine: Json) -> list[Json]:
-        """Everybody's value, everywhere, in order.
+    # Running actions: if one fails, all processes that wait for it learn why.
+
+    def collect(self, phase: str, action: Callable[[], T]) -> list[T] | None:
+        """Run `action` in every process. In process 0, what each has returned; other processes return None at once.
 
         Raises:
-            ProcessError: some have not come in time, or have left.
+            Exception: what `action` has raised in this process.
+            ProcessError, CorruptCheckpointError: in process 0: it has failed in other processes.
         """
-        if self.processes.count == 1:
-            return [mine]
+        outcome = _Outcome.of(action)
+        reports = self.gather(phase, [outcome.described_failure, outcome.value])
+        outcome.result()
+        if reports is None:
+            return None
+        _raise_failures([failure for failure, _ in reports], phase)
+        return [value for _, value in reports]
+
+    @contextlib.contextmanager
+    def announcing(self, phase: str) -> Iterator[Callable[[Any], None]]:
+        """In process 0: yields a function that announces a value. The other processes wait for it in `hear`.
+
+        If an exception leaves the `with` block before the value is announced, the exception is announced instead.
+        """
+        announced = False
+
+        def announce(value: Any) -> None:
+            nonlocal announced
+            announced = True
+            self.publish(phase, {"failure": None, "value": value})
+
         try:
-            values: Any = {"values": self.gather(phase, mine)}
-        except ProcessError as error:
-            self.publish(phase, {"missing": list(error.processes), "reason": str(error)})
+            yield announce
+        except Exception as error:
+            if not announced:
+                self.publish(phase, {"failure": described(error)})
             raise
-        values = self.publish(phase, values)
-        if "missing" in values:
-            raise ProcessError(dict.fromkeys(values["missing"]), phase, values["reason"])
-        found: list[Json] = values["values"]
-        return found
+
+    def hear(self, phase: str) -> Any:
+        """In the other processes: the value that process 0 announces in `announcing`.
+
+        Raises:
+            ProcessError: process 0 has not announced anything in time, has left, or has failed.
+            SaveError, CorruptCheckpointError: process 0 has raised this error.
+        """
+        announced = self.publish(phase)
+        if announced["failure"] is not None:
+            raise rebuilt(announced["failure"], 0, phase)
+        return announced["value"]
 
     def first(self, phase: str, action: Callable[[], T]) -> T:
-        """What `action` gives in process 0, everywhere. A JSON value.
+        """Run `action` in process 0 only. What it returns, in all processes.
 
         Raises:
-            ProcessError: it has failed there. What it raises is raised there as it is.
+            Exception: in process 0, what `action` has raised; in other processes, as `hear`.
         """
         if not self.processes.is_first:
-            told = self.publish(phase)
-            if told["error"] is not None:
-                raise ProcessError([0], phase, f"process 0: {told['error']}")
-            value: T = told["value"]
-            return value
-        try:
+            heard: T = self.hear(phase)
+            return heard
+        with self.announcing(phase) as announce:
             value = action()
-        except Exception as error:
-            self.publish(phase, {"error": f"{type(error).__name__}: {error}"})
-            raise
-        self.publish(phase, {"error": None, "value": value})
+            announce(value)
         return value
 
-    def attempt(self, phase: str, action: Callable[[], T]) -> T:
-        """What `action` gives here, if it succeeds everywhere.
+    def agree(self, phase: str, action: Callable[[], T], decide: Callable[[list[T]], Any]) -> Any:
+        """Run `action` in every process, and `decide` with all results in process 0. The decision, in all processes.
 
         Raises:
-            ProcessError: it has failed elsewhere. What it raises here is raised as it is.
+            Exception: what `action` has raised in this process.
+            ProcessError, CorruptCheckpointError, SaveError: `action` has failed in another process, or `decide` has.
         """
-        failure: Exception | None = None
-        try:
-            result = action()
-        except Exception as error:  # raised below, when the others know
-            failure = error
-        told = self.everyone(phase, None if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        failed = {process: text for process, text in enumerate(told) if text is not None}
-        if failed:
-            raise ProcessError.of_failures(failed, phase)
-        return result
+        if self.processes.is_first:
+            return self.first(phase, lambda: decide(self.collect(phase, action) or []))
+        own = _Outcome.of(lambda: self.collect(phase, action))
+        decided = _Outcome.of(lambda: self.hear(phase))
+        own.result()
+        return decided.result()
+
+    def everyone(self, phase: str, mine: T) -> list[T]:
+        """The values of all processes in their order, in all processes.
+
+        Raises:
+            ProcessError: some processes have not come in time, or have left.
+        """
+        values: list[T] = self.agree(phase, lambda: mine, list)
+        return values
+
+    def attempt(self, phase: str, action: Callable[[], T]) -> T:
+        """Run `action` in every process. What it returns in this process, if it succeeds in all; need not be JSON.
+
+        Raises:
+            Exception: what `action` has raised in this process.
+            CorruptCheckpointError: it has failed in other processes, and in all of them because of damage.
+            ProcessError: it has failed in another process for any other reason.
+        """
+        outcome = _Outcome.of(action)
+        own = outcome.described_failure
+        failures = self.everyone(phase, own)
+        # Damage found here must not hide another failure elsewhere: only damage lets an older step be restored.
+        other_than_damage = any(failure and failure["kind"] != "damage" for failure in failures)
+        if own is None or (own["kind"] == "damage" and other_than_damage):
+            _raise_failures(failures, phase)
+        return outcome.result()
+
+    # Keys, and waiting for them.
 
     @property
     def _service(self) -> Service:
         if self.processes.service is None:
-            raise RuntimeError("one process has nobody to talk to")
+            raise RuntimeError("a single process has no coordination service")
         return self.processes.service
+
+    def _set(self, key: str, value: Any, phase: str) -> None:
+        with as_process_error(phase):
+            self._service.key_value_set(key, json.dumps(value))
 
     def _next(self, phase: str) -> str:
         self._counts[phase] += 1
         return f"{self._name}/{self._sequence}{phase}.{self._counts[phase]}"
 
     def _wait(self, key: str, process: int, phase: str, deadline: float) -> str:
-        """The value of a key that a process sets.
+        """Wait until a process has set a key, and return its value.
 
         Raises:
-            TimeoutError: it has not been set in time.
-            ProcessError: that process has left, or the coordination service does not answer.
+            TimeoutError: the key has not been set in time.
+            ProcessError: the process has left the run, or the coordination service does not answer.
         """
         while True:
             left_s = min(deadline, self.processes.until_s) - time.monotonic()
-            if (value := self._get(key, phase, max(0.001, min(_LOOK_S, left_s)))) is not None:
+            if (value := self._get(key, phase, max(0.001, min(_POLL_S, left_s)))) is not None:
                 return value
             try:
                 self.processes.check_open(process, phase)
             except ProcessError:
-                if (value := self._get(key, phase, 0.001)) is not None:  # it was the last that it said
+                if (value := self._get(key, phase, 0.001)) is not None:  # set just before the process left
                     return value
                 raise
-            if left_s <= _LOOK_S:
+            if left_s <= _POLL_S:
                 raise TimeoutError
 
     def _get(self, key: str, phase: str, wait_s: float) -> str | None:
-        with answering(phase):
+        with as_process_error(phase):
             try:
                 return self._service.blocking_key_value_get(key, math.ceil(1000 * wait_s))
             except jax.errors.JaxRuntimeError as error:
@@ -182,4 +282,8 @@ class Channel:
         )
 
 
-_FIRST_WAITS = 0.8
+def _raise_failures(failures: list[Failure | None], phase: str) -> None:
+    """Raise the exception that stands for these failures, of which there is one entry a process; None is no failure."""
+    failed = {process: failure for process, failure in enumerate(failures) if failure is not None}
+    if failed:
+        raise combined(failed, phase)

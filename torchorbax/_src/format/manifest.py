@@ -1,4 +1,4 @@
-"""What a step says about itself: the JSON item `manifest`, with all that Orbax cannot hold."""
+"""The manifest: the JSON item in which a step describes itself, with everything that Orbax's own files cannot hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -15,22 +15,11 @@ from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.format.values import Json, decode
 
 Key = tuple[str, str]
-"""Item and leaf."""
-
-
-def in_base(manifest: Manifest) -> dict[Key, LeafMeta]:
-    """The leaves of a step that lie in the base area."""
-    return {
-        (item, name): leaf
-        for item, meta in manifest.items.items()
-        for name, leaf in meta.leaves.items()
-        if leaf.base is not None
-    }
-
+"""The key of a leaf in a step: the name of the item, and the name of the leaf within the item."""
 
 FORMAT = 1
 ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-"""What an item may be called: its name is that of a folder."""
+"""The names that an item may have. An item's folder has the same name."""
 
 Residence = Literal["jax", "host"]
 
@@ -46,13 +35,13 @@ class LeafMeta:
     """One stored array.
 
     Attributes:
-        shape: its dimensions.
-        dtype: its dtype's name, the same for torch, numpy and JAX (`torchorbax.dtypes`).
-        residence: whether it lived on jax devices or in host memory.
-        sharding: how it was sharded when saved, for people to read (`torchorbax.sharding.describe`).
-        fingerprint: of its data (`torchorbax.fingerprint`); empty until that is known.
-        base: where in the run's base area it lies, being frozen (`torchorbax.frozen`); None for the step itself.
-        weak_type: was it weakly typed, as `jnp.asarray(0.1)` is? Such an array takes the dtype of what it meets.
+        shape: the shape of the array.
+        dtype: the name of its dtype, the same for torch, numpy and JAX (see `arrays.dtypes`).
+        residence: whether the live array was on jax devices or in host memory.
+        sharding: how it was sharded when it was saved, for people to read (see `arrays.sharding_rules.describe`).
+        fingerprint: the fingerprint of its data (see `arrays.fingerprint`); empty until it is known.
+        base: for a frozen leaf, the number of the base that holds it (see `save.frozen`); None if the step holds it.
+        weak_type: was it weakly typed, as `jnp.asarray(0.1)` is? JAX gives such an array the dtype of what it meets.
     """
 
     shape: tuple[int, ...]
@@ -68,12 +57,12 @@ class LeafMeta:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes, counted once however many devices hold it."""
+        """The number of bytes of the array, counted once however many devices hold it."""
         return math.prod(self.shape) * BY_NAME[self.dtype].itemsize
 
     @property
     def is_empty(self) -> bool:
-        """Has no elements: Orbax cannot store such an array, and there is nothing to store."""
+        """Does the array have no elements? Orbax cannot store such an array, and there is nothing to store."""
         return 0 in self.shape
 
 
@@ -82,10 +71,10 @@ class ItemMeta:
     """One item of a step.
 
     Attributes:
-        kind: what it was taken from: `module`, `torch.optim`, `optax`, `object`, `pytree` or `rng`.
+        kind: the kind of live object that was saved: `module`, `torch.optim`, `optax`, `object`, `pytree` or `rng`.
         leaves: the stored arrays by name.
         ties: further names of stored arrays, `{alias: name}`.
-        values: everything that is no array, as `torchorbax.values.encode` writes it.
+        values: everything that is not an array, as `format.values.encode` writes it.
     """
 
     kind: str
@@ -94,7 +83,7 @@ class ItemMeta:
     values: Json = None
 
     def to_json(self) -> dict[str, Json]:
-        """Its part of the manifest."""
+        """The JSON object of this item in the manifest."""
         leaves = {
             name: {key: value for key, value in vars(leaf).items() if _SELDOM.get(key, ...) is not value}
             for name, leaf in self.leaves.items()
@@ -104,19 +93,20 @@ class ItemMeta:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One step.
+    """The content of the manifest of one step.
 
     Attributes:
-        step: its number.
+        step: the number of the step.
         time: when `save` was called, in UTC.
-        metrics: the numbers given with it.
-        items: what was saved, by item name.
-        versions: the libraries that wrote it.
-        processes: how many processes wrote it.
-        parts: in a local tier of several processes, by item and leaf, which part of an array it is
-            (`torchorbax.localtier`).
-        origin: in a local tier, of which run it is a save, and of which life of it.
-        own: the SHA-256 of the files of those processes that have something for themselves (`torchorbax.hoststate`).
+        metrics: the metrics that were given to `save`.
+        items: the items that were saved, by name.
+        versions: the versions of the libraries that wrote the step, by name.
+        processes: how many processes wrote the step.
+        parts: in a local tier of several processes, which part of which array a leaf holds, by item and leaf (see
+            `save.local_tier`).
+        origin: in a local tier, the run that saved the step, and which start of that run; else empty.
+        own: by number of the process, the SHA-256 of the file with that process's own state (see
+            `format.per_process`); only for processes that have such a file.
     """
 
     step: int
@@ -129,8 +119,18 @@ class Manifest:
     parts: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     origin: str = ""
 
+    @property
+    def leaves(self) -> dict[Key, LeafMeta]:
+        """The leaves of all items."""
+        return leaves_of(self.items)
+
+    @property
+    def frozen_leaves(self) -> dict[Key, LeafMeta]:
+        """The leaves that the run's bases hold."""
+        return {key: leaf for key, leaf in self.leaves.items() if leaf.base is not None}
+
     def of_base(self, base: int) -> Manifest:
-        """What a base of this step says about itself: its leaves, as if it were a step of that number."""
+        """The manifest of a base that this step writes: the leaves that the base holds, as of a step of its number."""
         items = {
             name: ItemMeta(
                 item.kind,
@@ -140,13 +140,13 @@ class Manifest:
         }
         return Manifest(base, self.time, {}, {name: item for name, item in items.items() if item.leaves}, self.versions)
 
-    def stamped(self, fingerprints: Mapping[str, Mapping[str, str]]) -> Manifest:
-        """The manifest with these fingerprints, by item and leaf; other leaves have theirs already."""
+    def stamped(self, fingerprints: Mapping[Key, str]) -> Manifest:
+        """The manifest with these fingerprints. All other leaves keep theirs."""
         items = {
             item: replace(
                 meta,
                 leaves={
-                    name: replace(leaf, fingerprint=fingerprints.get(item, {}).get(name, leaf.fingerprint))
+                    name: replace(leaf, fingerprint=fingerprints.get((item, name), leaf.fingerprint))
                     for name, leaf in meta.leaves.items()
                 },
             )
@@ -166,8 +166,8 @@ class Manifest:
         """The manifest in a JSON object.
 
         Raises:
-            ValueError: not a manifest, of a newer format, changed since it was written, or nothing that `to_json`
-                would write, whoever did.
+            ValueError: it is not a manifest, has a newer format, has been changed since it was written, or has content
+                that `to_json` never writes.
         """
         try:
             if content["format"] > FORMAT:
@@ -178,9 +178,9 @@ class Manifest:
             time = datetime.datetime.fromisoformat(content["time"])
             metrics = {name: float(value) for name, value in content["metrics"].items()}
             processes, own = content.get("processes", 1), dict(content.get("own", {}))
-            if type(processes) is not int or not all(one.isdecimal() and int(one) < processes for one in own):
+            if type(processes) is not int or not all(index.isdecimal() and int(index) < processes for index in own):
                 raise ValueError(f"it says that {str(processes)[:200]} processes wrote it, of which {str(own)[:200]}")
-            parts = {item: dict(one) for item, one in content.get("parts", {}).items()}
+            parts = {item: dict(of_item) for item, of_item in content.get("parts", {}).items()}
             return cls(
                 content["step"],
                 time,
@@ -196,8 +196,22 @@ class Manifest:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
 
 
+def leaves_of(items: Mapping[str, ItemMeta]) -> dict[Key, LeafMeta]:
+    """The leaves of all items, by key."""
+    return {(item, name): leaf for item, meta in items.items() for name, leaf in meta.leaves.items()}
+
+
+def by_base(leaves: Mapping[Key, LeafMeta], keys: Iterable[Key]) -> dict[int | None, list[Key]]:
+    """Keys, grouped by the base that holds their leaves. The group of the step itself, None, is always there, last."""
+    found: dict[int | None, list[Key]] = {}
+    for key in keys:
+        found.setdefault(leaves[key].base, []).append(key)
+    of_step = found.pop(None, [])
+    return {**found, None: of_step}
+
+
 def digest(content: Json) -> str:
-    """SHA-256 of JSON content: Orbax keeps no checksum, and a learning rate with a flipped bit is one, too."""
+    """SHA-256 of JSON content. Orbax keeps no checksum, and a learning rate with a flipped bit is still valid JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -209,7 +223,7 @@ def _item_meta(name: str, content: Json) -> ItemMeta:
     if strangers := [alias for alias, leaf in ties.items() if leaf not in leaves]:
         raise ValueError(f"{name}: {strangers[0][:200]!r} is tied to a leaf that is not there")
     values = content["values"]
-    # One encoded value, or several by name; decoded here so that those who use them need not expect anything else.
+    # A single encoded value, or several by name. They are decoded once here, so that later code can rely on their form.
     for value in values.values() if isinstance(values, dict) and "$" not in values else [values]:
         decode(value, dict.fromkeys(leaves))
     return ItemMeta(str(content["kind"]), leaves, ties, values)

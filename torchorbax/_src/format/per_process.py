@@ -1,8 +1,9 @@
-"""What every process has for itself, in host memory: random number generators, a data loader's position.
+"""The state that each process has for itself: random number generators, the position of a data loader, and the like.
 
-Arrays that are laid out over the devices of all processes are one, whoever looks at them. Anything else is a process's
-own. That of process 0 is part of the step like everything; another process adds a file of its own for those items in
-which it has something else.
+An array that is sharded over the devices of several processes is shared: all processes see the same array. Everything
+else is a process's own state, in host memory or on its own devices. The own state of process 0 is stored in the step
+like everything else. Another process writes a file beside the manifest, with those items in which its own state differs
+from that of process 0.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,19 +19,19 @@ import numpy as np
 from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.fingerprint import fingerprints
 from torchorbax._src.arrays.leaves import Array, is_global
-from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest, digest
+from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest, digest
 from torchorbax._src.format.values import Json
 
 
 @dataclass(frozen=True)
 class HostItem:
-    """What a process has of an item for itself.
+    """A process's own state in one item.
 
     Attributes:
-        values: what is no array.
-        metas: its own leaves.
-        arrays: the same.
-        shared: the names of the other leaves.
+        values: everything that is not an array, encoded.
+        metas: the description of the process's own leaves, by name.
+        arrays: the arrays of those leaves, by name.
+        shared: the names of the item's other leaves, which the processes share.
     """
 
     values: Json
@@ -39,13 +40,13 @@ class HostItem:
     shared: tuple[str, ...]
 
     def digest(self) -> str:
-        """The same in two processes if they have the same."""
+        """A digest that is equal in two processes if their own state is equal."""
         found = fingerprints(self.arrays)
         described = {name: [list(meta.shape), meta.dtype, found.get(name)] for name, meta in self.metas.items()}
         return digest([self.values, described])
 
     def to_json(self) -> Json:
-        """All of it."""
+        """The JSON object that `from_text` reads."""
         leaves = {}
         for name, meta in self.metas.items():
             data = np.asarray(self.arrays[name]).tobytes() if name in self.arrays else b""
@@ -59,30 +60,24 @@ class HostItem:
         return {"values": self.values, "leaves": leaves, "shared": self.shared}
 
 
-def host_items(items: Mapping[str, ItemMeta], arrays: Mapping[str, Mapping[str, Array]]) -> dict[str, HostItem]:
-    """What this process has for itself of a snapshot."""
+def host_items(items: Mapping[str, ItemMeta], arrays: Mapping[Key, Array]) -> dict[str, HostItem]:
+    """This process's own state in each item of a snapshot."""
     found = {}
     for item, meta in items.items():
-        own = {name: array for name, array in arrays[item].items() if not is_global(array)}
+        here = {name: arrays[item, name] for name in meta.leaves if (item, name) in arrays}
+        own = {name: array for name, array in here.items() if not is_global(array)}
         metas = {name: leaf for name, leaf in meta.leaves.items() if name in own}
         found[item] = HostItem(meta.values, metas, own, tuple(name for name in meta.leaves if name not in own))
     return found
 
 
-def drop_host_arrays(arrays: Mapping[str, MutableMapping[str, Array]]) -> None:
-    """Leave only what the processes have together."""
-    for one in arrays.values():
-        for name in [name for name, array in one.items() if not is_global(array)]:
-            del one[name]
-
-
 def to_text(items: Mapping[str, HostItem]) -> str:
-    """The content of a process's file."""
+    """The content of the file with a process's own state."""
     return json.dumps({name: item.to_json() for name, item in items.items()})
 
 
 def digest_of(text: str) -> str:
-    """SHA-256 of the content of a file."""
+    """The SHA-256 of such a file's content."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -90,7 +85,7 @@ def from_text(text: str) -> dict[str, HostItem]:
     """The reverse of `to_text`.
 
     Raises:
-        ValueError, KeyError, TypeError: it is nothing that `to_text` wrote.
+        ValueError, KeyError, TypeError: `to_text` has not written this text.
     """
     items = {}
     for item, content in json.loads(text).items():
@@ -106,7 +101,7 @@ def from_text(text: str) -> dict[str, HostItem]:
 
 
 def as_seen_by(manifest: Manifest, own: Mapping[str, HostItem]) -> Manifest:
-    """What a step is for a process that has these items of its own."""
+    """The manifest for a process with this own state, by item: its own leaves and values replace those of process 0."""
     items = dict(manifest.items)
     for name, item in own.items():
         shared = {leaf: items[name].leaves[leaf] for leaf in item.shared}

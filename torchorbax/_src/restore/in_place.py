@@ -1,56 +1,33 @@
-"""One restore: planned as a whole, loaded and converted, and only then written into the live objects."""
+"""One restore into live objects: planned as a whole, read and converted, and only then written."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import jax
 from jax.sharding import Sharding
 
-from torchorbax._src.arrays.broadcast import FirstReplica, broadcast
+from torchorbax._src.arrays import broadcast
+from torchorbax._src.arrays.broadcast import FirstReplica
 from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
 from torchorbax._src.arrays.leaves import Array, put
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.distributed.channel import Channel
-from torchorbax._src.format.manifest import ItemMeta, Manifest
+from torchorbax._src.format.manifest import ItemMeta, Key, Manifest
 from torchorbax._src.format.per_process import HostItem
-from torchorbax._src.restore import fingerprint_check
+from torchorbax._src.restore.checked_read import CheckedReader
 from torchorbax._src.restore.plan import Plan, planned
 from torchorbax._src.state.item import Item, ItemPlan
 from torchorbax._src.state.request import Request
-from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, ProcessError, summary
+from torchorbax._src.storage.storage import Source
+from torchorbax.errors import MismatchError, Problem, summary
 
 _logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-class Source(Protocol):
-    """What a step is read from: a `Storage`, as a rule."""
-
-    @property
-    def path(self) -> str:
-        """Where it is, for messages."""
-
-    def manifest(self, step: int) -> Manifest:
-        """What the step says about itself."""
-
-    def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, Mapping[str, HostItem]]:
-        """The step as a process finds it, and what that process has of it for itself."""
-
-    def read(
-        self,
-        step: int,
-        items: Mapping[str, ItemMeta],
-        targets: Mapping[str, Mapping[str, Sharding | None]],
-        then: Callable[[str, str, Any], object] | None = None,
-    ) -> dict[str, dict[str, Any]]:
-        """Leaves of the step, into these shardings."""
 
 
 @dataclass(frozen=True)
@@ -60,149 +37,145 @@ class Restored:
     Attributes:
         manifest: of the step.
         left_out: what does not fit and was not restored; nothing if the request was strict.
-        exact: items and leaves that live under the names and in the dtypes that they have on storage.
+        exact: the leaves that are live under the names and in the dtypes that they have on storage.
     """
 
     manifest: Manifest
     left_out: tuple[Problem, ...]
-    exact: frozenset[tuple[str, str]]
+    exact: frozenset[Key]
 
 
-def restore_step(
-    storage: Source,
-    step: int,
-    items: Mapping[str, Item],
-    rules: ShardingRules | None,
-    request: Request,
-    *,
-    verify: bool,
-    channel: Channel,
-) -> Restored:
-    """Restore what is asked for of a step into the live objects; all or nothing.
+class Restore:
+    """One restore of a step into live objects: all of it or nothing. A method a phase; `run` calls them in order.
 
     Args:
-        storage: the run.
+        source: where the step is.
         step: which step.
         items: the live objects.
         rules: where they go.
         request: what is asked for.
         verify: compare what was read with its fingerprints.
-        channel: to the other processes; all restore the same, or none does.
-
-    Raises:
-        CheckpointNotFoundError: there is no such step.
-        CorruptCheckpointError: it cannot be read, or is not what was saved.
-        MismatchError: it does not fit the live objects.
-        ConfigError: the request names what nobody has.
-        ProcessError: another process cannot restore it.
+        channel: to the other processes. Every phase succeeds in all of them, or the restore fails in all.
     """
 
-    def loaded() -> tuple[Manifest, Plan, dict[str, dict[str, Any]], set[tuple[str, str]]]:
-        manifest, own = storage.as_seen_by(storage.manifest(step), channel.processes.index)
-        plan = planned(storage.path, manifest, items, rules, request)
-        targets = {name: _loadable(manifest.items[name], one) for name, one in plan.items.items()}
-        here = {
-            name: {leaf for leaf in own[name].arrays if leaf in targets[name]} for name in plan.items if name in own
+    def __init__(
+        self,
+        source: Source,
+        step: int,
+        items: Mapping[str, Item],
+        rules: ShardingRules | None,
+        request: Request,
+        *,
+        verify: bool,
+        channel: Channel,
+    ) -> None:
+        self._source = source
+        self._step = step
+        self._items = items
+        self._rules = rules
+        self._request = request
+        self._verify = verify
+        self._channel = channel
+        self._manifest: Manifest
+        self._own: Mapping[str, HostItem]  # what this process has of the step for itself
+        self._plan: Plan
+        self._reader: CheckedReader
+
+    def run(self) -> Restored:
+        """Restore what is asked for.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step.
+            CorruptCheckpointError: it cannot be read, or is not what was saved.
+            MismatchError: it does not fit the live objects.
+            ConfigError: the request names what nobody has.
+            ProcessError: another process cannot restore it.
+        """
+        arrays = self._channel.attempt("read", self._read)
+        arrays = self._channel.attempt("broadcast", functools.partial(_with_all_replicas, arrays))
+        if self._verify:
+            self._channel.attempt("check", functools.partial(self._check, arrays))
+        converted = self._channel.attempt("convert", functools.partial(self._convert, arrays))
+        with ExitStack() as undo:
+            self._channel.attempt("apply", lambda: self._apply(converted, undo))
+            undo.pop_all()
+        self._warn()
+        return Restored(self._manifest, self._plan.left_out, self._exact())
+
+    def _read(self) -> dict[Key, Any]:
+        """Plan, which raises every mismatch, and read what is planned. Nothing live is touched."""
+        index = self._channel.processes.index
+        self._manifest, self._own = self._source.as_seen_by(self._source.manifest(self._step), index)
+        self._plan = planned(self._source.path, self._manifest, self._items, self._rules, self._request)
+        targets = {
+            (item, name): target
+            for item, plan in self._plan.items.items()
+            for name, target in _loadable(self._manifest.items[item], plan).items()
         }
-        stored = {
-            name: {leaf: target for leaf, target in one.items() if leaf not in here.get(name, ())}
-            for name, one in targets.items()
-        }
-        then = ahead.start if verify else None
-        arrays = storage.read(step, {name: manifest.items[name] for name in plan.items}, stored, then)
-        for name, leaves in here.items():
-            for leaf in leaves:
-                array, target = own[name].arrays[leaf], targets[name][leaf]
-                arrays[name][leaf] = array if target is None else put(array, target)
-        return manifest, plan, arrays, {(name, leaf) for name, leaves in here.items() for leaf in leaves}
+        stored = {key: target for key, target in targets.items() if not self._is_own(key)}
+        self._reader = CheckedReader(self._source, self._manifest, verify=self._verify, channel=self._channel)
+        arrays = self._reader.read(stored)
+        for (item, name), target in targets.items():
+            if (item, name) not in stored:
+                array = self._own[item].arrays[name]
+                arrays[item, name] = array if target is None else put(array, target)
+        return arrays
 
-    def applied() -> None:
-        for name, one in plan.items.items():
-            items[name].apply(manifest.items[name], one, converted[name], undo)
+    def _is_own(self, key: Key) -> bool:
+        """Does this process have the leaf for itself, in a file of its own?"""
+        item, name = key
+        return item in self._own and name in self._own[item].arrays
 
-    ahead = fingerprint_check.Ahead()
-    manifest, plan, arrays, own = _together(channel, "read", storage.path, step, loaded)
-    arrays = _together(channel, "broadcast", storage.path, step, lambda: _whole(arrays))
-    if verify:
-        to_check = {
-            name: {leaf: array for leaf, array in one.items() if (name, leaf) not in own}  # their file has a SHA-256
-            for name, one in arrays.items()
-        }
-        check = functools.partial(fingerprint_check.check, storage.path, step, manifest.items, to_check, channel, ahead)
-        _together(channel, "check", storage.path, step, check)
-    converted = _together(
-        channel,
-        "convert",
-        storage.path,
-        step,
-        lambda: {name: _converted(name, one, arrays[name]) for name, one in plan.items.items()},
-    )
-    with ExitStack() as undo:
-        _together(channel, "apply", storage.path, step, applied)
-        undo.pop_all()
-    _tell_of_other_processes(storage.path, manifest, channel.processes.count)
-    if plan.left_out:
-        counts, lines = summary(plan.left_out, "`left_out`")
-        _logger.warning("%s: step %d: restored without what does not fit: %s\n%s", storage.path, step, counts, lines)
-    exact = {
-        (name, leaf)
-        for name, one in plan.items.items()
-        for live, leaf in one.sources.items()
-        if live == leaf and leaf not in one.dtypes
-    }
-    return Restored(manifest, plan.left_out, frozenset(exact))
+    def _check(self, arrays: Mapping[Key, Array]) -> None:
+        """Compare with the fingerprints. What a process has for itself comes from a file that has a SHA-256."""
+        self._reader.check({key: array for key, array in arrays.items() if not self._is_own(key)})
 
+    def _convert(self, arrays: Mapping[Key, Array]) -> dict[str, dict[str, Array]]:
+        """By item and leaf, the arrays in the dtypes planned."""
+        by_item: dict[str, dict[str, Array]] = {item: {} for item in self._plan.items}
+        for (item, name), array in arrays.items():
+            by_item[item][name] = array
+        return {item: _converted(item, plan, by_item[item]) for item, plan in self._plan.items.items()}
 
-def _together(channel: Channel, phase: str, path: str, step: int, action: Callable[[], T]) -> T:
-    """What `action` gives, if it succeeds in all processes.
+    def _apply(self, arrays: Mapping[str, Mapping[str, Array]], undo: ExitStack) -> None:
+        """Write into the live objects; `undo` takes it back if any process fails."""
+        for item, plan in self._plan.items.items():
+            self._items[item].apply(self._manifest.items[item], plan, arrays[item], undo)
 
-    Raises:
-        CorruptCheckpointError: it found the step damaged, here or elsewhere.
-        ProcessError: it failed otherwise elsewhere. What it raises here is raised as it is.
-    """
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:  # raised below, when the others know
-        failure = error
-    damage = failure.reasons.get(step) if isinstance(failure, CorruptCheckpointError) else None
-    mine = None if failure is None else {"damage": damage, "error": f"{type(failure).__name__}: {failure}"}
-    failed = {process: told for process, told in enumerate(channel.everyone(phase, mine)) if told is not None}
-    worse = {process: told["error"] for process, told in failed.items() if told["damage"] is None}
-    if failure is not None and (damage is None or not worse):
-        raise failure
-    if worse:
-        raise ProcessError.of_failures(worse, phase)
-    if failed:
-        found = "; ".join(f"process {process} found: {told['damage']}" for process, told in failed.items())
-        raise CorruptCheckpointError(path, {step: found})
-    return result
+    def _warn(self) -> None:
+        path, manifest, count = self._source.path, self._manifest, self._channel.processes.count
+        if manifest.processes != count and manifest.own:
+            _logger.warning(
+                "%s: step %d was saved by %d processes and is restored by %d: what each had for itself (random number "
+                "generators, data loaders) goes to the process of the same number; further ones take that of process 0",
+                path,
+                manifest.step,
+                manifest.processes,
+                count,
+            )
+        if self._plan.left_out:
+            counts, lines = summary(self._plan.left_out, "`left_out`")
+            _logger.warning(
+                "%s: step %d: restored without what does not fit: %s\n%s", path, manifest.step, counts, lines
+            )
 
-
-def _whole(arrays: Mapping[str, Mapping[str, Array | FirstReplica]]) -> dict[str, dict[str, Array]]:
-    """The arrays with all their replicas."""
-    flat = {(item, name): array for item, one in arrays.items() for name, array in one.items()}
-    spread = broadcast({key: array for key, array in flat.items() if isinstance(array, FirstReplica)})
-    whole: dict[str, dict[str, Array]] = {item: {} for item in arrays}
-    for key, array in flat.items():
-        whole[key[0]][key[1]] = spread[key] if isinstance(array, FirstReplica) else array
-    return whole
-
-
-def _tell_of_other_processes(path: str, manifest: Manifest, count: int) -> None:
-    if manifest.processes != count and manifest.own:
-        _logger.warning(
-            "%s: step %d was saved by %d processes and is restored by %d: what each had for itself (random number "
-            "generators, data loaders) goes to the process of the same number; further ones take that of process 0",
-            path,
-            manifest.step,
-            manifest.processes,
-            count,
+    def _exact(self) -> frozenset[Key]:
+        return frozenset(
+            (item, name)
+            for item, plan in self._plan.items.items()
+            for live, name in plan.sources.items()
+            if live == name and name not in plan.dtypes
         )
 
 
-def _loadable(saved: ItemMeta, plan: ItemPlan) -> dict[str, Any]:
-    """The targets, but host memory for what JAX would narrow before it could be converted."""
+def _with_all_replicas(arrays: Mapping[Key, Array | FirstReplica]) -> dict[Key, Array]:
+    """The arrays on all their devices: what only the first replica has read is sent to the others."""
+    sent = broadcast.broadcast({key: array for key, array in arrays.items() if isinstance(array, FirstReplica)})
+    return {key: sent[key] if isinstance(array, FirstReplica) else array for key, array in arrays.items()}
+
+
+def _loadable(saved: ItemMeta, plan: ItemPlan) -> dict[str, Sharding | None]:
+    """The targets by leaf; host memory for what JAX would narrow before it could be converted."""
     return {
         name: None if name in plan.dtypes and not fits_on_device(BY_NAME[saved.leaves[name].dtype]) else target
         for name, target in plan.targets.items()

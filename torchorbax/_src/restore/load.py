@@ -1,8 +1,7 @@
-"""Reading a checkpoint without live objects."""
+"""Reading an item of a step without live objects."""
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
@@ -13,9 +12,9 @@ from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules, Shardings
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
-from torchorbax._src.restore import fingerprint_check
+from torchorbax._src.restore.checked_read import CheckedReader
 from torchorbax._src.state.live_leaves import default_device
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.opening import open_storage
 from torchorbax.errors import ConfigError
 
 _TIMEOUT_S = 600.0
@@ -53,7 +52,7 @@ def load(
         CorruptCheckpointError: the step is damaged.
         ProcessError: another process did not come.
     """
-    storage = Storage(path)
+    storage = open_storage(path)
     several = shardings is not None and any(
         device.process_index != jax.process_index() for device in _devices(shardings)
     )
@@ -73,12 +72,9 @@ def load(
         targets = dict.fromkeys(on_device, default_device())
     else:
         targets = dict(ShardingRules(shardings).for_leaves(on_device))
-    ahead = fingerprint_check.Ahead()
-    leaves = {name: targets.get(name) for name in meta.leaves}
-    then = ahead.start if verify else None
-    reading = functools.partial(storage.read, step, {item: meta}, {item: leaves}, then)
-    read = reading() if channel is None else channel.attempt("read", reading)
-    if verify:
-        fingerprint_check.check(storage.path, step, manifest.items, read, channel, ahead)
-    arrays = read[item]
+    reader = CheckedReader(storage, manifest, verify=verify, channel=channel)
+    wanted = {(item, name): targets.get(name) for name in meta.leaves}
+    read = reader.read(wanted) if channel is None else channel.attempt("read", lambda: reader.read(wanted))
+    reader.check(read)
+    arrays = {name: array for (_, name), array in read.items()}
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}

@@ -23,17 +23,15 @@ from jax.sharding import NamedSharding, Sharding
 
 from torchorbax._src.arrays.broadcast import FirstReplica, is_shared
 from torchorbax._src.arrays.dtypes import BY_NAME
-from torchorbax._src.arrays.shards import Bounds, _bounds, place
+from torchorbax._src.arrays.shards import Bounds, bounds_of, place
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.format import per_process
-from torchorbax._src.format.manifest import ItemMeta, Manifest
+from torchorbax._src.format.manifest import Key, LeafMeta, Manifest
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
-from torchorbax._src.restore import fingerprint_check
-from torchorbax._src.storage.store import Storage
-from torchorbax.errors import CorruptCheckpointError
-
-# ---------------------------------------------------------------------------------------------------------------- read
+from torchorbax._src.restore.checked_read import CheckedReader, batches
+from torchorbax._src.storage.storage import Source, Storage
+from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,15 @@ class LocalStep:
         """Of this process's tier."""
         return self.storage.path
 
+    @property
+    def bases(self) -> Source:
+        """Of this process's tier. Steps of the local tiers of several processes have none."""
+        return self.storage.bases
+
+    def steps(self) -> list[int]:
+        """The one step."""
+        return [self.seen.step]
+
     def manifest(self, step: int) -> Manifest:
         """The step as all processes see it."""
         return self.seen
@@ -74,45 +81,39 @@ class LocalStep:
     def read(
         self,
         step: int,
-        items: Mapping[str, ItemMeta],
-        targets: Mapping[str, Mapping[str, Sharding | None]],
-        then: Callable[[str, str, Any], object] | None = None,
-    ) -> dict[str, dict[str, Any]]:
-        """As `Storage.read`, from this host's folder. Arrays that other processes must feed are `FirstReplica`s.
+        leaves: Mapping[Key, LeafMeta],
+        targets: Mapping[Key, Sharding | None],
+        when_read: Callable[[Key, Any], object] | None = None,
+    ) -> dict[Key, Any]:
+        """As `Source.read`, from this host's folder. Arrays that other processes must feed are `FirstReplica`s.
 
         Raises:
             CorruptCheckpointError: it is damaged, or no process has the part that a device needs.
         """
-        found: dict[str, dict[str, Any]] = {item: {} for item in targets}
         if self.here is None:
-            for item, leaves in targets.items():
-                for name, target in leaves.items():
-                    found[item][name] = self._placed(step, item, name, target, None)
-            return found
-        for item, names in fingerprint_check.batches(self.here):
-            wanted = [name for name in names if name in targets.get(item, {})]
-            meta = self.here.items[item]
-            into = {name: None if name in self._parts(item) else targets[item][name] for name in wanted}
-            arrays = self.storage.read(step, {item: meta}, {item: into}) if wanted else {item: {}}
-            if self.verify:
-                fingerprint_check.check(self.path, step, self.here.items, arrays)
-            for name, array in arrays[item].items():
-                is_part = name in self._parts(item)
-                found[item][name] = self._placed(step, item, name, targets[item][name], array) if is_part else array
+            return {key: self._placed(step, key, target, None) for key, target in targets.items()}
+        found: dict[Key, Any] = {}
+        reader = CheckedReader(self.storage, self.here, verify=self.verify)
+        for keys in batches(self.here):
+            into = {key: None if self._is_part(key) else targets[key] for key in keys if key in targets}
+            for key, array in reader.read_and_check(into).items():
+                found[key] = self._placed(step, key, targets[key], array) if self._is_part(key) else array
         return found
 
-    def _parts(self, item: str) -> Mapping[str, Json]:
-        return self.seen.parts.get(item, {})
+    def _is_part(self, key: Key) -> bool:
+        """Does each process have a part of this leaf?"""
+        return key[1] in self.seen.parts.get(key[0], {})
 
-    def _placed(self, step: int, item: str, name: str, target: Sharding | None, stacked: np.ndarray | None) -> Any:
-        """An array of all processes, of what this one has of it."""
-        part = self._parts(item)[name] if self.here is None else (self.here.parts[item][name])
+    def _placed(self, step: int, key: Key, target: Sharding | None, stacked: np.ndarray | None) -> Any:
+        """An array of all processes, made of what this one has of it."""
+        item, name = key
+        part = (self.seen if self.here is None else self.here).parts[item][name]
         shape = tuple(part["shape"])
         if target is None:
             raise self._unusable(step, f"{item}: {name} is to be whole in host memory")
         mine = {} if stacked is None else _unstacked(stacked, part["bounds"])
         devices: dict[Any, Bounds] = {
-            device: _bounds(index or (), shape) for device, index in target.devices_indices_map(shape).items()
+            device: bounds_of(index or (), shape) for device, index in target.devices_indices_map(shape).items()
         }
         if self.everyone:
             givers = {device for device in devices if device.process_index == jax.process_index()}
@@ -156,32 +157,36 @@ def open_step(storage: Storage, step: int, having: frozenset[int], channel: Chan
     """
     index, giver = channel.processes.index, min(having)
     everyone = len(having) == channel.processes.count
-    here: Manifest | None = None
-    failure: Exception | None = None
-    told: dict[str, Json] = {"error": None}
-    try:
-        if index in having:
-            here = storage.manifest(step)
-            if index == giver and not everyone:
-                told = {"error": None, "manifest": here.to_json(), "own": _own_text(storage, here)}
-    except Exception as error:  # raised below, when the others know
-        failure = error
-        told["error"] = str(error.reasons[step] if isinstance(error, CorruptCheckpointError) else error)
-    answers = channel.everyone("local", told)
-    failed = [f"process {process}: {one['error']}" for process, one in enumerate(answers) if one["error"] is not None]
-    if failed:
-        raise CorruptCheckpointError(storage.path, {step: "; ".join(failed)}) from failure
-    of_giver = here or Manifest.from_json(answers[giver]["manifest"])
-    fed = {} if here is not None else per_process.from_text(answers[giver]["own"])
+
+    def manifest_here() -> Manifest | None:
+        try:
+            return storage.manifest(step) if index in having else None
+        except CheckpointNotFoundError as error:  # it has been there a moment ago
+            raise CorruptCheckpointError(storage.path, {step: str(error)}) from error
+
+    here = channel.attempt("local", manifest_here)
+    if everyone and here is not None:
+        return LocalStep(storage, _as_seen_by_all(here), here, {}, having, everyone, verify)
+
+    # What is missing on some hosts is given by the first process that has it.
+    def given() -> Json:
+        if here is None or index != giver:
+            return None
+        return {"manifest": here.to_json(), "own": _own_text(storage, here)}
+
+    gift = channel.agree("local gift", given, lambda gifts: gifts[giver])
+    of_giver = here or Manifest.from_json(gift["manifest"])
+    fed = {} if here is not None else per_process.from_text(gift["own"])
     return LocalStep(storage, _as_seen_by_all(of_giver), here, fed, having, everyone, verify)
 
 
 def _own_text(storage: Storage, manifest: Manifest) -> str:
-    """What this process has for itself of a step, to be sent."""
+    """What this process has for itself of a step, to be sent to others."""
     own = {}
     for item, meta in manifest.items.items():
         names = [name for name in meta.leaves if name not in manifest.parts.get(item, {})]
-        arrays = storage.read(manifest.step, {item: meta}, {item: dict.fromkeys(names)})[item]
+        read = storage.read(manifest.step, manifest.leaves, {(item, name): None for name in names})
+        arrays = {name: array for (_, name), array in read.items()}
         shared = tuple(name for name in meta.leaves if name not in arrays)
         own[item] = HostItem(meta.values, {name: meta.leaves[name] for name in names}, arrays, shared)
     return per_process.to_text(own)

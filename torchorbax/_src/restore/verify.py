@@ -1,11 +1,12 @@
-"""Is what was read what was saved? Fingerprints of a step's arrays, made when it is saved, compared when it is read."""
+"""Whether every byte of a step is what was saved."""
 
 from __future__ import annotations
 
 import os
 
-from torchorbax._src.restore.fingerprint_check import Ahead, batches, check
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.restore.checked_read import CheckedReader, batches
+from torchorbax._src.storage.opening import open_storage
+from torchorbax._src.storage.storage import Storage
 from torchorbax.errors import CorruptCheckpointError
 
 
@@ -25,12 +26,12 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
         CheckpointNotFoundError: there is no such path or step.
         CorruptCheckpointError: some are damaged; `.reasons` says for each of them what is wrong with which leaf.
     """
-    storage = Storage(path)
+    storage = open_storage(path)
     steps = storage.existing_steps() if step is None else [step]
     reasons: dict[int, str] = {}
-    for one in steps:
+    for candidate in steps:
         try:
-            _verify_step(storage, one)
+            _verify_step(storage, candidate)
         except CorruptCheckpointError as error:
             reasons.update(error.reasons)
     if reasons:
@@ -46,13 +47,12 @@ def _verify_step(storage: Storage, step: int) -> None:
             storage.as_seen_by(manifest, int(process))
         except CorruptCheckpointError as error:
             bad += error.reasons.values()
-    for item, names in batches(manifest):
-        meta = manifest.items[item]
-        ahead = Ahead()
-        arrays = storage.read(step, {item: meta}, {item: dict.fromkeys(names)}, ahead.start)
+    for keys in batches(manifest):
+        reader = CheckedReader(storage, manifest)
+        arrays = reader.read(dict.fromkeys(keys))
         try:
-            check(storage.path, step, manifest.items, arrays, ahead=ahead)
-        except CorruptCheckpointError as error:
+            reader.check(arrays)
+        except CorruptCheckpointError as error:  # what cannot even be read is raised at once
             bad += error.reasons.values()
     if bad:
         raise CorruptCheckpointError(storage.path, {step: "; ".join(bad)})

@@ -1,4 +1,4 @@
-"""What a program leaves open when it ends is closed, before the interpreter takes away what a save in flight needs."""
+"""Closes what a program leaves open when it ends, while the interpreter still has what a save in flight needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 from torchorbax.errors import SaveError
@@ -14,42 +15,44 @@ from torchorbax.errors import SaveError
 _logger = logging.getLogger(__name__)
 
 
-class Run(Protocol):
+class Closable(Protocol):
     """What can be left open."""
 
     def close(self) -> None:
         """Wait for the save in flight."""
 
-    def last_line(self) -> str:
-        """Where the run stands, for people."""
+
+_open: weakref.WeakKeyDictionary[Closable, tuple[int, Callable[[], str]]] = weakref.WeakKeyDictionary()
+"""The open runs, each with the process that it belongs to, and a function that says where it stands."""
 
 
-_open: weakref.WeakKeyDictionary[Run, int] = weakref.WeakKeyDictionary()
-"""The open runs, and the processes that they belong to."""
+def opened(run: Closable, standing: Callable[[], str]) -> None:
+    """Close `run` when this process ends, unless `closed` is called before.
+
+    Args:
+        run: the run. It is not kept alive.
+        standing: says where the run stands. It must not refer to the run.
+    """
+    _open[run] = os.getpid(), standing
 
 
-def opened(run: Run) -> None:
-    """From now on, `run` is closed when this process ends."""
-    _open[run] = os.getpid()
-
-
-def closed(run: Run) -> None:
-    """It has been closed."""
+def closed(run: Closable) -> None:
+    """Note that `run` has been closed."""
     _open.pop(run, None)
 
 
 _saves: dict[concurrent.futures.Future[None], tuple[int, str]] = {}
-"""Those in flight, with the processes that they belong to and where to."""
+"""The saves in flight, each with the process that it belongs to and the path that it writes to."""
 
 
 def saving(save: concurrent.futures.Future[None], path: str) -> None:
-    """It is waited for when this process ends, though nobody may have its run any more."""
+    """Wait for `save` when this process ends, even if its run has been dropped by then."""
     _saves[save] = os.getpid(), path
     save.add_done_callback(_saves.pop)
 
 
 def wait_for_saves(path: str | None = None) -> None:
-    """Wait for the saves of this process that are in flight, of a run's path or all, and whoever has that run."""
+    """Wait for the saves of this process that are in flight: those under `path`, or all. The run may be dropped."""
     pid = os.getpid()
     mine = [save for save, (owner, where) in list(_saves.items()) if owner == pid and path in (None, where)]
     if mine and path is not None:
@@ -58,17 +61,18 @@ def wait_for_saves(path: str | None = None) -> None:
 
 
 def _close_all() -> None:
-    for run, pid in list(_open.items()):
+    for run, (pid, standing) in list(_open.items()):
         if pid != os.getpid():
-            continue  # a forked worker: the run belongs to its parent
+            continue  # this is a forked process, and the run belongs to its parent
         try:
             run.close()
         except SaveError as error:
             _logger.error("at exit: %s", error)
-        _logger.warning("the program has ended without close(). %s", run.last_line())
+        _logger.warning("the program has ended without close(). %s", standing())
     wait_for_saves()
 
 
-# Orbax hands work to executors, which refuse it as soon as `threading` winds down; `atexit` functions run later than
-# that. Callbacks run in reverse order, so this one comes before that of concurrent.futures, which is imported above.
+# Orbax hands work to executors, which refuse it once `threading` shuts down. Functions of `atexit` run later than that,
+# so they would be too late. The callbacks of `threading` run in reverse order: this one runs before that of
+# concurrent.futures, which has been imported above.
 threading._register_atexit(_close_all)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where a run starts that has no step of its own: another run's whole state, or only its parameters."""
+"""Where a run without steps starts from: the whole state of another run, or its parameters only."""
 
 from __future__ import annotations
 
@@ -9,32 +9,55 @@ from dataclasses import dataclass
 import torch
 
 from torchorbax._src.state.request import Rename, Request, request
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.opening import open_storage
+from torchorbax._src.storage.storage import Storage
 from torchorbax._src.tensors.live import module_tensors
 from torchorbax.errors import ConfigError
-
-Path = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Params:
-    """What `params` returns: the parameters of another run, for `resume(init_from=...)`."""
+    """What `params` returns: the parameters of another run, for `resume(init_from=...)`.
 
-    path: Path
-    request: Request
+    Attributes:
+        path: the folder or URI of that run, or of one of its steps.
+        only: the item, or a part of it.
+        strict: see `Checkpointer.restore`.
+        rename: see `Checkpointer.restore`.
+        cast: see `Checkpointer.restore`.
+
+    Raises:
+        ConfigError: an attribute of another type.
+    """
+
+    path: str | os.PathLike[str]
+    only: str = "model"
+    strict: bool = True
+    rename: Rename | None = None
+    cast: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike):
+            raise ConfigError(f"params takes one path, not {self.path!r}")
+        _request(self)
 
 
 def params(
-    path: Path, *, only: str | None = None, strict: bool = True, rename: Rename | None = None, cast: bool = False
+    path: str | os.PathLike[str],
+    *,
+    only: str | None = None,
+    strict: bool = True,
+    rename: Rename | None = None,
+    cast: bool = False,
 ) -> Params:
     """Start from another run's parameters and buffers, with a fresh optimizer, at step 0: `init_from=params(path)`.
 
-    A PEFT model (LoRA and the like) takes them from a run of the model that it wraps, under the names that these have
+    A PEFT model (LoRA and the like) takes them from a run of the model that it wraps, under the names that they have
     there; its adapters stay as they are unless the checkpoint has them.
 
     Args:
         path: a run's folder or URI, of which the newest good step is taken, or that of one step (`runs/base/1000`).
-        only: the item or part of it; None for `model`.
+        only: the item, or a part of it; None for `model`.
         strict: see `Checkpointer.restore`.
         rename: see `Checkpointer.restore`.
         cast: see `Checkpointer.restore`.
@@ -42,12 +65,16 @@ def params(
     Raises:
         ConfigError: an argument of another type.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ConfigError(f"params takes one path, not {path!r}")
-    return Params(path, request(only or "model", strict, rename, cast))
+    return Params(path, only or "model", strict, rename, cast)
 
 
-def origin(init_from: Path | Params, model: object, wanted: Request) -> tuple[Storage, int | None, Request]:
+def _request(wanted: Params) -> Request:
+    return request(wanted.only, wanted.strict, wanted.rename, wanted.cast)
+
+
+def origin(
+    init_from: str | os.PathLike[str] | Params, model: object, wanted: Request
+) -> tuple[Storage, int | None, Request]:
     """The run to start from, its step (None for the newest good one), and what to restore of it.
 
     Args:
@@ -59,18 +86,18 @@ def origin(init_from: Path | Params, model: object, wanted: Request) -> tuple[St
         ConfigError: there is no checkpoint, or `init_from` is something else, such as both.
     """
     if isinstance(init_from, Params):
-        strict = init_from.request.strict and wanted.strict
-        wanted = dataclasses.replace(init_from.request, strict=strict)
+        wanted = dataclasses.replace(_request(init_from), strict=init_from.strict and wanted.strict)
         if isinstance(model, torch.nn.Module) and (adapted := _adapted_names(model)):
             aliases, adapters = adapted
             wanted.rename = wanted.rename or (lambda name: aliases.get(name, name))
             wanted.optional = adapters
         init_from = init_from.path
+    # The path is that of a run; or else of a step in the folder above.
     path, step = os.fspath(init_from), None
-    storage = Storage(path)
+    storage = open_storage(path)
     if not storage.steps():
         parent, _, last = storage.path.rstrip("/").rpartition("/")
-        storage = Storage(parent) if last.isdigit() and parent else storage
+        storage = open_storage(parent) if last.isdigit() and parent else storage
         step = int(last) if last.isdigit() else None
         if not storage.steps() or (step is not None and step not in storage.steps()):
             raise ConfigError(f"init_from: there is no checkpoint at {path}; give the folder of a run or of one step")
@@ -90,7 +117,7 @@ _WRAPPERS = (".base_layer.", ".original_module.")
 
 
 def _adapted_names(model: torch.nn.Module) -> tuple[dict[str, str], frozenset[str]] | None:
-    """For a PEFT model: from names in the model that it wraps to live names; and the names of its adapters."""
+    """For a PEFT model: live names by the names in the model that it wraps; and the live names of its adapters."""
     if not hasattr(model, "peft_config"):
         return None
     prefixes = tuple(

@@ -1,4 +1,4 @@
-"""SIGTERM, which is how a machine says that it is about to go away, as a flag that the training loop can look at."""
+"""SIGTERM, by which a machine announces that it is about to go away, as a flag for the training loop."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ _logger = logging.getLogger(__name__)
 
 
 class PreemptionNotice:
-    """Listens for SIGTERM between `install` and `remove`, together with all others that do.
+    """Listens for SIGTERM between `install` and `remove`. Several notices may listen at the same time.
 
-    The second SIGTERM, and any in a forked process, acts as if nobody listened. Python delivers signals to the main
-    thread only; installed elsewhere it listens to nothing, and says so in the log.
+    A second SIGTERM, and any in a forked process, acts as if none were listening. Python delivers signals to the main
+    thread only: installed from another thread, a notice hears nothing and says so in the log.
+
+    Attributes:
+        received: SIGTERM has arrived while this was listening.
+        pid: the process that this belongs to.
     """
 
     def __init__(self) -> None:
@@ -34,15 +38,15 @@ class PreemptionNotice:
         _listening.add(self)
 
     def remove(self) -> None:
-        """Stop to listen; the last one puts back what was there before."""
+        """Stop listening. The last notice to do so puts the previous handler back."""
         if self in _listening and threading.current_thread() is threading.main_thread():
             _listening.discard(self)
             if not _listening:
                 _restore_handler()
 
 
-_listening: weakref.WeakSet[PreemptionNotice] = weakref.WeakSet()  # a run that nobody has any more does not listen
-_previous: list[Any] = []  # the handler there was before, while there is one of ours
+_listening: weakref.WeakSet[PreemptionNotice] = weakref.WeakSet()  # weak: a run that has been dropped does not listen
+_previous: list[Any] = []  # the handler that ours has replaced; empty while ours is not installed
 
 
 def _restore_handler() -> None:
@@ -54,7 +58,7 @@ def _restore_handler() -> None:
 def _on_signal(signum: int, frame: FrameType | None) -> None:
     mine = [notice for notice in _listening if notice.pid == os.getpid()]
     if not mine or any(notice.received for notice in mine):
-        # A forked DataLoader worker, which must die when it is told to; or the second one.
+        # In a forked process, such as a DataLoader worker, or for the second time: act as the previous handler would.
         _listening.clear()
         _restore_handler()
         os.kill(os.getpid(), signum)

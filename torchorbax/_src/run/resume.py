@@ -5,54 +5,36 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 
-from torchorbax._src.arrays.sharding_rules import Shardings
-from torchorbax._src.run.checkpointer import Checkpointer
-from torchorbax._src.run.init_from import Params, Path, check_init_from, origin
-from torchorbax._src.save.staging import Staging
+from torchorbax._src.run.checkpointer import Checkpointer, get_ready, listen_for_preemption, restore_from
+from torchorbax._src.run.init_from import Params, check_init_from, origin
+from torchorbax._src.run.options import RunKeywords, run_options, takes_run_options
 from torchorbax._src.state.registry import objects_in
 from torchorbax._src.state.request import Rename, request
 from torchorbax._src.tensors.optimizers import Optimizer
 from torchorbax._src.tensors.placement import check_placeable, meta_tensors, place_, place_optimizer_
 from torchorbax.errors import ConfigError
 
-Model = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
-Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
 
-
+@takes_run_options
 def resume(
-    model: Model,
-    optimizer: Optimizers | None,
+    model: torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module],
+    optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None,
     path: str | os.PathLike[str],
     *,
     state: Mapping[str, Any] | None = None,
-    save: Any = "continuous",
-    keep: Any = 3,
-    shardings: Shardings | None = None,
-    init_from: Path | Params | None = None,
+    init_from: str | os.PathLike[str] | Params | None = None,
     strict: bool = True,
     rename: Rename | None = None,
     cast: bool = False,
-    staging: Staging = "auto",
-    rng: bool = True,
-    verify: bool = True,
-    compression: Literal["zstd"] | None = None,
-    max_host_bytes: int = 1 << 30,
-    save_on_exception: bool = False,
-    replicas: Literal["first", "all"] = "first",
-    single_replica_restore: bool = False,
-    storage_timeout_s: float = 300.0,
-    barrier_timeout_s: float = 600.0,
-    local: str | os.PathLike[str] | None = None,
-    local_save: Any = "continuous",
-    local_keep: Any = 2,
+    **options: Unpack[RunKeywords],
 ) -> Checkpointer:
     """Restore the newest good step under `path` into live objects if there is one, and keep saving them there.
 
-    Where the run starts: a step under `path` wins; else `init_from`; else it starts fresh.
+    Where the run starts: from a step under `path`; if there is none, from `init_from`; if that is None, fresh.
 
     With `shardings` the model and the optimizer's state are on jax devices afterwards, laid out by the rules, whether
     there was a checkpoint or not (see `place_`). Until `close`, SIGTERM saves the current step and ends `steps()`.
@@ -60,30 +42,15 @@ def resume(
     Args:
         model: the module; on CPU, on meta (if there is a checkpoint) or on jax. Or a list or dict of modules.
         optimizer: a `torch.optim` optimizer of its parameters, an `OptaxOptimizer`, a list or dict of them, or None.
-        state: further objects to save and restore by name.
-        path: see `Checkpointer`.
-        save: see `Checkpointer`.
-        keep: see `Checkpointer`.
-        shardings: see `Checkpointer`.
-        init_from: the path of another run or of a step of it, whose full state is taken, the number of its step
-            included; or `torchorbax.params(path)` for its parameters and buffers only, from step 0.
+        path: the run's folder or `gs://` URI, see `Checkpointer`.
+        state: further objects to save and restore, by name.
+        init_from: the path of another run or of one of its steps, whose full state is taken, including the number of
+            the step; or `torchorbax.params(path)` for its parameters and buffers only, from step 0.
         strict: see `Checkpointer.restore`.
-        rename: see `Checkpointer.restore`; may stay when later steps have the new names (a function must then leave
-            those as they are).
+        rename: see `Checkpointer.restore`. It may stay when later steps have the new names; a function must then leave
+            those as they are.
         cast: see `Checkpointer.restore`.
-        staging: see `Checkpointer`.
-        rng: see `Checkpointer`.
-        verify: see `Checkpointer`.
-        compression: see `Checkpointer`.
-        max_host_bytes: see `Checkpointer`.
-        save_on_exception: see `Checkpointer`.
-        replicas: see `Checkpointer`.
-        single_replica_restore: see `Checkpointer`.
-        storage_timeout_s: see `Checkpointer`.
-        barrier_timeout_s: see `Checkpointer`.
-        local: see `Checkpointer`.
-        local_save: see `Checkpointer`.
-        local_keep: see `Checkpointer`.
+        **options: the attributes of `RunOptions`, each as a keyword.
 
     Returns:
         The run. `run.step` is the step restored, None if it starts fresh or from parameters only; `run.left_out` is
@@ -93,8 +60,40 @@ def resume(
         ConfigError: as `Checkpointer`; also `init_from` without a checkpoint, or a model on meta and nothing to give it
             values.
         MismatchError, CorruptCheckpointError: as `Checkpointer.restore`. The live objects are as they were.
+        TypeError: an option that does not exist.
     """
+    shardings = run_options(resume, options).shardings
     check_init_from(init_from)
+    _check_rename(rename, cast, init_from)
+    modules, optimizers = _modules(model), _optimizers(optimizer)
+    objects = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
+    run = Checkpointer(path, {**objects, **_further(state)}, **options)
+    try:
+        # Rules that cannot work must be found before a restore changes anything.
+        if shardings is not None:
+            for module in modules:
+                check_placeable(module, shardings)
+        # Values: from this run, or from another one.
+        restored = run.restore(strict=strict, rename=rename, cast=cast)
+        if restored is None and init_from is not None:
+            restored = restore_from(run, *origin(init_from, model, request(None, strict, rename, cast)))
+        _check_meta(modules, run, restored)
+        # What has not been restored is placed, too.
+        if shardings is not None:
+            for module in modules:
+                place_(module, None, shardings, skip=meta_tensors(module))
+            for each in optimizers:
+                place_optimizer_(each)
+        get_ready(run)
+        listen_for_preemption(run)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _check_rename(rename: Rename | None, cast: bool, init_from: object) -> None:
+    """Raise ConfigError for a renaming that would be ignored, or undone at the next start."""
     if isinstance(rename, Mapping) and (both := set(rename) & set(rename.values())):
         raise ConfigError(
             f"rename takes and gives {', '.join(map(repr, sorted(both)))}, so resume would do it again at every start; "
@@ -102,61 +101,49 @@ def resume(
         )
     if isinstance(init_from, Params) and (rename is not None or cast):
         raise ConfigError("with init_from=params(...), rename and cast are arguments of params")
+
+
+def _further(state: object) -> dict[str, Any]:
+    """The entries of `state=`.
+
+    Raises:
+        ConfigError: it is not a mapping, or has a name that `resume` gives itself.
+    """
     if not isinstance(state, Mapping | None):
         raise ConfigError(f"state must be a mapping from names to objects, not a {type(state).__name__}")
     further = dict(state or {})
     if taken := {"model", "optimizer"} & further.keys():
         raise ConfigError(f"state must not name {' or '.join(sorted(taken))}: resume takes them as arguments")
-    modules = [one for one in objects_in(model) if isinstance(one, torch.nn.Module)]
+    return further
+
+
+def _modules(model: object) -> list[torch.nn.Module]:
+    """The modules that `model=` consists of.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    modules = [module for module in objects_in(model) if isinstance(module, torch.nn.Module)]
     if not modules:
         raise ConfigError(f"model must be a torch.nn.Module, or a list or dict of them, not a {type(model).__name__}")
-    for one in () if optimizer is None else objects_in(optimizer):
-        if not isinstance(one, Optimizer):
-            raise ConfigError(f"optimizer must be a torch.optim or optax optimizer, or some of them, not {one!r}")
-    objects = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
-    run = Checkpointer(
-        path,
-        {**objects, **further},
-        save=save,
-        keep=keep,
-        shardings=shardings,
-        staging=staging,
-        rng=rng,
-        verify=verify,
-        compression=compression,
-        max_host_bytes=max_host_bytes,
-        save_on_exception=save_on_exception,
-        replicas=replicas,
-        single_replica_restore=single_replica_restore,
-        storage_timeout_s=storage_timeout_s,
-        barrier_timeout_s=barrier_timeout_s,
-        local=local,
-        local_save=local_save,
-        local_keep=local_keep,
-    )
-    try:
-        if shardings is not None:
-            for module in modules:
-                check_placeable(module, shardings)
-        restored = run.restore(strict=strict, rename=rename, cast=cast)
-        if restored is None and init_from is not None:
-            restored = run.start_from(*origin(init_from, model, request(None, strict, rename, cast)))
-        _check_meta(modules, run, restored)
-        if shardings is not None:
-            for module in modules:
-                place_(module, None, shardings, skip=meta_tensors(module))
-            for one in () if optimizer is None else objects_in(optimizer):
-                place_optimizer_(one)
-        run.prepare()
-        run.listen_for_preemption()
-    except BaseException:
-        run.close()
-        raise
-    return run
+    return modules
+
+
+def _optimizers(optimizer: object) -> list[Optimizer]:
+    """The optimizers that `optimizer=` consists of.
+
+    Raises:
+        ConfigError: something else is among them.
+    """
+    optimizers = [] if optimizer is None else list(objects_in(optimizer))
+    for each in optimizers:
+        if not isinstance(each, Optimizer):
+            raise ConfigError(f"optimizer must be a torch.optim or optax optimizer, or some of them, not {each!r}")
+    return optimizers
 
 
 def _check_meta(modules: Sequence[torch.nn.Module], run: Checkpointer, restored: int | None) -> None:
-    """What no checkpoint has given a value: an error before the first step, reported after a restore.
+    """Look for tensors that no checkpoint has given a value: an error in a fresh run, a warning after a restore.
 
     Raises:
         ConfigError: nothing has been restored.

@@ -1,10 +1,10 @@
 """Whether to save now, decided by process 0 for all.
 
-A policy that knows the step alone says the same in every process, and is asked in each. Any other is asked in process
-0, and the rest are told. A policy about time need not be asked after every step, so process 0 also says when it will be
-asked next: about twice a second, or 16 steps later if they are faster. In between, nobody says anything to anybody, and
-a step without a save costs no more than in one process. The same message says that SIGTERM has arrived in some process,
-so all of them save the same step.
+A policy that looks at the step number alone decides the same in every process, so each process asks it. Any other
+policy is asked in process 0, which publishes the answer. A policy about time need not be asked after every step, so
+process 0 also publishes when it will be asked next: after about half a second, but after 16 steps at the latest. Until
+then the processes exchange no message, and a step without a save costs no more than in a single process. The same
+message says that SIGTERM has arrived in some process, so that all of them save the same step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import datetime
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
@@ -32,32 +32,47 @@ from torchorbax.policies import (
 )
 
 _LEASE_S = 0.5
-"""How long the processes go on without hearing from process 0, about."""
+"""Seconds between two messages from process 0, roughly."""
 _MOST_CALLS = 16
-"""Steps may become slow at any time, and SIGTERM must not go unnoticed for many of them."""
-_TIDY_ROUNDS = 256
-"""After so many messages process 0 waits until all have read them, and deletes them."""
+"""Steps between two messages, at most: steps may become slow at any time, and SIGTERM must be noticed soon."""
+_ROUNDS_KEPT = 256
+"""Messages after which process 0 waits until all processes have read them, and then deletes them."""
 _PREEMPTED = "preempted"
+
+
+class _Answer(NamedTuple):
+    """What process 0 publishes. Its fields are JSON values.
+
+    Attributes:
+        due: this step is to be saved.
+        next_call: the call of `due` at which process 0 publishes again.
+        preempted: SIGTERM has arrived in some process.
+        left: processes that have left the run.
+        reason: why they have left.
+    """
+
+    due: bool
+    next_call: int
+    preempted: bool
+    left: tuple[int, ...] = ()
+    reason: str = ""
 
 
 class Decider:
     """Says at every call whether to save.
 
     Args:
-        processes: all of them; each must call equally often.
-        name: of what is decided, one for each policy.
-        policy: the save policy, to know what it looks at.
+        processes: all processes of the run; each must call `due` equally often.
+        name: names the decision; different for each policy.
+        policy: the save policy, of which only the kind matters here: what it looks at.
         notice: of SIGTERM in this process.
-
-    Attributes:
-        preempted: SIGTERM has arrived, in some process, and all know.
     """
 
     def __init__(self, processes: Processes, name: str, policy: object, notice: PreemptionNotice) -> None:
         self._processes = processes
         self._channel = Channel(processes, name)
         self._notice = notice
-        self._told = False
+        self._announced = False
         self._preempted = False
         self._everywhere = knows_step_alone(policy)
         self._each_call = not self._everywhere and not knows_time_alone(policy)
@@ -69,11 +84,14 @@ class Decider:
 
     @property
     def preempted(self) -> bool:
-        """In one process, what its notice says."""
+        """SIGTERM has arrived in some process, and all processes have learnt of it."""
         return self._preempted if self._processes.count > 1 else self._notice.received
 
     def due(self, ask: Callable[[], bool]) -> bool:
-        """What the policy says, by `ask`, of this step.
+        """Is this step to be saved?
+
+        Args:
+            ask: asks the policy about this step. It is not called in every process, nor at every step.
 
         Raises:
             ProcessError: another process has left, or process 0 does not answer.
@@ -84,29 +102,32 @@ class Decider:
         mine = self._everywhere and ask()
         if self._calls < self._next:
             return mine
-        if self._notice.received and not self._told:
+        if self._notice.received and not self._announced:
             self._processes.tell(_PREEMPTED)
-            self._told = True
-        due, self._next, self._preempted, left, reason = self._channel.first("decide", lambda: self._decision(ask))
-        if left:
-            raise ProcessError(left, "decide", reason)
-        self._tidy()
-        return mine or bool(due)
+            self._announced = True
+        answer = _Answer(*self._channel.first("decide", lambda: self._answer(ask)))
+        self._next, self._preempted = answer.next_call, answer.preempted
+        if answer.left:
+            raise ProcessError(answer.left, "decide", answer.reason)
+        self._delete_old_messages()
+        return mine or bool(answer.due)
 
-    def _decision(self, ask: Callable[[], bool]) -> tuple[bool, int, bool, tuple[int, ...], str]:
-        """In process 0."""
+    def _answer(self, ask: Callable[[], bool]) -> _Answer:
+        """Ask the policy, in process 0, and look whether SIGTERM has arrived or a process has left."""
         notes = self._processes.told()
         preempted = self._preempted or _PREEMPTED in notes
         due, next_call = not self._everywhere and ask(), self._calls + self._next_lease()
         try:
             self._processes.check_failures("decide", notes)
         except ProcessError as error:
-            return False, next_call, preempted, error.processes, error.reason
-        return due, next_call, preempted, (), ""
+            return _Answer(False, next_call, preempted, error.processes, error.reason)
+        return _Answer(due, next_call, preempted)
 
     def _next_lease(self) -> int:
-        """How many calls make up `_LEASE_S`, by how long the last ones took. Grows slowly: a loop may run ahead of its
-        devices at first."""
+        """The number of calls that take about `_LEASE_S`, judged by the last ones.
+
+        It grows slowly, because a loop may run ahead of its devices at first.
+        """
         now = time.monotonic()
         if self._each_call:
             return 1
@@ -115,13 +136,14 @@ class Decider:
         self._lease = max(1, min(2 * self._lease, int(_LEASE_S / max(per_call_s, 1e-9)), _MOST_CALLS))
         return self._lease
 
-    def _tidy(self) -> None:
+    def _delete_old_messages(self) -> None:
+        """Once in `_ROUNDS_KEPT` messages, wait until all processes have come here: then they have read them."""
         self._rounds += 1
-        if self._rounds % _TIDY_ROUNDS == 0:
+        if self._rounds % _ROUNDS_KEPT == 0:
             try:
                 self._channel.gather("decide", None)
-            except ProcessError as error:  # in process 0, which says so where the others will look next
-                answer = (False, self._calls, self._preempted, error.processes, error.reason)
+            except ProcessError as error:  # raised in process 0, which publishes it as its next answer
+                answer = _Answer(False, self._calls, self._preempted, error.processes, error.reason)
                 self._channel.first("decide", lambda: answer)
                 raise
 
@@ -130,19 +152,19 @@ _STEP_POLICIES = (FixedIntervalPolicy, NeverPolicy, SpecificStepsPolicy)
 _TIME_POLICIES = (
     ContinuousCheckpointingPolicy,
     ContinuousPolicy,
-    InitialSavePolicy,  # which looks at the saves there were: when one fails, not all processes know at once
+    InitialSavePolicy,  # it looks at earlier saves, and not all processes learn at the same time that one has failed
     PreemptionCheckpointingPolicy,
     TimeIntervalPolicy,
 )
 
 
 def knows_step_alone(policy: object) -> bool:
-    """Does a save policy look at steps alone, so that every process comes to the same decision?"""
+    """Does the policy look at step numbers alone, so that every process comes to the same decision?"""
     return _consists_of(policy, _STEP_POLICIES)
 
 
 def knows_time_alone(policy: object) -> bool:
-    """Does a save policy look at the time and the saves there were, so that a few steps later will do as well?"""
+    """Does the policy look at the time and at earlier saves alone, so that it can be asked a few steps later?"""
     return _consists_of(policy, _TIME_POLICIES)
 
 

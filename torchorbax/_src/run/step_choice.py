@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.distributed.channel import Channel
-from torchorbax._src.restore.in_place import Restored, Source, restore_step
+from torchorbax._src.restore.in_place import Restore, Restored
 from torchorbax._src.restore.local_tier import open_step
 from torchorbax._src.run.tier import Tier
 from torchorbax._src.state.item import Item
 from torchorbax._src.state.request import Request
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.storage import Source, Storage
 from torchorbax.errors import CorruptCheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -119,7 +119,8 @@ class Restorer:
             if self._channel.processes.count > 1:
                 source = open_step(self._local.storage, step, having, self._channel, verify=verify)
                 verify = False  # it verifies itself what is on this host
-        restored = restore_step(source, step, self._items, self._rules, wanted, verify=verify, channel=self._channel)
+        restore = Restore(source, step, self._items, self._rules, wanted, verify=verify, channel=self._channel)
+        restored = restore.run()
         for tier in (self._main, self._local):
             if tier is not None and tier.storage is source:
                 tier.note_restored(restored, self._items)

@@ -18,13 +18,13 @@ def checked(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics as numbers and 0-d arrays, which can be read later and on another thread.
 
     Raises:
-        ConfigError: one is neither a number nor a 0-d array or tensor.
+        ConfigError: a value is neither a real number nor a 0-d array or tensor of one.
     """
     return {name: _checked(name, value) for name, value in metrics.items()}
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A 0-d `jax.Array`, to be read later, or a float."""
+    """A float, or a 0-d `jax.Array`, whose value can be read later."""
     if not isinstance(name, str):
         raise ConfigError(f"the name of a metric must be a string, not {name!r}")
     held = torchax_tensors.array_of(value) if torchax_tensors.is_torchax(value) else value
@@ -41,7 +41,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def ready(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Those checked metrics that can be shown without waiting, as text."""
+    """The metrics that can be shown without waiting for the device, as text; `metrics` have been `checked`."""
     return {
         name: f"{float(value):.4g}"
         for name, value in metrics.items()

@@ -3,49 +3,125 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Mapping
 
 from torchorbax import policies
-from torchorbax._src.format import manifest
+from torchorbax._src.distributed.channel import Channel
+from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.restore.in_place import Restored
-from torchorbax._src.run.background_save import Saver, SaveRecord
+from torchorbax._src.run import at_exit
+from torchorbax._src.run.background_save import BackgroundSaver
+from torchorbax._src.run.options import RunOptions, preservation_policy, save_policy, traffic_of
+from torchorbax._src.run.preemption import PreemptionNotice
 from torchorbax._src.run.save_decision import Candidate, Decider
 from torchorbax._src.save import snapshot
 from torchorbax._src.save.frozen import FrozenArrays
-from torchorbax._src.save.snapshot import Snapshot, Taken
+from torchorbax._src.save.save import Save, SaveRecord
+from torchorbax._src.save.snapshot import Snapshot
 from torchorbax._src.save.staging import Staging
 from torchorbax._src.save.writer import Writer
 from torchorbax._src.state.item import Captured, Item
+from torchorbax._src.storage.opening import open_storage
 from torchorbax._src.storage.steps import Steps
-from torchorbax._src.storage.store import Storage
+from torchorbax._src.storage.storage import Storage
 from torchorbax.errors import ConfigError
 from torchorbax.policies import SaveDecisionPolicy
 
+_logger = logging.getLogger(__name__)
 
-def local_path(path: str | os.PathLike[str], process: int) -> str:
-    """A process's folder below the one given.
+
+def open_tiers(
+    path: str | os.PathLike[str],
+    items: Collection[str],
+    options: RunOptions,
+    channel: Channel,
+    notice: PreemptionNotice,
+) -> tuple[Tier, Tier | None]:
+    """The tier under the run's path, and the fast tier beside it, if there is to be one.
+
+    Args:
+        path: the run's folder or URI.
+        items: the names of what is saved.
+        options: when to save, what to keep, how arrays travel.
+        channel: to the other processes.
+        notice: of SIGTERM in this process.
 
     Raises:
-        ConfigError: it is no local folder.
+        ConfigError: a path cannot be used, or another process opens another path or other items.
+        ProcessError: another process cannot open its part.
     """
-    if "://" in os.fspath(path):
-        raise ConfigError(f"local must be a folder on each host, not {os.fspath(path)}")
-    return os.path.join(path, f"process_{process}")
+    main = _open_main(path, items, options, channel, notice)
+    return main, None if options.local is None else _open_local(options.local, main, options, channel, notice)
+
+
+def _open_main(
+    path: str | os.PathLike[str],
+    items: Collection[str],
+    options: RunOptions,
+    channel: Channel,
+    notice: PreemptionNotice,
+) -> Tier:
+    """The tier under the run's path, which all processes share."""
+    storage = open_storage(path, traffic_of(options))
+    at_exit.wait_for_saves(storage.path)
+    # All processes must mean the same run.
+    mine = [storage.path, sorted(items)]
+    for process, other in enumerate(channel.everyone("open", mine)):
+        if other != mine:
+            raise ConfigError(
+                f"this process opens {mine[0]} with {mine[1]}, process {process} {other[0]} with {other[1]}"
+            )
+    # Process 0 makes the folder; then all of them must see it.
+    processes = channel.processes
+    channel.attempt("open", storage.create if processes.is_first else lambda: None)
+    channel.attempt("open", storage.check_visible)
+    found = channel.first("steps", storage.steps)
+    steps = Steps(storage, found, preservation_policy(options.keep))
+    policy = save_policy(options.save)
+    return Tier(storage, steps, Writer(storage, steps, processes), policy, Decider(processes, "decide", policy, notice))
+
+
+def _open_local(
+    path: str | os.PathLike[str], main: Tier, options: RunOptions, channel: Channel, notice: PreemptionNotice
+) -> Tier:
+    """The tier in a folder of this process alone, below the one given: several processes may share a machine."""
+    processes = channel.processes
+    several = processes.count > 1
+    storage = open_storage(os.path.join(path, f"process_{processes.index}"), traffic_of(options))
+    channel.attempt("open local", storage.create)
+    # Steps are marked with the run, this start of it, and the number of processes. Only parts that all processes have
+    # saved in the same start make up a whole step.
+    run = channel.first("open local", main.storage.identity)
+    start = channel.first("open local", lambda: uuid.uuid4().hex)
+    origin = f"{run}/{start}/{processes.count}"
+    # What another run has left in the folder is neither restored nor kept.
+    steps = Steps(storage, storage.steps(), preservation_policy(options.local_keep), keep_damaged=False)
+    for step in steps.good():
+        if steps.origin(step).partition("/")[0] != run:
+            _logger.warning("%s: step %d is of another run, and gives way to this one's", storage.path, step)
+            steps.mark_damaged(step)
+    # The writer works as if there were no other process; when to save is decided together.
+    writer = Writer(storage, steps, Processes(processes.timeout_s, index=0, count=1), origin=origin, localized=several)
+    policy = save_policy(options.local_save)
+    decider = Decider(processes, "decide local", policy, notice)
+    return Tier(storage, steps, writer, policy, decider, knows_frozen=not several, raises=not several)
 
 
 class Tier:
-    """Decides, takes snapshots, and saves them one after the other.
+    """Decides when to save, takes snapshots, and has them written one after the other.
 
     Args:
-        storage: where to.
-        steps: those there are.
-        writer: writes one.
-        policy: when to save.
-        decider: asks it, for all processes.
-        knows_frozen: frozen parameters are written once.
-        raises: errors are for the caller; else they are logged, for the other processes know nothing of them.
+        storage: where steps are written.
+        steps: the steps that are there.
+        writer: writes a step.
+        policy: says when to save.
+        decider: asks the policy, on behalf of all processes.
+        knows_frozen: write frozen parameters only once.
+        raises: keep errors for the caller. Otherwise they are logged, because the other processes do not know of them.
     """
 
     def __init__(
@@ -61,15 +137,28 @@ class Tier:
     ) -> None:
         self.storage = storage
         self.steps = steps
-        self.saver = Saver(storage.path, steps, writer, raises=raises)
+        self.saver = BackgroundSaver(storage.path, steps, writer, raises=raises)
         self.policy = policy
         self.decider = decider
         self._writer = writer
         self._frozen = FrozenArrays()
         self._knows_frozen = knows_frozen
 
+    @property
+    def newest(self) -> int:
+        """The newest step there is, saved or being saved; -1 if there is none."""
+        return max(self.steps.infos, default=-1)
+
+    def standing(self) -> str:
+        """Where the run stands, in a sentence for people."""
+        path, in_flight = self.storage.path, self.saver.step_in_flight
+        newest = max((step for step in self.steps.infos if step != in_flight), default=None)
+        if newest is None:
+            return f"{path}: no step has been committed yet"
+        return f"{path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"
+
     def due(self, step: int, now: datetime.datetime) -> bool:
-        """Does the policy say so?"""
+        """Is this step to be saved, by the policy?"""
         if self.saver.step_in_flight is None:
             self.saver.collect()
         return self.decider.due(lambda: self._ask(step, now))
@@ -80,34 +169,32 @@ class Tier:
         return bool(self.policy.should_save(Candidate(step, now), list(self.steps.infos.values()), context=context))
 
     def check_step(self, step: int) -> None:
-        """Raise ConfigError if the step cannot follow those there are."""
-        newest = max(self.steps.infos, default=None)
-        if newest is not None and step <= newest:
+        """Raise ConfigError unless the step is above the newest one."""
+        if step <= self.newest:
             raise ConfigError(
                 f"{self.storage.path}: step {step} is already saved"
                 if step in self.steps.infos
-                else f"{self.storage.path}: step {step} is below the newest step {newest}; to go on from an older "
+                else f"{self.storage.path}: step {step} is below the newest step {self.newest}; to go on from an older "
                 "step, move the newer ones away or use another path"
             )
 
     def take(self, captured: Mapping[str, Captured], staging: Staging) -> Snapshot:
-        """A snapshot of live leaves, without the frozen ones that are saved already."""
+        """A snapshot of live leaves, without the frozen ones that have been saved already."""
         if self._writer.lost_base:
             self._frozen, self._writer.lost_base = FrozenArrays(), False
         if committed := self.saver.take_committed():
-            self._frozen.saved(*committed)
+            self._frozen.saved(committed.manifest, committed.identities)
         return snapshot.take(captured, staging, self._frozen.look(captured) if self._knows_frozen else None)
 
-    def start(self, taken: Taken) -> SaveRecord:
-        """Save a snapshot in the background. The save before must have been collected."""
-        record = SaveRecord(taken.step, taken.time, path=self.storage.path)
-        self.saver.start(record, taken.snapshot, taken.metrics, taken.started_s)
-        record.stall_s = time.perf_counter() - taken.started_s
+    def start(self, save: Save) -> SaveRecord:
+        """Write a save in the background. The save before it must have been collected."""
+        record = self.saver.start(save)
+        record.stall_s = time.perf_counter() - save.started_s
         return record
 
     def note_restored(self, restored: Restored, items: Mapping[str, Item]) -> None:
-        """Frozen arrays that have just been restored from here need not be written again."""
+        """Remember the frozen arrays that have just been restored from here: they need not be written again."""
         self.steps.know(restored.manifest)
-        self.saver.take_committed()  # it says nothing about the arrays that are live now
-        in_base = {key: leaf for key, leaf in manifest.in_base(restored.manifest).items() if key in restored.exact}
+        self.saver.take_committed()  # dropped: it is not about the arrays that are live now
+        in_base = {key: leaf for key, leaf in restored.manifest.frozen_leaves.items() if key in restored.exact}
         self._frozen.restored({item: items[item].capture() for item in {item for item, _ in in_base}}, in_base)

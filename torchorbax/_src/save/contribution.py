@@ -1,37 +1,38 @@
-"""What one process is about to write."""
+"""What one process is about to write of a step, and what it tells process 0 of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torchorbax._src.arrays import fingerprint
 from torchorbax._src.arrays.fingerprint import Sums
-from torchorbax._src.arrays.leaves import Array
-from torchorbax._src.format.manifest import ItemMeta, digest
+from torchorbax._src.arrays.leaves import Array, is_global
+from torchorbax._src.format import per_process
+from torchorbax._src.format.manifest import ItemMeta, Key, digest, leaves_of
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
-from torchorbax._src.save.frozen import Identities
-
-Key = tuple[str, str]
+from torchorbax._src.save import local_tier
+from torchorbax._src.save.frozen import NEW_BASE, Identities
+from torchorbax._src.save.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What a process is about to write.
+class Contribution:
+    """What one process is about to write.
 
     Attributes:
         items: what the step says of its leaves.
-        arrays: by item and leaf.
-        own: what this process has for itself.
-        sums: of the new frozen leaves.
-        identities: which the frozen leaves are.
-        parts: which parts of which arrays the leaves are.
+        arrays: by item and leaf; taken out as they are written.
+        own: what this process has for itself; empty if there is only one process.
+        sums: the sums of the fingerprints of new frozen leaves.
+        identities: the frozen arrays.
+        parts: in a local tier, by item and leaf, which part of which array a leaf is.
     """
 
     items: Mapping[str, ItemMeta]
-    arrays: dict[str, MutableMapping[str, Array]]
+    arrays: dict[Key, Array]
     own: Mapping[str, HostItem]
     sums: Mapping[Key, Sums]
     identities: Identities
@@ -39,37 +40,55 @@ class _Part:
 
     @property
     def nbytes(self) -> int:
-        """Of all arrays, each counted once however many devices and processes hold it."""
-        return sum(array.nbytes for one in self.arrays.values() for array in one.values())
+        """Bytes of the arrays that are still to be written, each counted once however many devices hold it."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def summary(self, step: int) -> dict[str, Json]:
+        """What process 0 compares with its own."""
+        shared = {
+            item: {name: [list(meta.leaves[name].shape), meta.leaves[name].dtype] for name in self.own[item].shared}
+            for item, meta in self.items.items()
+        }
+        bases = {item: {name: leaf.base for name, leaf in meta.leaves.items()} for item, meta in self.items.items()}
+        frozen = {item: {name: base for name, base in one.items() if base is not None} for item, one in bases.items()}
+        return {
+            "step": step,
+            "shared": digest(shared),
+            "frozen": digest(frozen),
+            "sums": [[*key, fingerprint.text(sums)] for key, sums in self.sums.items()],
+            "own": {item: one.digest() for item, one in self.own.items()},
+        }
 
 
-def _described(part: _Part) -> dict[str, Json]:
-    """A process's part for process 0, to compare."""
-    shared = {
-        item: {name: [list(meta.leaves[name].shape), meta.leaves[name].dtype] for name in part.own[item].shared}
-        for item, meta in part.items.items()
-    }
-    kept = {
-        item: {name: leaf.base for name, leaf in meta.leaves.items() if leaf.base is not None}
-        for item, meta in part.items.items()
-    }
-    return {
-        "shared": digest(shared),
-        "frozen": digest(kept),
-        "sums": [[*key, fingerprint.text(sums)] for key, sums in part.sums.items()],
-        "own": {item: one.digest() for item, one in part.own.items()},
-    }
+def contribution(snapshot: Snapshot, process: int, count: int, *, localized: bool) -> Contribution:
+    """What a process writes of a snapshot.
+
+    Args:
+        snapshot: its arrays are taken over.
+        process: the number of this process.
+        count: how many processes write the step.
+        localized: write what this process has of everything, as if there were no other.
+    """
+    items, arrays = snapshot.items, snapshot.arrays
+    new = {key: arrays[key] for key, leaf in leaves_of(items).items() if leaf.base == NEW_BASE}
+    own: dict[str, HostItem] = {}
+    parts: dict[str, dict[str, Json]] = {}
+    if localized:
+        items, arrays, parts = local_tier.localized(items, arrays)
+    if count > 1:
+        own = per_process.host_items(items, arrays)
+        if process > 0:  # arrays that a process has for itself are not written as arrays of the step
+            arrays = {key: array for key, array in arrays.items() if is_global(array)}
+            new = {key: array for key, array in new.items() if is_global(array)}
+    sums = {key: finish() for key, finish in fingerprint.start_all(new).items()}
+    return Contribution(items, arrays, own, sums, snapshot.identities, parts)
 
 
-def _with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, int]]) -> dict[str, ItemMeta]:
-    """The items of another process, with the numbers that process 0 has given to bases."""
-    return {
-        item: dataclasses.replace(
-            meta,
-            leaves={
-                name: dataclasses.replace(leaf, base=bases.get(item, {}).get(name))
-                for name, leaf in meta.leaves.items()
-            },
-        )
-        for item, meta in items.items()
-    }
+def with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, int]]) -> dict[str, ItemMeta]:
+    """Items with the numbers that process 0 has given to bases, by item and leaf."""
+    numbered = {}
+    for item, meta in items.items():
+        of_item = bases.get(item, {})
+        leaves = {name: dataclasses.replace(leaf, base=of_item.get(name)) for name, leaf in meta.leaves.items()}
+        numbered[item] = dataclasses.replace(meta, leaves=leaves)
+    return numbered

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest, in_base
+from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest
 from torchorbax._src.state.item import Captured
 from torchorbax._src.tensors.live import live_array
 
@@ -62,7 +62,9 @@ class FrozenArrays:
 
     def saved(self, manifest: Manifest, identities: Identities) -> None:
         """A step with these arrays has been committed."""
-        self._written = {key: (identities[key], leaf) for key, leaf in in_base(manifest).items() if key in identities}
+        self._written = {
+            key: (identities[key], leaf) for key, leaf in manifest.frozen_leaves.items() if key in identities
+        }
 
     def restored(self, captured: Mapping[str, Captured], written: Mapping[Key, LeafMeta]) -> None:
         """A restore has just put these arrays of the base area in place."""
@@ -90,7 +92,7 @@ def numbered(
         newest: the newest step; its bases are all there.
         number: of the next base.
     """
-    written = {} if newest is None else in_base(newest)
+    written = {} if newest is None else newest.frozen_leaves
     numbered_items: dict[str, ItemMeta] = {}
     found: list[Key] = []
     for item, meta in items.items():

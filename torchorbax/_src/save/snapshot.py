@@ -8,9 +8,7 @@ and are copied at once.
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +19,9 @@ import torch
 from torchorbax._src.arrays.dtypes import dtype_name
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import describe
-from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest
+from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta
 from torchorbax._src.save.frozen import NEW_BASE, Identities, Look
-from torchorbax._src.save.staging import Staging, _array, _stage, _Staged
+from torchorbax._src.save.staging import Staged, Staging, as_array, stage
 from torchorbax._src.state.item import Captured
 from torchorbax._src.tensors.live import host_copy, live_array, live_dtype, raise_if_deleted
 
@@ -38,7 +36,7 @@ class Snapshot:
     """
 
     def __init__(
-        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, _Staged], look: Look
+        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, Staged], look: Look
     ) -> None:
         self.identities: Identities = look.identities
         self._frozen = look.known
@@ -53,11 +51,14 @@ class Snapshot:
         return sum(self.items[item].leaves[name].nbytes for item, name in self._to_write)
 
     @cached_property
-    def arrays(self) -> dict[str, MutableMapping[str, Array]]:
-        """By item and leaf. Whoever takes one out of its item has the only reference to it."""
+    def arrays(self) -> dict[Key, Array]:
+        """The arrays to write. Whoever takes one out has the only reference to it."""
+        staged, self._staged = self._staged, {}
         return {
-            item: {name: _array(self._staged.pop((item, name))) for name in names if (item, name) in self._staged}
+            (item, name): as_array(staged.pop((item, name)))
             for item, (_, names, _, _) in self._captured.items()
+            for name in names
+            if (item, name) in staged
         }
 
     @cached_property
@@ -109,7 +110,7 @@ def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None =
         raise
     if gone:
         raise_if_deleted(_named(leaves))
-    staged = _stage(on_device, staging)
+    staged = stage(on_device, staging)
     for key, array in held.items():
         if not isinstance(array, jax.Array):
             staged[key] = host_copy(array)
@@ -118,52 +119,3 @@ def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None =
 
 def _named(leaves: Mapping[Key, Any]) -> dict[str, Any]:
     return {f"{item}.{name}": leaf for (item, name), leaf in leaves.items()}
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A snapshot of a step, and what else a save of it takes.
-
-    Attributes:
-        step: its number.
-        time: when `save` was called, in UTC.
-        snapshot: what to write; or why there is none.
-        metrics: numbers and 0-d arrays.
-        started_s: `time.perf_counter()` at the call of `save`.
-    """
-
-    step: int
-    time: datetime.datetime
-    snapshot: Snapshot | Exception
-    metrics: dict[str, Any]
-    started_s: float
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """What is to be saved, besides the arrays.
-
-    Attributes:
-        step: its number.
-        time: when `save` was called, in UTC.
-        metrics: numbers and 0-d arrays.
-    """
-
-    step: int
-    time: datetime.datetime
-    metrics: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A save that has been committed.
-
-    Attributes:
-        manifest: what it says about itself; in other processes than the first without most fingerprints.
-        identities: its frozen arrays.
-        nbytes: of the arrays written, by all processes together.
-    """
-
-    manifest: Manifest
-    identities: Identities
-    nbytes: int

@@ -49,12 +49,12 @@ def check_staging(staging: str) -> Staging:
     return staging  # type: ignore[return-value]  # checked above
 
 
-def _stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, _Staged]:
+def stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, Staged]:
     if staging == "reference":
         return dict(arrays)
     if staging == "host":
         return _host_copies(arrays)
-    staged: dict[Key, _Staged] = {}
+    staged: dict[Key, Staged] = {}
     offloaded: dict[Key, jax.Array] = {}
     to_copy: Groups = {}
     for layout, group in alike(arrays).items():
@@ -96,10 +96,10 @@ class _View:
             return jax.make_array_from_callback(self._shape, self._sharding, lambda _: next(views), dtype=self._dtype)
 
 
-_Staged = jax.Array | np.ndarray | HostShards | Row | _View
+Staged = jax.Array | np.ndarray | HostShards | Row | _View
 
 
-def _array(staged: _Staged) -> Any:
+def as_array(staged: Staged) -> Any:
     return staged.array() if isinstance(staged, _View) else staged
 
 
@@ -117,7 +117,7 @@ def _are_worth_views(layout: Layout) -> bool:
 # ------------------------------------------------------------------------------------------------------------- copies
 
 
-def _host_copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, _Staged]:
+def _host_copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, Staged]:
     for array in arrays.values():
         array.copy_to_host_async()  # all of them on their way before the first is waited for
     return {
@@ -181,13 +181,13 @@ def _warn_of_full_devices() -> None:
     )
 
 
-def _copies(groups: Groups) -> dict[Key, _Staged]:
+def _copies(groups: Groups) -> dict[Key, Staged]:
     """Copies on the devices, dispatched and not waited for; small arrays as rows of stacks, as they will be written.
 
     Of an array of several processes, what this one has is copied by programs of this process alone: another may copy
     other arrays, if its devices have room for others.
     """
-    copies: dict[Key, _Staged] = {}
+    copies: dict[Key, Staged] = {}
     for layout, group in groups.items():
         if can_be_stacked(layout):
             copies.update(stacks.stack(group))

@@ -1,294 +1,330 @@
-"""One save, by all processes of a run: they compare what they are about to write, each writes its part, process 0
-commits it and lets older steps go, and all learn how it ended."""
+"""One save, written by all processes of a run. To Orbax there is only process 0.
+
+start    every process says what it is about to write; process 0 compares, and numbers the bases of frozen leaves
+write    process 0 has the folders made; every process writes its arrays; process 0 writes the manifest and commits
+commit   all processes learn how it ended, and raise the same error or none
+end      process 0 lets older steps go; all processes learn which ones are gone
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-import torch
 
-from torchorbax._src.arrays import fingerprint, leaves
+from torchorbax._src.arrays import fingerprint
+from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
-from torchorbax._src.format import per_process
-from torchorbax._src.format.manifest import ItemMeta, Manifest, in_base
+from torchorbax._src.format.manifest import ItemMeta, Key, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
-from torchorbax._src.save import frozen, local_tier
-from torchorbax._src.save.contribution import Key, _described, _Part, _with_bases
-from torchorbax._src.save.frozen import NEW_BASE
-from torchorbax._src.save.snapshot import Snapshot, Ticket, Written
-from torchorbax._src.storage import store
+from torchorbax._src.save import frozen
+from torchorbax._src.save.contribution import Contribution, contribution, with_bases
+from torchorbax._src.save.save import Committed, Save
 from torchorbax._src.storage.steps import Steps
-from torchorbax._src.storage.store import Storage
-from torchorbax._src.tensors import torchax_tensors
+from torchorbax._src.storage.storage import Folders, Storage
 from torchorbax.errors import ProcessError, SaveError
 
 
 class Writer:
-    """Writes snapshots, one at a time, on the thread that calls it.
+    """Writes saves, one at a time, on the thread that calls it.
 
     Args:
         storage: where to.
-        steps: those there are.
-        processes: all of the run; each writes its part.
-        origin: what the manifest says of itself.
+        steps: the steps there are.
+        processes: all processes of the run; each writes its part.
+        origin: in a local tier, what the manifest says of the run and of its life.
         localized: write what this process has of everything, as if there were no other.
 
     Attributes:
-        lost_base: a base that was taken to be there is gone, so nothing frozen is known any more.
+        lost_base: a base that frozen leaves were thought to lie in is gone, so nothing is known of frozen leaves.
     """
 
     def __init__(
         self, storage: Storage, steps: Steps, processes: Processes, *, origin: str = "", localized: bool = False
     ) -> None:
         self.lost_base = False
-        self._origin = origin
-        self._localized = localized
         self._storage = storage
         self._steps = steps
-        self._processes = processes
         self._channel = Channel(processes, "save")
+        self._origin = origin
+        self._localized = localized
         self._saves = 0
-        self._leftovers_removed = False
 
-    def write(
-        self, ticket: Ticket, snapshot: list[Snapshot | Exception], when_committed: Callable[[Written], object]
-    ) -> None:
-        """Write a step, commit it, and let older ones go.
+    def write(self, save: Save, when_committed: Callable[[Committed], object]) -> None:
+        """Write a step, commit it, and let older steps go.
 
         Args:
-            ticket: what to call it.
-            snapshot: one, which is taken out, so that its arrays are freed as they are written; or why this process
-                has none.
+            save: its snapshot is taken out, so that the arrays are freed as they are written.
             when_committed: called as soon as the step is committed.
 
         Raises:
-            SaveError: it is not saved, or what follows failed; for the same reason in all processes.
+            SaveError: the step is not saved, or what follows failed; for the same reason in all processes.
         """
         self._saves += 1
         self._channel.begin(self._saves)
-        holder: list[_Part | Exception] = []
-        mine: dict[str, Json] = {"step": ticket.step, "error": None}
+        writing = _StepWriting(self._storage, self._steps, self._channel, save)
         try:
-            part = self._part_of(snapshot.pop())
-            mine |= _described(part) if self._processes.count > 1 else {}
-            holder.append(part)
-            del part
-        except Exception as error:  # raised when the others know
-            holder[:] = [error]
-            mine["error"] = told(error)
-        work = self._lead if self._processes.is_first else self._follow
-        work(ticket, holder, mine, when_committed)
+            writing.start(self._origin, localized=self._localized)
+        finally:
+            self.lost_base = self.lost_base or writing.lost_base
+        committed = writing.commit()
+        when_committed(committed)
+        writing.end()
 
-    # ----------------------------------------------------------------------------------------------------- one's part
 
-    def _part_of(self, snapshot: Snapshot | Exception) -> _Part:
-        if isinstance(snapshot, Exception):
-            raise snapshot
-        items, arrays = snapshot.items, snapshot.arrays
-        new = {
-            (item, name): arrays[item][name]
-            for item, meta in items.items()
-            for name, leaf in meta.leaves.items()
-            if leaf.base == NEW_BASE
-        }
-        own: dict[str, HostItem] = {}
-        parts: dict[str, dict[str, Json]] = {}
-        if self._localized:
-            items, parts = local_tier.localized(items, arrays)
-        if self._processes.count > 1:
-            own = per_process.host_items(items, arrays)
-            if not self._processes.is_first:
-                per_process.drop_host_arrays(arrays)
-                new = {key: array for key, array in new.items() if leaves.is_global(array)}
-        sums = {key: sums() for key, sums in fingerprint.start_all(new).items()}
-        return _Part(items, arrays, own, sums, snapshot.identities, parts)
+class _StepWriting:
+    """The writing of one step; a method a phase."""
 
-    # ---------------------------------------------------------------------------------------------------- process 0
+    def __init__(self, storage: Storage, steps: Steps, channel: Channel, save: Save) -> None:
+        self.lost_base = False
+        self._storage = storage
+        self._steps = steps
+        self._channel = channel
+        self._processes = channel.processes
+        self._save = save
+        self._step = save.step
+        self._contribution: Contribution
+        self._manifest: Manifest
+        self._bases: list[int] = []  # those that this step writes
+        self._own: dict[str, HostItem] = {}  # what this process has for itself and process 0 has otherwise
 
-    def _lead(
-        self,
-        ticket: Ticket,
-        holder: list[_Part | Exception],
-        mine: dict[str, Json],
-        when_committed: Callable[[Written], object],
-    ) -> None:
-        step, path = ticket.step, self._storage.path
-        try:
-            written = self._write_first(ticket, holder, mine)
-        except SaveError as error:
-            outcome = {"reason": error.reason, "others": _others_in(error), "lost_base": self.lost_base}
-            self._channel.publish("commit", outcome)
-            raise
-        # Before older steps go, which takes time: the others are waiting.
-        self._channel.publish("commit", {"reason": None, "metrics": written.manifest.metrics, "nbytes": written.nbytes})
-        when_committed(written)
-        try:
-            deleted = self._steps.retain(step)
-        except Exception as failure:  # the step itself is good
-            self._channel.publish("end", {"reason": told(failure), "deleted": []})
-            raise SaveError(step, path, told(failure), committed=True) from failure
-        self._channel.publish("end", {"reason": None, "deleted": deleted})
+    # Start.
 
-    def _write_first(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
-        """Come to terms with the others, write this process's part, and commit."""
-        try:
-            part = holder.pop()
-            parts = self._channel.gather("start", mine) or []
-            if isinstance(part, Exception):
-                raise part
-            self._check_agreement(ticket.step, parts)
-            if not self._leftovers_removed:
-                self._storage.remove_leftovers()
-                self._leftovers_removed = True
-            items, known = self._numbered(ticket.step, part, parts)
-            for item, name in known:
-                del part.arrays[item][name]
-            metrics = {name: float(np.asarray(value)) for name, value in ticket.metrics.items()}
-            manifest = Manifest(
-                ticket.step, ticket.time, metrics, items, _versions(), parts=part.parts, origin=self._origin
+    def start(self, origin: str, *, localized: bool) -> None:
+        """Agree on what is written, and on the numbers of bases."""
+        with self._as_save_error():
+            answer = self._channel.agree(
+                "start", lambda: self._contribute(localized=localized), lambda found: self._decide(found, origin)
             )
-            self._check_bases(manifest, part.arrays)
-            self._steps.make_way(ticket.step)
-        except Exception as error:
-            self._channel.publish("start", {"error": error.reason if isinstance(error, SaveError) else told(error)})
-            if isinstance(error, SaveError):
-                raise
-            raise SaveError(ticket.step, self._storage.path, told(error)) from error
+            if answer["lost_base"] is not None:
+                self.lost_base = True
+                raise SaveError(self._step, self._storage.path, answer["lost_base"])
+        mine = self._contribution
+        if not self._processes.is_first:
+            items = with_bases(mine.items, answer["bases"])
+            self._manifest = Manifest(self._step, self._save.time, {}, items)
+            self._own = {item: own for item, own in mine.own.items() if own.digest() != answer["own"].get(item)}
+        for item, name in answer["known"]:
+            mine.arrays.pop((item, name), None)
+        self._bases = answer["new_bases"]
+
+    def _contribute(self, *, localized: bool) -> dict[str, Json]:
+        count = self._processes.count
+        with self._as_save_error() if self._processes.is_first else contextlib.nullcontext():
+            snapshot = self._save.take_snapshot()
+            self._contribution = contribution(snapshot, self._processes.index, count, localized=localized)
+        return self._contribution.summary(self._step) if count > 1 else {}
+
+    def _decide(self, summaries: Sequence[dict[str, Json]], origin: str) -> dict[str, Json]:
+        """In process 0: compare what the processes are about to write, and describe the step."""
+        with self._as_save_error():
+            return self._answer(summaries, origin)
+
+    def _answer(self, summaries: Sequence[dict[str, Json]], origin: str) -> dict[str, Json]:
+        mine = self._contribution
+        answer: dict[str, Json] = {"lost_base": self._disagreement(summaries)}
+        if answer["lost_base"] is not None:
+            return answer
+        self._steps.make_way(self._step)
+        items, known = self._numbered(summaries)
+        metrics = {name: float(np.asarray(value)) for name, value in self._save.metrics.items()}
+        self._manifest = Manifest(
+            self._step, self._save.time, metrics, items, _versions(), parts=mine.parts, origin=origin
+        )
+        written = [key for key in mine.arrays if key not in known]
+        missing = self._missing_base(written)
         bases = {
             item: {name: leaf.base for name, leaf in meta.leaves.items() if leaf.base is not None}
             for item, meta in (items.items() if self._processes.count > 1 else ())
         }
-        self._channel.publish("start", {"error": None, "bases": bases, "known": known, "own": mine.get("own")})
-        nbytes = part.nbytes
-        manifest = self._storage.write(manifest, part.arrays, self._channel)
-        self._steps.commit(manifest)
-        return Written(manifest, part.identities, nbytes)
+        return {
+            "lost_base": missing,
+            "bases": bases,
+            "new_bases": [base for base in by_base(self._manifest.leaves, written) if base is not None],
+            "known": known,
+            "own": summaries[0].get("own"),
+        }
 
-    def _check_agreement(self, step: int, parts: list[Json]) -> None:
-        path, first = self._storage.path, parts[0]
-        failed = {process: part["error"] for process, part in enumerate(parts) if part["error"] is not None}
-        if failed:
-            raise ProcessError.of_failures(failed, "start")
-        for process, part in enumerate(parts):
-            if part["step"] != step:
-                raise SaveError(step, path, f"process {process} saves step {part['step']} instead")
-            if part.get("shared") != first.get("shared"):
-                raise SaveError(
-                    step, path, f"process {process} has other arrays, by name, shape or dtype, than process 0"
-                )
-            if part.get("frozen") != first.get("frozen"):
-                self.lost_base = True
-                raise SaveError(step, path, f"process {process} takes other arrays for frozen; the next save has all")
-
-    def _numbered(self, step: int, part: _Part, parts: list[Json]) -> tuple[dict[str, ItemMeta], list[Key]]:
-        """What the step says of its items, and which of the new frozen leaves a base has after all."""
-        if not part.sums:
-            return dict(part.items), []
-        sums = {key: [own] for key, own in part.sums.items()}
-        for other in parts[1:]:
-            for item, name, text in other["sums"]:
-                sums[item, name].append(fingerprint.sums(text))
-        texts = {key: fingerprint.text(fingerprint.total(one)) for key, one in sums.items()}
-        return frozen.numbered(part.items, texts, self._steps.newest_whole_before(step), self._storage.next_base())
-
-    def _check_bases(self, manifest: Manifest, arrays: Mapping[str, Mapping[str, Any]]) -> None:
-        """See that the bases are there which the step refers to and does not write itself.
+    def _disagreement(self, summaries: Sequence[dict[str, Json]]) -> str | None:
+        """Why the processes do not know the same frozen leaves, if they do not.
 
         Raises:
-            SaveError: one is gone.
+            SaveError: they disagree on anything else.
         """
-        referred = in_base(manifest)
-        bases = self._storage.bases() if referred else set()
-        for (item, name), leaf in referred.items():
-            if name not in arrays[item] and leaf.base not in bases:
-                self.lost_base = True
-                reason = f"base {leaf.base}, which has its frozen parameters, is gone; the next save writes them again"
-                raise SaveError(manifest.step, self._storage.path, reason)
+        path, first = self._storage.path, summaries[0]
+        for process, summary in enumerate(summaries[1:], start=1):
+            if summary["step"] != self._step:
+                raise SaveError(self._step, path, f"process {process} saves step {summary['step']} instead")
+            if summary["shared"] != first["shared"]:
+                reason = f"process {process} has other arrays, by name, shape or dtype, than process 0"
+                raise SaveError(self._step, path, reason)
+            if summary["frozen"] != first["frozen"]:
+                return f"process {process} takes other arrays for frozen; the next save has all"
+        return None
 
-    # --------------------------------------------------------------------------------------------- the other processes
+    def _numbered(self, summaries: Sequence[dict[str, Json]]) -> tuple[dict[str, ItemMeta], list[Key]]:
+        """What the step says of its items, and which of the new frozen leaves a base has after all."""
+        mine = self._contribution
+        if not mine.sums:
+            return dict(mine.items), []
+        sums = {key: [own] for key, own in mine.sums.items()}
+        for summary in summaries[1:]:
+            for item, name, text in summary["sums"]:
+                sums[item, name].append(fingerprint.sums(text))
+        texts = {key: fingerprint.text(fingerprint.total(parts)) for key, parts in sums.items()}
+        next_base = max(self._storage.bases.steps(), default=-1) + 1
+        return frozen.numbered(mine.items, texts, self._steps.newest_whole_before(self._step), next_base)
 
-    def _follow(
-        self,
-        ticket: Ticket,
-        holder: list[_Part | Exception],
-        mine: dict[str, Json],
-        when_committed: Callable[[Written], object],
-    ) -> None:
-        step, path = ticket.step, self._storage.path
+    def _missing_base(self, written: Sequence[Key]) -> str | None:
+        """Why the step cannot be written if a base is gone that it refers to and does not write itself."""
+        referred = self._manifest.frozen_leaves
+        bases = set(self._storage.bases.steps()) if referred else set()
+        for key, leaf in referred.items():
+            if leaf.base not in bases and key not in set(written):
+                return f"base {leaf.base}, which has its frozen parameters, is gone; the next save writes them again"
+        return None
+
+    # Write and commit.
+
+    def commit(self) -> Committed:
+        """Write everything and commit it; then all processes know how it ended."""
+        nbytes = self._contribution.nbytes
+        if self._processes.is_first:
+            with self._as_save_error(), self._channel.announcing("commit") as announce:
+                self._manifest = self._write()
+                self._steps.commit(self._manifest)
+                announce({"metrics": self._manifest.metrics, "nbytes": nbytes})
+        else:
+            outcome = self._write_and_hear()
+            self._manifest = dataclasses.replace(self._manifest, metrics=outcome["metrics"])
+            self._steps.commit(self._manifest)
+            nbytes = outcome["nbytes"]
+        return Committed(self._manifest, self._contribution.identities, nbytes)
+
+    def _write_and_hear(self) -> dict[str, Any]:
+        """In other processes than the first: write, and hear from process 0 how it ended."""
         failure: Exception | None = None
-        written: Written | None = None
         try:
-            written = self._write_part(ticket, holder, mine)
+            self._write()
         except ProcessError as error:  # nobody is there who could say how it ended
-            raise SaveError(step, path, told(error)) from error
-        except Exception as error:  # process 0 knows, and will say so
+            raise SaveError(self._step, self._storage.path, told(error)) from error
+        except Exception as error:  # process 0 has been told, and announces it
             failure = error
         try:
-            outcome = self._channel.publish("commit")
+            outcome: dict[str, Any] = self._channel.hear("commit")
         except ProcessError as error:
             unknown = f"process 0 does not say how it ended, so it may have been saved all the same: {told(error)}"
-            raise SaveError(step, path, unknown) from (failure or error)
-        if outcome["reason"] is not None or written is None:
-            self.lost_base = self.lost_base or bool(outcome.get("lost_base"))
-            if outcome.get("others") is not None and (failure is None or isinstance(failure, SaveError)):
-                failure = ProcessError(*outcome["others"])
-            raise SaveError(step, path, outcome["reason"] or str(failure)) from failure
-        manifest = dataclasses.replace(written.manifest, metrics=outcome["metrics"])
-        written = dataclasses.replace(written, manifest=manifest, nbytes=outcome["nbytes"])
-        self._steps.commit(manifest)
-        when_committed(written)
-        try:
-            end = self._channel.publish("end")
-        except ProcessError as error:
-            raise SaveError(step, path, told(error), committed=True) from error
-        for deleted in end["deleted"]:
-            self._steps.drop(deleted)
-        if end["reason"] is not None:
-            raise SaveError(step, path, end["reason"], committed=True)
+            raise SaveError(self._step, self._storage.path, unknown) from (failure or error)
+        except SaveError as error:
+            raise error from (error.__cause__ if failure is None or isinstance(failure, SaveError) else failure)
+        if failure is not None:
+            raise SaveError(self._step, self._storage.path, told(failure)) from failure
+        return outcome
 
-    def _write_part(self, ticket: Ticket, holder: list[_Part | Exception], mine: dict[str, Json]) -> Written:
-        part = holder.pop()
-        self._channel.gather("start", mine)
-        answer = self._channel.publish("start")
-        if isinstance(part, Exception):
-            raise part
-        if answer["error"] is not None:
-            raise SaveError(ticket.step, self._storage.path, answer["error"])
-        items = _with_bases(part.items, answer["bases"])
-        for item, name in answer["known"]:
-            part.arrays[item].pop(name, None)
-        own = {item: one for item, one in part.own.items() if mine["own"][item] != answer["own"].get(item)}
-        self._storage.contribute(items, part.arrays, own, self._channel)
-        return Written(Manifest(ticket.step, ticket.time, {}, items), part.identities, 0)  # process 0 says how much
+    def _write(self) -> Manifest:
+        """Write what this process has: first the new bases, then the step."""
+        manifest, arrays = self._manifest, self._contribution.arrays
+        keys = by_base(manifest.leaves, arrays)
+        for base in self._bases:
+            part = {key: arrays.pop(key) for key in keys.get(base, [])}
+            try:
+                self._write_step(self._storage.bases, manifest.of_base(base), part, {})
+            except SaveError as error:
+                reason = f"base {base}: {error}"
+                raise SaveError(self._step, self._storage.path, reason) from error.__cause__ or error
+        return self._write_step(self._storage, manifest, arrays, self._own)
+
+    def _write_step(
+        self, storage: Storage, manifest: Manifest, arrays: dict[Key, Array], own: dict[str, HostItem]
+    ) -> Manifest:
+        """Write one step or base, in all processes; process 0 commits it and gets the manifest with fingerprints."""
+        if not self._processes.is_first:
+            folders = self._channel.hear("folders")
+            self._channel.collect("write", lambda: self._write_part(storage, folders, arrays, own))
+            return manifest
+        with self._channel.announcing("folders") as announce:
+
+            def fill(folders: Folders) -> Manifest:
+                announce(folders)
+                parts = self._channel.collect("write", lambda: self._write_part(storage, folders, arrays, own))
+                return stamped(manifest, parts or [])
+
+            return storage.write(manifest.step, arrays, fill)
+
+    def _write_part(
+        self, storage: Storage, folders: Folders, arrays: dict[Key, Array], own: dict[str, HostItem]
+    ) -> dict[str, Json]:
+        """Write what this process has, and report the sums of what it has written."""
+        process = self._processes.index
+        sums: dict[str, dict[str, str]] = {}
+        for (item, name), of_leaf in storage.write_arrays(folders, arrays, process).items():
+            if process == 0 or of_leaf.any():
+                sums.setdefault(item, {})[name] = fingerprint.text(of_leaf)
+        return {"sums": sums, "own": storage.write_process_items(folders, own, process) if own else None}
+
+    # End.
+
+    def end(self) -> None:
+        """Let older steps go."""
+        with self._as_save_error(committed=True):
+            deleted = self._channel.first("end", self._retain)
+        if not self._processes.is_first:
+            for step in deleted:
+                self._steps.drop(step)
+
+    def _retain(self) -> list[int]:
+        with self._as_save_error(committed=True):  # so that all processes raise the same
+            return self._steps.retain(self._step)
+
+    @contextlib.contextmanager
+    def _as_save_error(self, *, committed: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except SaveError as error:
+            if error.step == self._step:
+                raise
+            # Process 0 has failed with the step that it saves, which is another one.
+            reason = error.reason
+            raise SaveError(self._step, self._storage.path, reason, committed=error.committed) from error.__cause__
+        except Exception as error:
+            raise SaveError(self._step, self._storage.path, told(error), committed=committed) from error
 
 
 def told(error: Exception) -> str:
-    """An error in one line, for the others."""
+    """An error in one line."""
     return f"{type(error).__name__}: {error}"
 
 
-def _others_in(error: BaseException | None) -> Json:
-    """The ProcessError behind an error, for those who are to raise the same."""
-    while error is not None and not isinstance(error, ProcessError):
-        error = None if error.__cause__ is error else error.__cause__
-    return None if error is None else [list(error.processes), error.phase, error.reason]
+def stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
+    """The manifest with the fingerprints that follow from what each process has written."""
+    texts: dict[Key, list[str]] = {}
+    for part in parts:
+        for item, of_item in part["sums"].items():
+            for name, text in of_item.items():
+                texts.setdefault((item, name), []).append(text)
+    fingerprints = {
+        key: several[0]
+        if len(several) == 1
+        else fingerprint.text(fingerprint.total([fingerprint.sums(text) for text in several]))
+        for key, several in texts.items()
+    }
+    own = {str(process): part["own"] for process, part in enumerate(parts) if part["own"]}
+    return dataclasses.replace(manifest.stamped(fingerprints), processes=len(parts), own=own)
+
+
+def _added(texts: Sequence[str]) -> str:
+    """The fingerprint of a leaf, from those of its parts."""
+    return fingerprint.text(fingerprint.total([fingerprint.sums(text) for text in texts]))
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    return {
-        "torchorbax": importlib.metadata.version("torchorbax"),
-        "torch": torch.__version__,
-        "torchax": torchax_tensors.VERSION,
-        "jax": jax.__version__,
-        "orbax-checkpoint": store.VERSION,
-        "numpy": np.__version__,
-    }
+    names = ("torchorbax", "torch", "torchax", "jax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}

@@ -1,4 +1,8 @@
-"""Arrays in, into their shardings."""
+"""Reads the arrays of one item from storage, straight into their shardings.
+
+Small leaves are requested all at once and put on the devices together. Large leaves are read shard by shard, in
+parallel and in order, with a bound on the bytes that are in host memory.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 from jax.sharding import NamedSharding, Sharding
-from orbax.checkpoint._src.serialization import tensorstore_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils  # private: Orbax has no public access to its specs
 
 from torchorbax._src.arrays.broadcast import FirstReplica, first_devices, is_shared
 from torchorbax._src.arrays.dtypes import BY_NAME
@@ -22,17 +26,15 @@ from torchorbax._src.arrays.shards import place
 from torchorbax._src.arrays.stacks import GATHERED_BYTES
 from torchorbax._src.format.manifest import LeafMeta
 from torchorbax._src.storage import gcs
-from torchorbax._src.storage.traffic import _BATCH_BYTES, Traffic
-from torchorbax._src.storage.zarr import Index, _first_chunk, _zarray, context_of, longest_wait_s
+from torchorbax._src.storage.traffic import BATCH_BYTES, Traffic
+from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
 
 _LOCAL_READ_BYTES = 32 << 20
-"""What is read at once from a local disk: it keeps the disk busy, and a restore needs some multiple of it."""
+"""The most bytes that are being read at once from a local disk. It keeps the disk busy; a restore needs a few times
+this much host memory."""
 
 _MERGED_BYTES = 16 << 20
-"""Neighbouring chunks on object storage are read together up to this size, and in parallel beyond."""
-
-
-# --------------------------------------------------------------------------------------------------------------- read
+"""Neighbouring chunks on object storage are merged into one request up to this size, and read in parallel beyond it."""
 
 
 def read(
@@ -41,36 +43,46 @@ def read(
     traffic: Traffic,
     then: Callable[[str, Any], object] | None = None,
 ) -> dict[str, Array | FirstReplica]:
-    """Read arrays, each into its sharding, or into a numpy array.
+    """Read arrays, each into its sharding or into a numpy array.
 
-    With `traffic.one_reads`, what several processes are to hold comes as a `FirstReplica`, for `replicas.broadcast`.
+    With `traffic.first_replica_reads`, an array that is replicated over several processes is read by the first replica
+    alone. It is returned as a `FirstReplica`, for `arrays.broadcast`.
 
     Args:
         folder: the item's folder, local or a URI.
-        wanted: by name, what is expected and where it goes; none is empty.
-        traffic: how; of compression the data itself tells.
-        then: called with each as soon as it is where it goes, while others are still being read.
+        wanted: by name, the description of the array that is expected, and its sharding; None for a numpy array. No
+            array is empty.
+        traffic: how arrays are read. Whether they are compressed, the data itself says.
+        then: called with each array as soon as it is in place, while others are still being read.
 
     Raises:
-        ValueError: one is missing, or of another shape or dtype. TensorStore raises what it likes for damaged files.
+        ValueError: an array is missing, or has another shape or dtype. Other errors of TensorStore for damaged files
+            pass unchanged.
     """
     spec = tensorstore_utils.build_kvstore_tspec(folder)
-    if gcs.is_uri(folder):  # else neighbours become one read without end, and one stream has all of them
+    if gcs.is_uri(folder):  # by default, neighbouring chunks of any number are merged into one request, a single stream
         spec["experimental_read_coalescing_merged_bytes"] = _MERGED_BYTES
     context, wait_s = context_of(folder, traffic), longest_wait_s(folder, traffic)
+    # Arrays of which this process reads nothing: it will receive them from the first replica.
     found: dict[str, Any] = {
         name: FirstReplica(meta.shape, BY_NAME[meta.dtype], target, {})
         for name, (meta, target) in wanted.items()
-        if isinstance(target, NamedSharding) and not _devices(meta, target, traffic)
+        if isinstance(target, NamedSharding) and not _reading_devices(meta, target, traffic)
     }
-    small = {name: one for name, one in wanted.items() if one[0].nbytes <= GATHERED_BYTES and name not in found}
+    # Small arrays, all at once.
+    small = {
+        name: (meta, target)
+        for name, (meta, target) in wanted.items()
+        if meta.nbytes <= GATHERED_BYTES and name not in found
+    }
     if small:
         found |= _read_small(ts.KvStore.open(spec, context=context).result(wait_s), small, traffic, wait_s)
     for name, array in found.items():
         if then is not None:
             then(name, array)
-    large = {name: one for name, one in wanted.items() if name not in found}
-    most_bytes = min(_BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2)
+    # Large arrays, one after another.
+    large = {name: expected for name, expected in wanted.items() if name not in found}
+    most_bytes = min(BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2)
     for name, array in _read_large(spec, context, large, traffic, most_bytes, wait_s):
         found[name] = array
         if then is not None:
@@ -78,8 +90,8 @@ def read(
     return {name: found[name] for name in wanted}
 
 
-def _devices(meta: LeafMeta, target: Sharding, traffic: Traffic) -> dict[Any, Index]:
-    """The devices of this process that get their part of an array from storage, and which part."""
+def _reading_devices(meta: LeafMeta, target: Sharding, traffic: Traffic) -> dict[Any, Index]:
+    """The devices of this process whose shards of an array are read from storage, each with the index of its shard."""
     devices = {device: index or () for device, index in target.addressable_devices_indices_map(meta.shape).items()}
     if not _has_one_reader(target, meta, traffic):
         return devices
@@ -87,7 +99,8 @@ def _devices(meta: LeafMeta, target: Sharding, traffic: Traffic) -> dict[Any, In
 
 
 def _has_one_reader(target: Sharding | None, meta: LeafMeta, traffic: Traffic) -> TypeGuard[NamedSharding]:
-    return traffic.one_reads and is_shared(target, BY_NAME[meta.dtype])
+    """Is the array read by its first replica alone, and sent on to the others?"""
+    return traffic.first_replica_reads and is_shared(target, BY_NAME[meta.dtype])
 
 
 def _read_small(
@@ -96,15 +109,20 @@ def _read_small(
     traffic: Traffic,
     wait_s: float | None,
 ) -> dict[str, Array | FirstReplica]:
-    """Those leaves that are one plain key each; without what lies otherwise, which `_read_large` takes."""
+    """Read the leaves that are stored as a single uncompressed chunk each.
+
+    Leaves that are stored in another way are missing from the result; `_read_large` reads them.
+    """
+    # Start to read all of them.
     asked = {
-        name: (database.read(f"{name}/.zarray"), database.read(f"{name}/{_first_chunk(len(meta.shape))}"))
+        name: (database.read(f"{name}/.zarray"), database.read(f"{name}/{first_chunk(len(meta.shape))}"))
         for name, (meta, _) in wanted.items()
     }
+    # Decode those whose metadata is as expected.
     on_host: dict[str, np.ndarray] = {}
     for name, (zarray, chunk) in asked.items():
         meta = wanted[name][0]
-        expected = json.loads(_zarray(BY_NAME[meta.dtype], meta.shape, meta.shape, False))
+        expected = json.loads(zarr_metadata(BY_NAME[meta.dtype], meta.shape, meta.shape, False))
         raw = chunk.result(wait_s).value
         if (
             len(raw) == meta.nbytes
@@ -112,22 +130,24 @@ def _read_small(
             and json.loads(zarray.result(wait_s).value) == expected
         ):
             on_host[name] = np.frombuffer(bytearray(raw), BY_NAME[meta.dtype]).reshape(meta.shape)
+    # Put them on devices: those for this process alone by a single call, those shared by processes one by one.
     placed = [name for name in on_host if wanted[name][1] is not None]
-    here = [name for name in placed if _is_here(wanted[name][1])]  # all at once
-    arrays = jax.device_put([on_host[name] for name in here], [wanted[name][1] for name in here])
-    spread = {name: _spread(on_host[name], *wanted[name], traffic) for name in placed if name not in here}
-    return {**on_host, **dict(zip(here, arrays, strict=True)), **spread}
+    local = [name for name in placed if _is_local(wanted[name][1])]
+    arrays = jax.device_put([on_host[name] for name in local], [wanted[name][1] for name in local])
+    shared = {name: _put_shared(on_host[name], *wanted[name], traffic) for name in placed if name not in local}
+    return {**on_host, **dict(zip(local, arrays, strict=True)), **shared}
 
 
-def _spread(array: np.ndarray, meta: LeafMeta, target: Any, traffic: Traffic) -> Array | FirstReplica:
+def _put_shared(array: np.ndarray, meta: LeafMeta, target: Any, traffic: Traffic) -> Array | FirstReplica:
+    """An array in host memory, put on this process's devices of a sharding over several processes."""
     if not _has_one_reader(target, meta, traffic):
         return put(array, target)
-    held = _devices(meta, target, traffic).items()
+    held = _reading_devices(meta, target, traffic).items()
     shards = {device: place(array[index], device, target) for device, index in held}
     return FirstReplica(meta.shape, array.dtype, target, shards)
 
 
-def _is_here(target: Sharding | None) -> bool:
+def _is_local(target: Sharding | None) -> bool:
     return target is None or target.is_fully_addressable
 
 
@@ -139,7 +159,10 @@ def _read_large(
     most_bytes: int,
     wait_s: float | None,
 ) -> Iterator[tuple[str, Array | FirstReplica]]:
-    """Leaves in their order, each when it is placed, while at most so many bytes of those after it are read."""
+    """Read leaves and yield them in their order, each when it is in place.
+
+    Meanwhile the leaves after it are being read: as many as have `most_bytes` together.
+    """
     opened = {
         name: ts.open(
             {"driver": "zarr", "kvstore": {**spec, "path": f"{name}/"}, "fill_missing_data_reads": False},
@@ -150,28 +173,29 @@ def _read_large(
         for name in wanted
     }
     reading: deque[tuple[str, list[_Part], list[Any], int]] = deque()
-    on_the_way = 0
+    reading_bytes = 0
 
     def placed_oldest() -> tuple[str, Array | FirstReplica]:
-        nonlocal on_the_way
+        nonlocal reading_bytes
         name, parts, reads, nbytes = reading.popleft()
-        on_the_way -= nbytes
+        reading_bytes -= nbytes
         meta, target = wanted[name]
-        return name, _placed(meta, target, parts, [one.result(wait_s) for one in reads], traffic)
+        return name, _placed(meta, target, parts, [read.result(wait_s) for read in reads], traffic)
 
     for name, (meta, target) in wanted.items():
         store = _opened(name, meta, opened.pop(name), wait_s)
         parts = _parts(meta, target, traffic)
         nbytes = sum(part.nbytes for part in parts)
-        while reading and on_the_way + nbytes > most_bytes:
+        while reading and reading_bytes + nbytes > most_bytes:
             yield placed_oldest()
         reading.append((name, parts, [store[part.index].read(order="C") for part in parts], nbytes))
-        on_the_way += nbytes
+        reading_bytes += nbytes
     while reading:
         yield placed_oldest()
 
 
 def _opened(name: str, meta: LeafMeta, future: Any, wait_s: float | None) -> ts.TensorStore:
+    """The opened array. Raises ValueError if it is missing or is not what the manifest describes."""
     try:
         store = future.result(wait_s)
     except ValueError as error:
@@ -186,7 +210,7 @@ def _opened(name: str, meta: LeafMeta, future: Any, wait_s: float | None) -> ts.
 
 @dataclass(frozen=True)
 class _Part:
-    """What is read at once: a part of an array, and the devices that it is for."""
+    """A part of an array that is read at once, and the devices that get it. No devices stand for the whole array."""
 
     index: Index
     devices: tuple[jax.Device, ...]
@@ -194,22 +218,28 @@ class _Part:
 
 
 def _parts(meta: LeafMeta, target: Sharding | None, traffic: Traffic) -> list[_Part]:
-    """Everything at once if it is all for here and not too large, so that no chunk is read twice; else by shards."""
-    if target is None or (
-        target.is_fully_addressable and meta.nbytes <= min(_BATCH_BYTES, traffic.max_host_bytes // 4)
-    ):
+    """The parts in which this process reads an array.
+
+    An array for this process alone is one part, unless it is too large: then no chunk is read twice. Otherwise each
+    distinct shard is a part.
+    """
+    if target is None or (target.is_fully_addressable and meta.nbytes <= min(BATCH_BYTES, traffic.max_host_bytes // 4)):
         return [_Part((slice(None),) * len(meta.shape), (), meta.nbytes)]
     devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
-    for device, index in _devices(meta, target, traffic).items():
+    for device, index in _reading_devices(meta, target, traffic).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, meta.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
     size = math.prod(target.shard_shape(meta.shape)) * BY_NAME[meta.dtype].itemsize
-    return [_Part(tuple(slice(*one) for one in bounds), tuple(on), size) for bounds, on in devices.items()]
+    return [
+        _Part(tuple(slice(start, stop) for start, stop in bounds), tuple(holders), size)
+        for bounds, holders in devices.items()
+    ]
 
 
 def _placed(
     meta: LeafMeta, target: Sharding | None, parts: list[_Part], values: list[np.ndarray], traffic: Traffic
 ) -> Array | FirstReplica:
+    """The array, put together on its devices from the values of its parts."""
     if target is None:
         return values[0]
     if not parts[0].devices:

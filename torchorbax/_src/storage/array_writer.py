@@ -1,8 +1,8 @@
-"""The arrays of one item on storage, written and read with TensorStore in Orbax's own layout: zarr in OCDBT.
+"""Writes the arrays of one item to storage with TensorStore, in Orbax's own layout: zarr in OCDBT.
 
-Orbax's array handlers hold a whole state in host memory, open every leaf by itself (0.5 ms each) and make a commit of
-every chunk. Here leaves go out in batches, each of them one transaction and one data file; small leaves are gathered on
-the host and written as plain keys. Every leaf stays readable by plain Orbax under its own name.
+Orbax's array handlers hold a whole state in host memory, open every leaf by itself (0.5 ms each) and commit every chunk
+by itself. Here leaves are written in batches, each of which is one transaction and one data file. Small leaves are
+gathered on the host and written as plain keys. Plain Orbax can still read every leaf under its own name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import tensorstore as ts
-from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_utils
+from orbax.checkpoint._src.serialization import ocdbt_process_spec, tensorstore_utils  # private, as Orbax's options are
 
 from torchorbax._src.arrays import fingerprint
 from torchorbax._src.arrays.fingerprint import Sums
@@ -27,53 +27,55 @@ from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.shards import HostShards, is_on_device, shards
 from torchorbax._src.arrays.stacks import GATHERED_BYTES, Stack, alike, can_be_stacked, in_programs
 from torchorbax._src.storage import gcs
-from torchorbax._src.storage.traffic import _BATCH_BYTES, _CHUNK_BYTES, Traffic
-from torchorbax._src.storage.zarr import Index, _first_chunk, _zarray, context_of, longest_wait_s
+from torchorbax._src.storage.traffic import BATCH_BYTES, CHUNK_BYTES, Traffic
+from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
 
 _STACKED = 64
-"""So many small leaves alike are worth a program, which has to be compiled; no loop waits for fewer, one by one."""
+"""The least number of small leaves of one layout that are copied by a program. It has to be compiled; fewer leaves are
+copied one by one, which takes longer, but keeps no training loop waiting."""
 _LOCAL_BATCHES = 2
-"""Transactions that are committed at once on a local disk, which more of them only slow down."""
+"""The number of transactions that are committed at once on a local disk. More would only slow the disk down."""
 
 
 def is_gathered(array: Array) -> bool:
-    """Is the array small enough to be written as one host array, and all of it in every process that has any?"""
+    """Is the array written as one host array: small, and whole in every process that has a part of it?"""
     if array.nbytes > GATHERED_BYTES:
         return False
     return isinstance(array, np.ndarray) or array.is_fully_addressable or array.sharding.is_fully_replicated
 
 
-# -------------------------------------------------------------------------------------------------------------- write
-
-
-def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> dict[str, Sums]:
-    """Write this process's part of arrays, each taken out of `arrays` as soon as it is written.
+def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic, process: int = 0) -> dict[str, Sums]:
+    """Write this process's shards of arrays, and sum them for their fingerprints.
 
     Args:
         folder: the item's folder, local or a URI.
-        arrays: by name; none is empty. Its caller should hold no other references, so that memory is freed on the way.
-        traffic: how.
+        arrays: by name; no array is empty. Each is removed as soon as it is written; its memory is then freed, if the
+            caller holds no other reference.
+        traffic: how arrays are written.
+        process: the number of this process among those that write. Process 0 writes small arrays and metadata.
 
     Returns:
-        By name the sums that make up its fingerprint, of the part that this process has, taken of the same bytes.
+        By name, the sums of the shards that this process has written.
     """
     names = list(arrays)
-    process = 0 if traffic.alone else jax.process_index()
     options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.WRITE)
     spec = tensorstore_utils.build_kvstore_tspec(
         folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
     )
     context = context_of(folder, traffic)
-    at_once = traffic.max_host_bytes if gcs.is_uri(folder) else _LOCAL_BATCHES * _BATCH_BYTES
+    at_once = traffic.max_host_bytes if gcs.is_uri(folder) else _LOCAL_BATCHES * BATCH_BYTES
     wait_s = longest_wait_s(folder, traffic)
-    out = _Batches(ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s)
+    out = _Batches(
+        ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s, process
+    )
     try:
         with own_context():
             started = _add_small(out, arrays, process)
+            # Large arrays, one after another. Their sums are started a batch at a time, just before they are needed.
             batch_of = {name: batch for batch in fingerprint.batches(arrays) for name in batch}
             for name in list(arrays):
                 if name not in started:
-                    started |= fingerprint.start_batch({one: arrays[one] for one in batch_of[name]})
+                    started |= fingerprint.start_batch({member: arrays[member] for member in batch_of[name]})
                 out.add_large(name, arrays[name])
                 out.when_written(functools.partial(arrays.pop, name))
             out.finish()
@@ -84,10 +86,14 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic) -> 
 
 
 def merge(folder: Any, traffic: Traffic) -> None:
-    """Make what the processes have written into an item's folder, an epath, one database; their files stay.
+    """Merge the databases that the processes have written into an item's folder into one. Their data files stay.
+
+    Args:
+        folder: the item's folder, an `epath.Path`.
+        traffic: how arrays are written.
 
     Raises:
-        FileNotFoundError: none has written anything.
+        FileNotFoundError: no process has written anything.
     """
     context, wait_s = context_of(str(folder), traffic), longest_wait_s(str(folder), traffic)
     options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.MERGE)
@@ -105,7 +111,7 @@ def merge(folder: Any, traffic: Traffic) -> None:
 
 
 def _add_small(out: _Batches, arrays: MutableMapping[str, Array], process: int) -> dict[str, Callable[[], Sums]]:
-    """Take the small arrays, which the first process writes."""
+    """Take the small arrays out of `arrays`. Process 0 adds them to the batches and starts to sum them."""
     small = {name: arrays.pop(name) for name in list(arrays) if is_gathered(arrays[name])}
     started = {}
     for name, on_host in _gathered(small) if process == 0 else ():
@@ -115,24 +121,34 @@ def _add_small(out: _Batches, arrays: MutableMapping[str, Array], process: int) 
 
 
 def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
-    """Small arrays on the host. Those of one shape and layout come together."""
-    here: dict[str, jax.Array] = {}
+    """Small arrays on the host. Those of one layout are copied there together."""
+    on_devices: dict[str, jax.Array] = {}
     for name, array in arrays.items():
         if isinstance(array, HostShards):
             yield name, array.addressable_shards[0].data
         elif isinstance(array, jax.Array):
-            here[name] = array if array.is_fully_addressable else array.addressable_data(0)
+            on_devices[name] = array if array.is_fully_addressable else array.addressable_data(0)
         else:
             yield name, np.asarray(array)
-    for layout, group in alike(here).items():
+    for layout, group in alike(on_devices).items():
         for names in in_programs(list(group)):
-            some = [group[name] for name in names]
-            stacked = len(some) >= _STACKED and can_be_stacked(layout) and is_on_device(layout[2])
-            yield from zip(names, Stack(some).rows if stacked else map(np.asarray, some), strict=True)
+            members = [group[name] for name in names]
+            stacked = len(members) >= _STACKED and can_be_stacked(layout) and is_on_device(layout[2])
+            yield from zip(names, Stack(members).rows if stacked else map(np.asarray, members), strict=True)
 
 
 @dataclass
 class _Batch:
+    """Arrays that are written in one transaction.
+
+    Attributes:
+        transaction: the transaction.
+        copies: the writes of chunks into it.
+        written: functions to call when the transaction has been committed.
+        nbytes: bytes of the chunks.
+        commit: the future of the commit, once it has been started.
+    """
+
     transaction: ts.Transaction
     copies: list[Any]
     written: list[Callable[[], object]]
@@ -141,7 +157,7 @@ class _Batch:
 
 
 class _Batches:
-    """Transactions that are filled, committed and waited for, with a bound on the bytes of all that are open."""
+    """Batches, which are filled, committed and waited for one after another, with a bound on their bytes together."""
 
     def __init__(
         self,
@@ -151,32 +167,34 @@ class _Batches:
         traffic: Traffic,
         at_once_bytes: int,
         wait_s: float | None,
+        process: int,
     ) -> None:
-        self._is_first = traffic.alone or jax.process_index() == 0
+        self._is_first = process == 0
         self._wait_s = wait_s
         self._database = database
         self._spec = spec
         self._context = context
         self._traffic = traffic
-        self._batch_bytes = min(_BATCH_BYTES, traffic.max_host_bytes // 2)
+        self._batch_bytes = min(BATCH_BYTES, traffic.max_host_bytes // 2)
         self._most_bytes = min(traffic.max_host_bytes, at_once_bytes)
         self._committing: deque[_Batch] = deque()
         self._batch = self._new()
 
     def add_small(self, name: str, array: np.ndarray) -> None:
-        """One key with all of an array, uncompressed."""
+        """Add an array as a single uncompressed chunk."""
         self._room_for(array.nbytes)
         database = self._database.with_transaction(self._batch.transaction)
-        database[f"{name}/.zarray"] = _zarray(array.dtype, array.shape, array.shape, False)
-        database[f"{name}/{_first_chunk(array.ndim)}"] = array.tobytes()
+        database[f"{name}/.zarray"] = zarr_metadata(array.dtype, array.shape, array.shape, False)
+        database[f"{name}/{first_chunk(array.ndim)}"] = array.tobytes()
 
     def add_large(self, name: str, array: Array) -> None:
-        """A chunk or more for each distinct shard that this process has."""
-        shares = _shares(array) if self._traffic.all_write else 1
+        """Add an array as one chunk or more for each distinct shard that this process has."""
+        shares = _shares(array) if self._traffic.all_replicas_write else 1
         chunks = _chunk_shape(_share_shape(array, shares), array.dtype.itemsize)
-        zarray = _zarray(array.dtype, array.shape, chunks, self._traffic.compressed)
+        zarray = zarr_metadata(array.dtype, array.shape, chunks, self._traffic.compressed)
         spec = {"driver": "zarr", "kvstore": {**self._spec, "path": f"{name}/"}, "metadata": json.loads(zarray)}
-        # A chunk of zeros is data as well; Orbax, too, says in its metadata that such chunks are stored.
+        # TensorStore would leave out chunks of zeros. Orbax's metadata says that they are stored, and a missing chunk
+        # could not be told from a lost one.
         spec["store_data_equal_to_fill_value"] = True
         store = ts.open(spec, context=self._context, open=True, assume_metadata=True).result(self._wait_s)
         if self._is_first:
@@ -188,17 +206,17 @@ class _Batches:
             self._batch.copies.append(target.write(host, can_reference_source_data_indefinitely=True))
 
     def when_written(self, then: Callable[[], object]) -> None:
-        """Call `then` when all that has been added so far is on storage."""
+        """Call `then` when everything that has been added so far has been committed."""
         self._batch.written.append(then)
 
     def finish(self) -> None:
-        """Commit what is left and wait for all of it."""
+        """Commit the last batch and wait for all of them."""
         self._commit()
         while self._committing:
             self._wait_for_oldest()
 
     def abort(self) -> None:
-        """Write no more; what was written is of no use."""
+        """Abort all transactions that are not committed."""
         for batch in (*self._committing, self._batch):
             batch.transaction.abort()
 
@@ -206,6 +224,7 @@ class _Batches:
         return _Batch(ts.Transaction(), [], [])
 
     def _room_for(self, nbytes: int) -> None:
+        """Count so many bytes for the current batch; first start a new batch or wait for old ones as they require."""
         if self._batch.nbytes and self._batch.nbytes + nbytes > self._batch_bytes:
             self._commit()
         while self._committing and nbytes + self._open_bytes() > self._most_bytes:
@@ -216,6 +235,7 @@ class _Batches:
         return self._batch.nbytes + sum(batch.nbytes for batch in self._committing)
 
     def _commit(self) -> None:
+        """Start to commit the current batch, and begin a new one."""
         for written in self._batch.copies:
             written.copy.result(self._wait_s)
         self._batch.commit = self._batch.transaction.commit_async()
@@ -232,7 +252,7 @@ class _Batches:
 
 
 def _shares(array: Any) -> int:
-    """Among how many devices writing a shard can be shared evenly: all that hold it, or one."""
+    """The number of devices that share the writing of a shard: all that hold it if an axis divides evenly, or one."""
     if isinstance(array, np.ndarray):
         return 1
     shard = array.sharding.shard_shape(array.shape)
@@ -241,20 +261,20 @@ def _shares(array: Any) -> int:
 
 
 def _share_shape(array: Any, shares: int) -> tuple[int, ...]:
-    """The part of a shard that one of those that share it writes."""
+    """The shape of the part of a shard that one device writes, if `shares` devices share the shard."""
     shape = array.shape if isinstance(array, np.ndarray) else array.sharding.shard_shape(array.shape)
     axis = next((axis for axis, size in enumerate(shape) if size % shares == 0), 0)
     return tuple(size // shares if at == axis else size for at, size in enumerate(shape)) if shares > 1 else shape
 
 
 def _chunks(array: Any, chunks: tuple[int, ...], shares: int = 1) -> Iterator[tuple[Index, np.ndarray]]:
-    """The chunks of this process's shards, or of its shares of them, each on the host when it is asked for."""
-    if isinstance(array, np.ndarray):  # which only the first process has
+    """The chunks that this process writes, each with its index in the array. Each is copied to the host on request."""
+    if isinstance(array, np.ndarray):  # process 0 writes all of it
         yield from ((index, array[index]) for index in _grid(array.shape, chunks))
         return
     held = [shard for shard in shards(array) if shard.replica_id < shares]
     share = _share_shape(array, shares)
-    if math.prod(chunks) * array.dtype.itemsize * len(held) <= _CHUNK_BYTES and not _is_on_host(array):
+    if math.prod(chunks) * array.dtype.itemsize * len(held) <= CHUNK_BYTES and not _is_on_host(array):
         array.copy_to_host_async()
     for shard in held:
         data = shard.data if is_on_device(array.sharding) else np.asarray(shard.data)
@@ -268,13 +288,13 @@ def _chunks(array: Any, chunks: tuple[int, ...], shares: int = 1) -> Iterator[tu
                 yield moved, np.ascontiguousarray(data[index])
             elif data.shape == chunks:
                 yield moved, np.asarray(data)
-            else:  # never the whole shard on the host
+            else:  # copy the chunk alone to the host, never the whole shard
                 starts = [part.start for part in index]
                 yield moved, np.asarray(jax.lax.dynamic_slice(data, starts, chunks))
 
 
 def _share_of(index: Index, share: tuple[int, ...]) -> int:
-    """Whose share of a shard a chunk of it belongs to: shares follow each other along one axis."""
+    """The replica_id of the device that writes a chunk of a shard. The shares follow each other along one axis."""
     return max((part.start // size for part, size in zip(index, share, strict=True)), default=0)
 
 
@@ -284,7 +304,7 @@ def _is_on_host(array: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> list[Index]:
-    """The chunks of a shape, the same for many arrays."""
+    """The indices of all chunks of a shape. Cached, because many arrays have the same shape."""
     counts = [size // chunk for size, chunk in zip(shape, chunks, strict=True)]
     return [
         tuple(slice(at * chunk, (at + 1) * chunk) for at, chunk in zip(cell, chunks, strict=True))
@@ -293,10 +313,10 @@ def _grid(shape: tuple[int, ...], chunks: tuple[int, ...]) -> list[Index]:
 
 
 def _chunk_shape(shard: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of a shard, cut along its leading axes into equal parts of at most `_CHUNK_BYTES`."""
+    """The shape of a chunk: a shard, cut along its leading axes into equal parts of at most `CHUNK_BYTES`."""
     chunk = list(shard)
     for axis, size in enumerate(shard):
-        least = math.ceil(math.prod(chunk) * itemsize / _CHUNK_BYTES)
+        least = math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES)
         if least > 1:
             chunk[axis] = next((size // parts for parts in range(least, size) if size % parts == 0), 1)
     return tuple(chunk)

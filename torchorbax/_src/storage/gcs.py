@@ -1,8 +1,8 @@
-"""What is different about gs://: who is asked, for how long, and what their errors mean.
+"""What is different about gs://: credentials and access, time limits, and the meaning of errors.
 
-Array data goes through TensorStore, all else through gcsfs (by way of etils). Both try again when a request fails with
-408, 429 or 5xx or the connection breaks: TensorStore 32 times, for a quarter of an hour; gcsfs 6 times, for half a
-minute, but for a server that is silent it waits for ever.
+Array data goes through TensorStore; everything else goes through gcsfs, by way of etils. Both retry a request when it
+fails with 408, 429 or 5xx or when the connection breaks: TensorStore 32 times, for a quarter of an hour; gcsfs 6 times,
+for half a minute. For a server that does not answer at all, gcsfs waits for ever. Time limits are set here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import tensorstore as ts
 from torchorbax.errors import ConfigError, StorageError, TorchorbaxError
 
 _LONGEST_DELAY_S = 32.0
+"""The longest delay between two retries."""
 PROBE = ".torchorbax-write-probe"
-"""Written and deleted to see that one may."""
-_LONGEST_LINE = 400  # TensorStore appends whole answers
+"""A file that is written and deleted to check that it is permitted."""
+_LONGEST_LINE = 400
+"""The length at which an error is cut. TensorStore appends the server's whole answer to its messages."""
 
-_SAID_BY_TENSORSTORE = (
+_NOT_ABOUT_DATA = (
     "ABORTED",
     "CANCELLED",
     "DEADLINE_EXCEEDED",
@@ -33,16 +35,16 @@ _SAID_BY_TENSORSTORE = (
     "UNAUTHENTICATED",
     "UNAVAILABLE",
 )
-"""How errors of TensorStore begin that say nothing about the data. https://abseil.io/docs/cpp/guides/status-codes"""
+"""How messages of TensorStore begin that say nothing about the data. https://abseil.io/docs/cpp/guides/status-codes"""
 
 
 def is_uri(path: str) -> bool:
-    """Is it a URI, not a path on a local disk?"""
+    """Is it a URI, and not a path on a local disk?"""
     return "://" in path
 
 
 def check_supported(path: str) -> None:
-    """Raise ConfigError if a URI is of another kind than gs://, or what it needs is not installed."""
+    """Raise ConfigError if a URI is not a `gs://` URI, or if the packages that it needs are not installed."""
     if not path.startswith("gs://"):
         raise ConfigError(f"{path}: only local folders and gs:// are supported; mount other storage as a folder")
     if not path.removeprefix("gs://").split("/")[0]:
@@ -55,16 +57,22 @@ def check_supported(path: str) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
+    except ModuleNotFoundError:  # a parent package is missing
         return False
 
 
 def prepare(path: str, timeout_s: float) -> None:
-    """Let no request of gcsfs last longer, its repetitions included, and let it remember no listing.
+    """Set a time limit on the requests of gcsfs, and switch off its cache of listings.
 
-    It would never learn of a step that another process has saved, for what it remembers never expires. All this is
-    about the instance of `GCSFileSystem` that etils uses, for the whole process: of several limits the shortest counts,
-    so that a `load` with its long one does not make a run patient.
+    The limit is for one request with all its retries. The cache never expires, so gcsfs would not see the steps that
+    another process saves.
+
+    Both apply to the instance of `GCSFileSystem` that etils uses, which the whole process shares. Of several limits the
+    shortest holds, so that a `load` with a longer limit does not lengthen that of a run.
+
+    Args:
+        path: the URI, for the error.
+        timeout_s: the limit, in seconds.
 
     Raises:
         ConfigError: there are no credentials.
@@ -72,8 +80,9 @@ def prepare(path: str, timeout_s: float) -> None:
     import fsspec
 
     try:
-        system: Any = fsspec.filesystem("gcs", finalize_on_close=True)  # as etils asks for it: fsspec keeps instances
-    except Exception as error:  # google-auth has errors of its own
+        # With the arguments that etils uses, because fsspec returns the same instance for the same arguments.
+        system: Any = fsspec.filesystem("gcs", finalize_on_close=True)
+    except Exception as error:  # google-auth raises errors of its own types
         raise refused(path, error) from error
     system.dircache.use_listings_cache = False
     system.invalidate_cache()
@@ -87,11 +96,11 @@ def prepare(path: str, timeout_s: float) -> None:
 
 
 def context(spec: dict[str, Any], timeout_s: float) -> ts.Context:
-    """TensorStore's resources, with a limit on how long it tries again.
+    """A TensorStore context with a limit on the time that it spends on retries.
 
     Args:
-        spec: of the context otherwise.
-        timeout_s: about; delays double from the first to 32 s.
+        spec: the context's spec, without the limit.
+        timeout_s: the approximate limit. TensorStore counts retries, with delays that double up to 32 s.
     """
     first = min(1.0, timeout_s / 8)
     retries, delay, total = 0, first, 0.0
@@ -104,23 +113,23 @@ def context(spec: dict[str, Any], timeout_s: float) -> ts.Context:
 
 
 def is_unanswered(error: BaseException) -> bool:
-    """Does an error say that the storage cannot be reached or refuses, and nothing about what is there?"""
+    """Does an error mean that the storage cannot be reached or refuses access? It then says nothing about the data."""
     if isinstance(error, StorageError | TimeoutError | ConnectionError | asyncio.TimeoutError):
         return True
     package = type(error).__module__.partition(".")[0]
     if package in ("aiohttp", "gcsfs", "google", "requests", "urllib3"):
         return True
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError):
-        return error.errno is None  # of gcsfs: forbidden
-    return isinstance(error, ValueError | NotImplementedError) and str(error).startswith(_SAID_BY_TENSORSTORE)
+        return error.errno is None  # gcsfs raises an OSError without errno when access is forbidden
+    return isinstance(error, ValueError | NotImplementedError) and str(error).startswith(_NOT_ABOUT_DATA)
 
 
 @contextlib.contextmanager
-def answering(path: str) -> Iterator[None]:
-    """Errors of a storage that does not answer as StorageError; all others as they are.
+def as_storage_error(path: str) -> Iterator[None]:
+    """Translate errors which mean that the storage under a URI does not answer. All other errors pass unchanged.
 
     Raises:
-        StorageError: it does not.
+        StorageError: the storage does not answer.
     """
     try:
         yield
@@ -128,11 +137,11 @@ def answering(path: str) -> Iterator[None]:
         raise
     except Exception as error:
         if is_uri(path) and is_unanswered(error):
-            raise StorageError(path, told(error)) from error
+            raise StorageError(path, error_line(error)) from error
         raise
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return "no good answer in time (storage_timeout_s)"
@@ -141,10 +150,10 @@ def told(error: BaseException) -> str:
 
 
 def check_access(path: str, timeout_s: float) -> None:
-    """See that array data can be written below a URI.
+    """Check that TensorStore can write below a URI.
 
     Raises:
-        ConfigError: it cannot; says what to do.
+        ConfigError: it cannot; the message says what to do.
     """
     bucket, _, folder = path.removeprefix("gs://").partition("/")
     spec = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/".lstrip("/")}
@@ -152,14 +161,15 @@ def check_access(path: str, timeout_s: float) -> None:
         store = ts.KvStore.open(spec, context=context({}, timeout_s)).result(timeout=timeout_s)
         store.write(PROBE, b"").result(timeout=timeout_s)
         store.delete_range(ts.KvStore.KeyRange(PROBE, PROBE + "\0")).result(timeout=timeout_s)
-    except Exception as error:  # TensorStore has its own words for everything
+    except Exception as error:  # TensorStore's errors have various types
         raise refused(path, error) from error
 
 
 def refused(path: str, error: BaseException) -> ConfigError:
-    """What to say when a URI cannot be used."""
-    said = re.sub(r"\w+://\S*", "", str(error)).replace(path.removeprefix("gs://"), "")  # a port may hold 403
-    text = f"{type(error).__module__} {said}".lower()
+    """The error that says why a URI cannot be used, and what to do about it."""
+    # Without URLs and the path, which may contain the numbers that are looked for.
+    message = re.sub(r"\w+://\S*", "", str(error)).replace(path.removeprefix("gs://"), "")
+    text = f"{type(error).__module__} {message}".lower()
     bucket = path.removeprefix("gs://").split("/")[0]
     advice = ""
     if any(word in text for word in ("credential", "google.auth", "401", "unauthenticated", "anonymous")):
@@ -168,4 +178,4 @@ def refused(path: str, error: BaseException) -> ConfigError:
         advice = f"; this account may not write there: grant it roles/storage.objectUser on gs://{bucket}"
     elif "404" in text or "not found" in text or "not_found" in text or isinstance(error, FileNotFoundError):
         advice = f"; is there a bucket {bucket}? To create it: gcloud storage buckets create gs://{bucket}"
-    return ConfigError(f"{path} cannot be used for a run: {told(error)}{advice}")
+    return ConfigError(f"{path} cannot be used for a run: {error_line(error)}{advice}")

@@ -1,4 +1,9 @@
-"""One step as an Orbax checkpoint: Orbax makes folders, metadata and commit, `_orbax_arrays` writes the arrays."""
+"""Writes and commits one step as an Orbax checkpoint.
+
+Orbax makes the folders, the metadata and the commit; `array_writer` writes the arrays. The order within a save is:
+Orbax creates the folders and calls the handlers below; the manifest's handler, which is the last, has the arrays
+written and then writes the manifest; Orbax has each item's data merged, and commits.
+"""
 
 from __future__ import annotations
 
@@ -13,55 +18,58 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Sharding
-from orbax.checkpoint._src.metadata import sharding as sharding_metadata
+from orbax.checkpoint._src.metadata import sharding as sharding_metadata  # private: Orbax has no public access to it
 
 from torchorbax._src.arrays.leaves import Array
-from torchorbax._src.format.manifest import Manifest
+from torchorbax._src.format.manifest import Key, Manifest
 from torchorbax._src.storage import array_writer
 from torchorbax._src.storage.run_folder import MANIFEST
+from torchorbax._src.storage.storage import Folders
 from torchorbax._src.storage.traffic import Traffic
 
 
 def save(
     folder: Any,
-    leaves: Mapping[str, Mapping[str, Array]],
+    leaves: Mapping[str, Mapping[str, Leaf]],
     traffic: Traffic,
-    fill: Callable[[Mapping[str, str]], Manifest],
+    fill: Callable[[Folders], Manifest],
 ) -> Manifest:
-    """Write a step and commit it. Only one process calls it: to Orbax there is no other.
+    """Write a step and commit it. Only one process calls it, and Orbax is told that there is no other.
 
     Args:
-        folder: where to; an epath.
-        leaves: by item, what Orbax's metadata is to say is there; nothing of it is kept.
+        folder: the step's folder, an `epath.Path`.
+        leaves: by item, what Orbax's metadata says about the arrays.
         traffic: how arrays are written.
-        fill: writes all arrays into the folders given by item, which exist, and returns what the step says about
-            itself. When it returns, the step is complete but for its commit.
+        fill: writes all arrays into the item's folders, which exist, and returns the manifest. When it returns, nothing
+            but the manifest and the commit is missing.
 
     Returns:
-        What `fill` has returned.
+        The manifest that `fill` has returned.
     """
     folders: dict[str, str] = {}
     shardings: dict[str, dict[str, Sharding]] = {}
     manifests: list[Manifest] = []
 
+    # The last handler calls this, when all folders exist.
     def content() -> Any:
         for item, by_name in shardings.items():
             _write_shardings(folders[item], by_name)
         manifests.append(fill(folders))
         return manifests[0].to_json()
 
-    trees = {item: {name: _leaf_of(array) for name, array in one.items()} for item, one in leaves.items() if one}
-    me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    # Handlers, which believe that there are no other processes.
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     handlers: dict[str, Any] = {
-        item: _item_handler(item, folders, shardings.setdefault(item, {}), traffic, alone) for item in trees
+        item: _item_handler(item, folders, shardings.setdefault(item, {}), traffic, alone) for item in leaves
     }
     handlers[MANIFEST] = _manifest_handler(content, folders, alone)
-    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # they must be there to be written to
+    # The save itself. `content` needs the folders to exist, so they are not created in the background.
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     composite = ocp.CompositeCheckpointHandler(
         composite_options=ocp.CompositeOptions(async_options=options, multiprocessing_options=alone), **handlers
     )
-    args = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
+    args = {item: ocp.args.PyTreeSave(dict(tree)) for item, tree in leaves.items()}
     with _Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(folder, args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave({})}))
     return manifests[0]
@@ -69,37 +77,49 @@ def save(
 
 class _Checkpointer(ocp.Checkpointer):  # type: ignore[misc]  # Orbax is untyped
     def synchronize_next_awaitable_signal_operation_id(self) -> None:
-        """Take no number: Orbax counts operations in every process, and what else it does in this program must have the
-        same numbers in all of them. Nor could two saves at once have one each: it takes the newest for its own."""
+        """Do not count this save among Orbax's operations.
+
+        Orbax counts the operations in each process, and the counts must agree in all processes. But these saves run in
+        process 0 alone. Besides, of two saves at the same time, each would take the newest number for its own.
+        """
 
 
 @dataclass(frozen=True)
-class _Leaf:
-    """Stands for an array in the tree that Orbax gets, which would hold on to the array itself."""
+class Leaf:
+    """The placeholder for an array in the tree that Orbax gets. Orbax would keep the array itself in memory."""
 
     nbytes: int
 
 
 @dataclass(frozen=True)
-class _HostLeaf(_Leaf):
-    """Read back as a numpy array by those who do not say what they want."""
+class _HostLeaf(Leaf):
+    """An array that plain Orbax restores as a numpy array if it is not told otherwise."""
 
 
 @dataclass(frozen=True)
-class _DeviceLeaf(_Leaf):
-    """Read back as a `jax.Array`, with this sharding for those who name no other."""
+class _DeviceLeaf(Leaf):
+    """An array that plain Orbax restores as a `jax.Array` with this sharding if it is not told otherwise."""
 
     sharding: Sharding
 
 
-def _leaf_of(array: Array) -> _Leaf:
+def described(arrays: Mapping[Key, Array]) -> dict[str, dict[str, Leaf]]:
+    """What Orbax's metadata says about arrays, by item. Orbax cannot store arrays without elements."""
+    leaves: dict[str, dict[str, Leaf]] = {}
+    for (item, name), array in arrays.items():
+        if array.size:
+            leaves.setdefault(item, {})[name] = _leaf_of(array)
+    return leaves
+
+
+def _leaf_of(array: Array) -> Leaf:
     if isinstance(array, jax.Array) and not array_writer.is_gathered(array):
         return _DeviceLeaf(array.nbytes, array.sharding)
     return _HostLeaf(array.nbytes)
 
 
 class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orbax is untyped
-    """Tells about leaves of one kind in place of Orbax's own handler, and leaves writing them to `fill`."""
+    """Replaces Orbax's own handler of one kind of leaf. It records what Orbax's metadata needs and writes no arrays."""
 
     def __init__(self, typestr: str, item: str, folders: dict[str, str], shardings: dict[str, Sharding]) -> None:
         self._typestr = typestr
@@ -108,14 +128,14 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
         self._shardings = shardings
 
     def typestr(self) -> str:
-        """What Orbax's metadata says that the leaf is."""
+        """The type of the leaf in Orbax's metadata."""
         return self._typestr
 
     async def serialize(
-        self, values: Sequence[_Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None
+        self, values: Sequence[Leaf], infos: Sequence[Any], args: Sequence[Any] | None = None
     ) -> Sequence[Any]:
-        """Note the item's folder, and the shardings."""
-        if self._item not in self._folders:  # Orbax calls this for every leaf, and takes its time to tell the folder
+        """Record the item's folder and the shardings. `fill` writes the arrays later."""
+        if self._item not in self._folders:  # the same for all leaves, and slow to compute
             self._folders[self._item] = str(infos[0].parent_dir)
         for value, info in zip(values, infos, strict=True):
             if isinstance(value, _DeviceLeaf):
@@ -123,25 +143,25 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):  # type: ignore[misc]  # Orba
         return []
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[Any]:
-        """Never asked for: `_orbax_arrays.read` reads."""
+        """Orbax does not call this: `array_reader` reads."""
         raise NotImplementedError
 
     async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
-        """Never asked for: the manifest tells."""
+        """Orbax does not call this: the manifest has the metadata."""
         raise NotImplementedError
 
 
 def _write_shardings(folder: str, shardings: Mapping[str, Sharding]) -> None:
-    """The file that Orbax has beside the arrays, at once: it would write it anew for every leaf."""
-    told = {name: text for name, sharding in shardings.items() if (text := _sharding_text(sharding)) is not None}
-    if told:
-        encoded = {base64.urlsafe_b64encode(name.encode()).decode(): text for name, text in told.items()}
+    """Write the file of shardings that Orbax keeps beside the arrays. Orbax would rewrite it for every leaf."""
+    texts = {name: text for name, sharding in shardings.items() if (text := _sharding_text(sharding)) is not None}
+    if texts:
+        encoded = {base64.urlsafe_b64encode(name.encode()).decode(): text for name, text in texts.items()}
         (epath.Path(folder) / "_sharding").write_text(json.dumps(encoded))
 
 
 @functools.lru_cache(maxsize=1024)
 def _sharding_text(sharding: Sharding) -> str | None:
-    """A sharding as Orbax writes it; None if it has no words for it."""
+    """A sharding in Orbax's serialized form; None if Orbax has none for it."""
     metadata = sharding_metadata.from_jax_sharding(sharding)
     return None if metadata is None else str(metadata.to_serialized_string())
 
@@ -157,13 +177,13 @@ def _item_handler(
         (kind, _LeafHandler(typestr, item, folders, shardings))
         for kind, typestr in ((_HostLeaf, "np.ndarray"), (_DeviceLeaf, "jax.Array"))
     ]
-    # Orbax looks for a handler of jax.Array to learn where further metadata of such arrays is: nowhere.
+    # Orbax asks the handler of jax.Array where further metadata of such arrays is stored. There is none.
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, ocp.type_handlers.ArrayHandler()), *handlers)
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=traffic.compressed, type_handler_registry=registry, multiprocessing_options=processes
     )
-    # Orbax's own looks for what to merge with a glob, finds nothing where the path has a `[`, and says nothing; under a
-    # URI it tries again for a quarter of an hour.
+    # Orbax's own method finds the files to merge with a glob. If the path has a `[`, the glob matches nothing, and no
+    # error is raised. Under a URI, it retries for a quarter of an hour.
     handler.finalize = lambda directory: array_writer.merge(directory, traffic)
     return handler
 
@@ -171,27 +191,31 @@ def _item_handler(
 def _manifest_handler(
     content: Callable[[], Any], folders: dict[str, str], processes: ocp.options.MultiprocessingOptions
 ) -> ocp.JsonCheckpointHandler:
-    """Writes JSON that is known only when everything else has been written.
+    """A handler that writes JSON which is known only after everything else has been written.
 
-    An instance of Orbax's own class with another method: Orbax goes by the class to know what reads the item.
+    It is an instance of Orbax's own class, with one method replaced, because Orbax's metadata names the class that
+    reads the item.
     """
     handler = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
 
     async def async_save(directory: Any, args: Any) -> list[Any]:
         folders[MANIFEST] = str(directory)
-        return [_Late(directory / "metadata", content)]
+        return [_ManifestWrite(directory / "metadata", content)]
 
     handler.async_save = async_save
     return handler
 
 
 @dataclass(frozen=True)
-class _Late:
-    """Orbax waits for the items' futures in their order, and this is the last of them."""
+class _ManifestWrite:
+    """The future of the manifest's write. The write happens when Orbax waits for it.
+
+    Orbax waits for the items in their order, and the manifest is the last one.
+    """
 
     file: Any
     content: Callable[[], Any]
 
     def result(self, timeout: int | None = None) -> None:
-        """Write it."""
+        """Write the manifest."""
         self.file.write_text(json.dumps(self.content()))

@@ -1,7 +1,7 @@
-"""One run's folder, on a local disk or under a URI: its steps, found, flushed, renamed and deleted as wholes.
+"""The folder of a run, on a local disk or under a URI: finds, flushes, renames and deletes whole steps.
 
-On a local disk, a rename makes a step appear and disappear at once. Under a URI, a marker does, which is written last
-and deleted first.
+A step must appear and disappear at once. On a local disk, a rename does that. Under a URI, a commit marker does, which
+is written last and deleted first.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torchorbax._src.storage import gcs
 from torchorbax.errors import CheckpointNotFoundError, ConfigError
 
 MANIFEST = "manifest"
-"""The item in which a step says what it is."""
+"""The name of the item that holds a step's manifest."""
 BASE = "base"
-"""Where a run has its frozen parameters, as steps with numbers of their own."""
+"""The subfolder with the run's bases, which hold its frozen parameters."""
 COMMITTED = "commit_success.txt"
-"""The marker of a step under a URI."""
+"""The commit marker of a step under a URI. Orbax's name for it."""
 
 _NAMES = orbax_steps.standard_name_format()
 _IDENTITY = ".torchorbax-run"
@@ -40,30 +40,30 @@ _logger = logging.getLogger(__name__)
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def answered(method: Method) -> Method:
-    """The method, which raises StorageError if the storage does not answer."""
+def with_storage_errors(method: Method) -> Method:
+    """A decorator for methods of `RunFolder`: they raise StorageError if the storage does not answer."""
 
     @functools.wraps(method)
-    def asked(self: RunFolder, *args: Any, **kwargs: Any) -> Any:
-        with gcs.answering(self.path):
+    def translated(self: RunFolder, *args: Any, **kwargs: Any) -> Any:
+        with gcs.as_storage_error(self.path):
             return method(self, *args, **kwargs)
 
-    return asked  # type: ignore[return-value]
+    return translated  # type: ignore[return-value]
 
 
 class RunFolder:
-    """A run's folder.
+    """The folder of a run.
 
     Args:
-        path: relative paths are taken from the current folder, now.
-        timeout_s: how long to wait for a URI's storage.
+        path: a folder or a `gs://` URI. A relative path is resolved now, against the current folder.
+        timeout_s: how long to wait for the storage under a URI.
 
     Raises:
-        ConfigError: the path is none, or its file system needs an extra.
+        ConfigError: the path cannot name a run, or its file system needs an extra of torchorbax.
 
     Attributes:
-        path: absolute.
-        is_uri: is it no path on a local disk?
+        path: the absolute path or URI.
+        is_uri: is the folder under a URI, and not on a local disk?
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout_s: float) -> None:
@@ -71,12 +71,12 @@ class RunFolder:
         self.is_uri = gcs.is_uri(self.path)
         self._timeout_s = timeout_s
         self._root = epath.Path(self.path)
-        self._unremoved: set[int] = set()  # what may be half written or half deleted, as the storage did not answer
+        self._unremoved: set[int] = set()  # steps that may be half written or half deleted under a URI
         if self.is_uri:
             gcs.prepare(self.path, timeout_s)
 
     def check(self) -> None:
-        """Raise ConfigError if the path is a file or holds something that is no run."""
+        """Raise ConfigError if the path is a file, or a folder that holds other things than a run."""
         with _as_config_error(self.path):
             if not self._root.exists():
                 return
@@ -90,10 +90,10 @@ class RunFolder:
             )
 
     def create(self) -> None:
-        """Make the folder and see that it can be written to.
+        """Create the folder and check that it can be written to.
 
         Raises:
-            ConfigError: it cannot, or it is a file or holds something that is no run.
+            ConfigError: it cannot be written to, is a file, or holds other things than a run.
         """
         self.check()
         with _as_config_error(self.path):
@@ -105,14 +105,14 @@ class RunFolder:
             gcs.check_access(self.path, self._timeout_s)
 
     def identity(self) -> str:
-        """What tells this run from any other, whatever its path; made when it is first asked for."""
+        """A unique name of this run, the same whatever its path. It is made the first time that it is asked for."""
         file = self._root / _IDENTITY
         if not file.exists():
             file.write_text(uuid.uuid4().hex)
         return str(file.read_text())
 
     def check_visible(self) -> None:
-        """Raise ConfigError if the folder, which process 0 has made, is not there."""
+        """Raise ConfigError if this process cannot see the folder that process 0 has created."""
         with _as_config_error(self.path):
             if not self.is_uri and not self._root.is_dir():
                 raise ConfigError(
@@ -120,12 +120,12 @@ class RunFolder:
                     "need a folder that all of them share, or gs://"
                 )
 
-    @answered
+    @with_storage_errors
     def steps(self) -> list[int]:
-        """The committed steps, in ascending order. A folder with a number for a name counts even if it is damaged.
+        """The committed steps, in ascending order. Damaged steps are among them: only names and markers are looked at.
 
-        Orbax's own way starts threads, takes names in other digits as well, and under a URI asks for the bucket, which
-        needs a permission of its own, and waits for that for ever.
+        Orbax's own function is not used. It starts threads and accepts names in non-ASCII digits; and under a URI it
+        requests the bucket's metadata, which needs a further permission, without a time limit.
         """
         try:
             names = [entry.name for entry in self._root.iterdir()]
@@ -138,12 +138,13 @@ class RunFolder:
     def _is_committed(self, name: str) -> bool:
         return bool((self._root / name / COMMITTED).exists() if self.is_uri else (self._root / name).is_dir())
 
-    @answered
+    @with_storage_errors
     def existing_steps(self) -> list[int]:
-        """`steps`, of which there must be some.
+        """The committed steps in ascending order, at least one.
 
         Raises:
-            CheckpointNotFoundError: there is none.
+            CheckpointNotFoundError: there is no step. The message says if there are runs below the path, or if the path
+                is that of a step.
         """
         if found := self.steps():
             return found
@@ -159,9 +160,9 @@ class RunFolder:
                 hint = f"; it is step {self._root.name} of the run {parent}"
         raise CheckpointNotFoundError(self.path, hint=hint)
 
-    @answered
+    @with_storage_errors
     def set_aside(self, step: int) -> None:
-        """Rename a damaged step, so that another can take its place and nothing is lost that might be repaired."""
+        """Rename a damaged step, so that its number is free again and it can still be repaired."""
         folder = self._folder(step)
         count = 1
         while (aside := self._root / f"{folder.name}{_DAMAGED}{'' if count == 1 else f'-{count}'}").exists():
@@ -169,14 +170,14 @@ class RunFolder:
         folder.rename(aside)
         _logger.warning("%s: damaged step %d is now %s", self.path, step, aside.name)
 
-    @answered
+    @with_storage_errors
     def has_set_aside(self) -> bool:
-        """Is there a damaged step that was renamed?"""
+        """Is there a damaged step that `set_aside` has renamed?"""
         return any(_DAMAGED in entry.name for entry in self._root.iterdir())
 
-    @answered
+    @with_storage_errors
     def delete(self, step: int) -> None:
-        """Delete a step so that it is never listed half deleted."""
+        """Delete a step. It is never listed half deleted."""
         folder = self._folder(step)
         if self.is_uri:
             self._unremoved.add(step)
@@ -188,13 +189,13 @@ class RunFolder:
             hidden.rmtree()
 
     def _delete_from_uri(self, folder: Any) -> None:
-        """There is no atomic rename: take the commit marker away first."""
+        """Delete a step under a URI. There is no atomic rename, so the commit marker is deleted first."""
         (folder / COMMITTED).unlink(missing_ok=True)
-        folder.rmtree(missing_ok=True)  # and what was deleted without an acknowledgement is missing
+        folder.rmtree(missing_ok=True)  # an earlier deletion may have succeeded although its answer was lost
 
-    @answered
+    @with_storage_errors
     def remove_leftovers(self) -> None:
-        """Delete what interrupted saves and deletions left behind. Call it before the first save."""
+        """Delete what interrupted saves and deletions have left behind. Call it before the first save."""
         if not self._root.exists():
             return
         for entry in self._root.iterdir():
@@ -203,19 +204,20 @@ class RunFolder:
                 entry.rmtree(missing_ok=True)
 
     def _is_half_written(self, entry: Any) -> bool:
-        """Without an atomic rename, a step that is being written or deleted lies where a committed one would."""
+        """Is the entry a step under a URI without its commit marker?"""
         return self.is_uri and entry.name.isdecimal() and not (entry / COMMITTED).exists()
 
     def _remove_rest(self, step: int) -> None:
-        """Have what may be left of a step under a URI out of the way of a save of the same number."""
+        """Delete what may be left of a step under a URI, before a step of the same number is saved."""
         if step in self._unremoved:
             self._delete_from_uri(self._folder(step))
             self._unremoved.remove(step)
 
     def _remove_failed(self, step: int, error: Exception) -> None:
-        """Give back the space of a save that has failed, which may have failed for want of space.
+        """Delete what a failed save has written; it may have failed because there was no space left.
 
-        Of a storage that does not answer it is not asked now, which would take as long again.
+        If it failed because the storage under a URI does not answer, the deletion waits until the next good save: now
+        it would take as long as the save did.
         """
         if self.is_uri:
             self._unremoved.add(step)
@@ -232,8 +234,8 @@ class RunFolder:
     def _remove_unremoved(self) -> None:
         """Delete what failed saves and deletions have left behind under a URI.
 
-        A step whose commit was acknowledged too late is whole, and stays. What is deleted is looked for again the next
-        time: a write that nobody waits for any more may arrive later.
+        A step that was committed, although the answer came too late, stays. A step that is deleted here is looked at
+        again the next time, because a write that has been given up may still arrive.
         """
         for step in sorted(self._unremoved):
             folder = self._folder(step)
@@ -242,21 +244,22 @@ class RunFolder:
                     self._delete_from_uri(folder)
                 else:
                     self._unremoved.remove(step)
-            except Exception as error:  # of gcsfs, which has its own; the next process removes it
+            except Exception as error:  # gcsfs raises errors of its own types; `remove_leftovers` tries again later
                 _logger.warning(
-                    "%s: what is left of step %d could not be removed: %s", self.path, step, gcs.told(error)
+                    "%s: what is left of step %d could not be removed: %s", self.path, step, gcs.error_line(error)
                 )
 
     def _make_durable(self, folder: Any) -> None:
-        """Flush a step and its name to the disk, since older ones may be deleted next.
+        """Flush a step's files and folders to the disk. Older steps may be deleted next, so it must survive a power
+        loss.
 
-        TensorStore flushes its own files; Orbax does not flush its metadata, nor anybody the folders. Object storage
-        needs none of it.
+        TensorStore flushes its own files, but Orbax does not flush its metadata, and neither flushes the folders.
+        Object storage needs no flush.
         """
         if self.is_uri:
             return
-        for place, _, files in os.walk(folder):
-            for path in (*(os.path.join(place, file) for file in files), place):
+        for subfolder, _, files in os.walk(folder):
+            for path in (*(os.path.join(subfolder, file) for file in files), subfolder):
                 _flush(path)
         _flush(self.path)
 
@@ -273,11 +276,12 @@ def _flush(path: str) -> None:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first of them, for people."""
+    """The first five names, for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
+    """The absolute path or the URI. Raises ConfigError if it cannot name a run."""
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise ConfigError(f"a path must be a string or a Path, not {path!r}")
     path = str(path)
@@ -300,7 +304,7 @@ def _as_config_error(path: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # gcsfs and google-auth have errors of their own
+    except Exception as error:  # gcsfs and google-auth raise errors of their own types
         if gcs.is_uri(path):
             raise gcs.refused(path, error) from error
         if not isinstance(error, OSError):
@@ -309,10 +313,11 @@ def _as_config_error(path: str) -> Iterator[None]:
 
 
 def _belongs_to_run(entry: Any) -> bool:
+    """Is a file or folder part of a run: a step, an unfinished step, or the bases?"""
     if _TEMPORARY in entry.name:
         return True
     if entry.name == BASE and entry.is_dir():
-        return any(_belongs_to_run(one) for one in entry.iterdir())
+        return any(_belongs_to_run(base) for base in entry.iterdir())
     return entry.name.isdigit() and entry.is_dir() and (_is_checkpoint(entry) or not any(entry.iterdir()))
 
 

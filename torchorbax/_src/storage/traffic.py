@@ -1,4 +1,4 @@
-"""How arrays travel: memory, compression, time limits."""
+"""How arrays travel between host memory and storage: bounds on memory, compression, replicas, time limits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torchorbax.errors import ConfigError
 
 _LONGEST_TIMEOUT_S = 86_400
 
-
-_CHUNK_BYTES = 64 << 20
-"""The largest chunk: what is read at least for any part of it, and held in host memory at most for each."""
-LEAST_HOST_BYTES = _CHUNK_BYTES
-_BATCH_BYTES = 128 << 20
-"""What goes into one data file: large enough for object storage, small enough to let memory go early."""
+CHUNK_BYTES = 64 << 20
+"""The size of the largest chunk. To read any part of a chunk, all of it is read; to write it, all of it is copied to
+the host."""
+LEAST_HOST_BYTES = CHUNK_BYTES
+"""The least `max_host_bytes`."""
+BATCH_BYTES = 128 << 20
+"""The size of one data file: large enough for object storage, small enough that memory is freed early."""
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,19 @@ class Traffic:
     """How arrays travel between host memory and storage.
 
     Attributes:
-        compressed: zstd, level 1. Costs far more time than it saves bytes, for trained weights.
-        max_host_bytes: host memory for copies on their way, per save or restore; one chunk at least (64 MiB).
-        all_write: of a part that several devices hold, each writes its share; else the first one writes all of it.
-        timeout_s: how long to wait for a URI's storage.
-        alone: whatever other processes there are, this one writes all that is given to it.
-        one_reads: what several processes hold is read by the first replica's alone (`torchorbax.replicas`).
+        compressed: write with zstd, level 1. It takes several times as long, and hardly makes trained weights smaller.
+        max_host_bytes: host memory for copies, per save or restore; at least one chunk (64 MiB).
+        all_replicas_write: each device that holds a shard writes its share of it; else the first one writes all of it.
+        first_replica_reads: what is replicated over processes is read by the first replica alone, which sends it to the
+            others (see `arrays.broadcast`).
+        timeout_s: how long to wait for the storage under a URI, in seconds.
     """
 
     compressed: bool = False
     max_host_bytes: int = 1 << 30
-    all_write: bool = False
-    one_reads: bool = False
+    all_replicas_write: bool = False
+    first_replica_reads: bool = False
     timeout_s: float = 300.0
-    alone: bool = False
 
 
 def traffic(
@@ -44,10 +44,10 @@ def traffic(
     single_replica_restore: bool = False,
     storage_timeout_s: float = Traffic.timeout_s,
 ) -> Traffic:
-    """How arrays travel, in a user's words.
+    """The `Traffic` for a user's options, which are described in `RunOptions`.
 
     Raises:
-        ConfigError: a word that is not known, or too little memory.
+        ConfigError: an option has a value that is not allowed.
     """
     if compression not in (None, "zstd"):
         raise ConfigError(f"compression must be 'zstd' or None, not {compression!r}")
@@ -64,5 +64,10 @@ def traffic(
             f"storage_timeout_s must be a positive number of seconds, {_LONGEST_TIMEOUT_S} at most, "
             f"not {storage_timeout_s!r}"
         )
-    all_write = replicas == "all"
-    return Traffic(compression is not None, max_host_bytes, all_write, single_replica_restore, float(storage_timeout_s))
+    return Traffic(
+        compressed=compression is not None,
+        max_host_bytes=max_host_bytes,
+        all_replicas_write=replicas == "all",
+        first_replica_reads=single_replica_restore,
+        timeout_s=float(storage_timeout_s),
+    )

@@ -1,4 +1,5 @@
-"""Zarr in OCDBT, as Orbax lays it out."""
+"""What reading and writing share of Orbax's layout of arrays: zarr v2 metadata, keys of chunks, TensorStore's
+context."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from orbax.checkpoint._src.serialization import tensorstore_utils
+from orbax.checkpoint._src.serialization import tensorstore_utils  # private: Orbax has no public access to its context
 
 from torchorbax._src.storage import gcs
 from torchorbax._src.storage.traffic import Traffic
@@ -17,30 +18,31 @@ Index = tuple[slice, ...]
 
 
 def context_of(folder: str, traffic: Traffic) -> ts.Context:
-    """TensorStore's resources for what is below a folder."""
+    """TensorStore's context for the data in a folder."""
     context = tensorstore_utils.get_ts_context(use_ocdbt=True)
     return gcs.context(context.spec.to_json(), traffic.timeout_s) if gcs.is_uri(folder) else context
 
 
 def longest_wait_s(folder: str, traffic: Traffic) -> float | None:
-    """How long to wait for one answer. Local disks always answer."""
+    """How long to wait for a result of TensorStore; None, for ever, on a local disk."""
     return traffic.timeout_s if gcs.is_uri(folder) else None
 
 
-def _first_chunk(ndim: int) -> str:
+def first_chunk(ndim: int) -> str:
+    """The key of the first chunk of an array with this number of dimensions."""
     return ".".join(["0"] * max(ndim, 1))
 
 
-def _zarray(dtype: np.dtype, shape: tuple[int, ...], chunks: tuple[int, ...], compressed: bool) -> bytes:
+def zarr_metadata(dtype: np.dtype, shape: tuple[int, ...], chunks: tuple[int, ...], compressed: bool) -> bytes:
     """The zarr v2 metadata of an array."""
-    content = {**_zarray_of(str(dtype)), "shape": shape, "chunks": chunks}
+    content = {**_metadata_of(str(dtype)), "shape": shape, "chunks": chunks}
     content["compressor"] = {"id": "zstd", "level": 1} if compressed else None
     return json.dumps(content).encode()
 
 
 @functools.cache
-def _zarray_of(dtype: str) -> dict[str, Any]:
-    """What TensorStore writes for a dtype: zarr has no names for bfloat16 and the like."""
+def _metadata_of(dtype: str) -> dict[str, Any]:
+    """The metadata that TensorStore itself writes for a dtype. Zarr has no names for bfloat16 and the like."""
     database = ts.KvStore.open("memory://").result()
     spec = {"driver": "zarr", "kvstore": "memory://", "dtype": dtype, "metadata": {"shape": [1], "chunks": [1]}}
     context = ts.Context()

@@ -1,4 +1,8 @@
-"""Assign_."""
+"""`assign_`: writes a tree of arrays into the live tensors of a matching tree, in place.
+
+Both trees are walked first. The walk collects a write for every leaf and every problem; only if there are no problems
+are the writes made, each of which registers how to undo it.
+"""
 
 from __future__ import annotations
 
@@ -13,54 +17,50 @@ import torch
 from torchorbax._src.arrays.leaves import Array, place_like
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import (
-    _named_leaves,
-    _overwrite,
-    _unshared,
     array_in,
     device_dtype,
     live_array,
     live_dtype,
     module_tensors,
+    named_leaves,
+    overwrite,
     raise_if_deleted,
     settle,
+    unshared,
 )
 from torchorbax.errors import MismatchError, Problem, UnsupportedLeafError
 
 Live = TypeVar("Live")
 
-
-# ---------------------------------------------------------------------------------------------------- arrays -> live
-
-
 Write = Callable[[ExitStack], None]
-"""A checked write, which registers how to undo it."""
+"""Writes one leaf, which has been checked, and registers on the stack how to undo it."""
 
 
 def assign_(live: Live, arrays: Any) -> Live:
     """Write `arrays` into the live tensors of `live`, in place, and return `live`.
 
     Every alias, tied weight, View and optimizer that refers to a tensor sees the new values. A torchax tensor keeps its
-    sharding, a CPU tensor its memory; a tensor on meta becomes a torchax tensor where its array is. Everything is
-    checked first, and if anything does not fit, nothing is written.
+    sharding, and a CPU tensor keeps its memory. A tensor on meta becomes a torchax tensor, on the devices of its array.
+    Everything is checked first; if anything does not fit, nothing is written.
 
-    A torchax tensor whose sharding is that of its array holds that very array afterwards (no copy), so donating one
-    donates the other.
+    If the new array already has the sharding of a torchax tensor, the tensor holds that very array afterwards, without
+    a copy. Donating one of the two then donates the other.
 
     Args:
         live: a tensor; a module; or a tree of mutable containers (dicts, lists) of tensors and arrays, in which raw
             `jax.Array`s are replaced. Tuples may hold tensors, but no raw arrays.
-        arrays: the same tree with arrays (jax or numpy). For a module a dict by `state_dict` names; a tied weight needs
-            only one of its names.
+        arrays: the same tree with arrays (jax or numpy). For a module, a dict by `state_dict` names; for a tied weight,
+            one of its names is enough.
 
     Raises:
-        MismatchError: missing or unexpected names, other shapes or other dtypes; `.problems` has all of them.
-        DeletedArrayError: some of `arrays` have been donated, or the tensor that a live View shows a part of.
-        UnsupportedLeafError: a raw array in an immutable container, or a dtype that a jax device cannot hold.
+        MismatchError: names are missing or unexpected, or shapes or dtypes differ; `.problems` has all problems.
+        DeletedArrayError: some of `arrays` have been donated, or the tensor behind a live View has.
+        UnsupportedLeafError: a raw array is in an immutable container, or a jax device cannot hold a dtype.
     """
     targets: Any = dict(module_tensors(live)) if isinstance(live, torch.nn.Module) else live
-    raise_if_deleted(_named_leaves(arrays))
+    raise_if_deleted(named_leaves(arrays))
     raise_if_deleted(
-        {name: leaf for name, leaf in _named_leaves(targets).items() if isinstance(leaf, torchax_tensors.View)}
+        {name: leaf for name, leaf in named_leaves(targets).items() if isinstance(leaf, torchax_tensors.View)}
     )
     writes: list[Write] = []
     problems: list[Problem] = []
@@ -79,27 +79,30 @@ def assign_(live: Live, arrays: Any) -> Live:
 def _once_per_tie(
     tensors: dict[str, torch.Tensor], arrays: dict[str, Any], problems: list[Problem]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Both under one name for every tensor, noting tied weights that are given different values."""
+    """The live tensors and the new arrays with one name for every tensor, so that a tied weight is written once.
+
+    Tied weights that are given different values are added to `problems`.
+    """
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
     for group in names.values():
-        first, *others = [name for name in group if name in arrays] or group[:1]
-        for other in others:
-            if arrays[other] is not arrays[first] and not _same_bits(arrays[other], arrays[first]):
-                problems.append(Problem("ties", "", other, f"the value of {first}, with which it is tied", "another"))
+        first, *aliases = [name for name in group if name in arrays] or group[:1]
+        for alias in aliases:
+            if arrays[alias] is not arrays[first] and not _same_bits(arrays[alias], arrays[first]):
+                problems.append(Problem("ties", "", alias, f"the value of {first}, with which it is tied", "another"))
         for name in {*group} - {first}:
             del tensors[name]
             arrays.pop(name, None)
     return tensors, arrays
 
 
-def _same_bits(one: Any, other: Any) -> bool:
-    one, other = (array_in(value) if isinstance(value, torch.Tensor) else value for value in (one, other))
+def _same_bits(left: Any, right: Any) -> bool:
+    left, right = (array_in(value) if isinstance(value, torch.Tensor) else value for value in (left, right))
     return (
-        one.shape == other.shape
-        and one.dtype == other.dtype
-        and np.asarray(one).tobytes() == np.asarray(other).tobytes()
+        left.shape == right.shape
+        and left.dtype == right.dtype
+        and np.asarray(left).tobytes() == np.asarray(right).tobytes()
     )
 
 
@@ -111,7 +114,16 @@ def _plan_writes(
     writes: list[Write],
     problems: list[Problem],
 ) -> None:
-    """Walk both trees together; collect the writes of the leaves, and every problem."""
+    """Walk both trees together, and collect the writes of all leaves in `writes` and all problems in `problems`.
+
+    Args:
+        name: the dotted name of this node.
+        live: the live node.
+        value: the new node.
+        replace: puts another object in the place of `live`; None if its container is immutable.
+        writes: where to add the writes.
+        problems: where to add the problems.
+    """
     join = f"{name}." if name else ""
     if isinstance(live, torch.Tensor):
         _plan_tensor(name, live, value, writes, problems)
@@ -130,19 +142,19 @@ def _plan_writes(
         if not isinstance(value, list | tuple) or len(value) != len(live):
             problems.append(Problem("shape", "", name, f"{len(live)} entries", _kind(value)))
             return
-        for index, (one, new) in enumerate(zip(live, value, strict=True)):
+        for index, (entry, new) in enumerate(zip(live, value, strict=True)):
             put = _setter(live, index) if isinstance(live, list) else None
-            _plan_writes(f"{join}{index}", one, new, put, writes, problems)
+            _plan_writes(f"{join}{index}", entry, new, put, writes, problems)
     elif isinstance(live, np.ndarray):
         if (checked := _checked(name, live.shape, live.dtype, value, problems)) is not None:
-            writes.append(lambda undo: _overwrite(live, np.asarray(checked), undo))
+            writes.append(lambda undo: overwrite(live, np.asarray(checked), undo))
     elif replace is None:
         raise UnsupportedLeafError(
             name, f"a {type(live).__name__} in an immutable container cannot be replaced in place"
         )
     elif isinstance(live, jax.Array):
         if (checked := _checked(name, live.shape, live.dtype, value, problems)) is not None:
-            writes.append(lambda undo: _replace(replace, live, place_like(_unshared(checked), live), undo))
+            writes.append(lambda undo: _replace(replace, live, place_like(unshared(checked), live), undo))
     else:
         writes.append(lambda undo: _replace(replace, live, value, undo))
 
@@ -160,9 +172,9 @@ def _plan_tensor(name: str, live: torch.Tensor, value: Any, writes: list[Write],
 
 
 def _checked(name: str, shape: tuple[int, ...], dtype: np.dtype, value: Any, problems: list[Problem]) -> Array | None:
-    """`value` as an array if it has this shape and dtype; otherwise None, with the problem noted."""
+    """`value` as an array if it has this shape and dtype; otherwise None, and the problem is added to `problems`."""
     if isinstance(value, torch.Tensor):
-        live_array(name, value)  # raises what array_in would not explain
+        live_array(name, value)  # raises UnsupportedLeafError, with a reason, where `array_in` would only fail
         value = array_in(value)
     elif isinstance(value, np.generic):
         value = np.asarray(value)
@@ -180,10 +192,10 @@ def _checked(name: str, shape: tuple[int, ...], dtype: np.dtype, value: Any, pro
 
 def _placed_like(array: Array, live: torch.Tensor) -> Array:
     if isinstance(live, torchax_tensors.Tensor):
-        return place_like(_unshared(array), torchax_tensors.array_of(live))
+        return place_like(unshared(array), torchax_tensors.array_of(live))
     if not (live.is_meta or isinstance(live, torchax_tensors.View)):
         return np.asarray(array).astype(live_dtype(live), copy=False)  # widens what `device_dtype` narrowed
-    placed: jax.Array = jax.device_put(_unshared(array))
+    placed: jax.Array = jax.device_put(unshared(array))
     return placed
 
 

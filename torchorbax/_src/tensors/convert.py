@@ -1,4 +1,4 @@
-"""To_jax."""
+"""`to_jax`: the `jax.Array`s that the tensors of a tree hold, without a copy where there is one already."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ import torch
 from torchorbax._src.arrays.dtypes import fits_on_device
 from torchorbax._src.arrays.leaves import ARRAY_TYPES, leaf_name
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.tensors.live import _named_leaves, host_copy, live_array, module_tensors, raise_if_deleted
+from torchorbax._src.tensors.live import host_copy, live_array, module_tensors, named_leaves, raise_if_deleted
 from torchorbax.errors import UnsupportedLeafError
-
-# ---------------------------------------------------------------------------------------------------- live -> arrays
 
 
 def to_jax(tree: Any) -> Any:
     """The same tree with every tensor as a `jax.Array`.
 
-    A torchax tensor gives the very array it holds (no copy), and a View the array it describes. CPU torch tensors and
-    numpy arrays are copied, so that changing them later does not change the result. A dtype that JAX would narrow (64
-    bits while `jax_enable_x64` is off) gives a numpy array of that dtype. Python numbers, strings and None stay as they
-    are.
+    A torchax tensor gives the very array that it holds, without a copy, and a View gives the array that it describes.
+    CPU torch tensors and numpy arrays are copied, so that later changes to them do not change the result. Where JAX
+    would narrow a dtype (64 bits while `jax_enable_x64` is off), the result is a numpy array of that dtype. Python
+    numbers, strings and None stay as they are.
 
     Args:
-        tree: a tensor, a module (gives a dict by the names of its `state_dict`, tied weights under each of their
-            names), or any JAX pytree of tensors and arrays.
+        tree: a tensor, a module (the result is a dict by the names of its `state_dict`, with tied weights under each of
+            their names), or any JAX pytree of tensors and arrays.
 
     Raises:
-        UnsupportedLeafError: a leaf without values (meta) or of a dtype or type that no array can hold.
-        DeletedArrayError: torchax tensors whose buffers were donated; names them all.
+        UnsupportedLeafError: a leaf has no values (it is on meta), or a dtype or type that no array can hold.
+        DeletedArrayError: buffers of torchax tensors have been donated; the error names all of them.
     """
     if isinstance(tree, torch.nn.Module):
         tree = dict(module_tensors(tree))
@@ -44,11 +42,11 @@ def to_jax(tree: Any) -> Any:
             for path, leaf in flat
         ]
         deleted = any(isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
-    except RuntimeError:  # a view of an array that has been deleted
-        raise_if_deleted(_named_leaves(tree))
+    except RuntimeError:  # from a View of an array that has been deleted
+        raise_if_deleted(named_leaves(tree))
         raise
     if deleted:
-        raise_if_deleted(_named_leaves(tree))
+        raise_if_deleted(named_leaves(tree))
     return jax.tree.unflatten(structure, arrays)
 
 

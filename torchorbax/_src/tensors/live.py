@@ -1,4 +1,4 @@
-"""torch and torchax leaves to `jax.Array`s, and arrays back into live tensors, in place."""
+"""Live tensors: what holds their values, whether they still have them, and how an array is put into one in place."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def module_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
             yield name, value
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their dotted names."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def raise_if_deleted(leaves: Mapping[str, Any]) -> None:
-    """Raise DeletedArrayError naming every leaf whose buffer is gone."""
+    """Raise DeletedArrayError, with the names of all leaves whose buffers have been deleted."""
     deleted = [name for name, leaf in leaves.items() if _is_deleted(leaf)]
     if deleted:
         raise DeletedArrayError(deleted)
@@ -43,10 +44,10 @@ def _is_deleted(leaf: object) -> bool:
 
 
 def live_array(name: str, leaf: Any) -> jax.Array | np.ndarray | torch.Tensor:
-    """What holds a leaf's values, without a copy: its `jax.Array`, or the host array or CPU torch tensor itself.
+    """What holds a leaf's values, not copied: its `jax.Array`, or the host array or CPU torch tensor itself.
 
     Raises:
-        UnsupportedLeafError: there are no values, or no array can hold them bit for bit.
+        UnsupportedLeafError: the leaf has no values, or no array can hold them bit for bit.
     """
     if isinstance(leaf, jax.Array):
         if leaf.dtype not in _HOST_DTYPES:
@@ -75,28 +76,30 @@ _HOST_DTYPES = frozenset(TORCH_TO_NUMPY.values())
 
 
 def host_copy(array: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A numpy array of the same bits in memory of its own, of what `live_array` gave for a host leaf."""
+    """A copy, as a numpy array with the same bits, of what `live_array` returned for a host leaf."""
     return torch_to_host(array) if isinstance(array, torch.Tensor) else np.array(array, copy=True)
 
 
 def live_dtype(tensor: torch.Tensor) -> np.dtype | None:
-    """The dtype of a live tensor's values: for a torchax tensor that of its array; None if no array can hold them."""
+    """The dtype of a live tensor's values. For a torchax tensor, its array's; None if no array can hold the values."""
     if isinstance(tensor, torchax_tensors.Tensor):
         return np.dtype(torchax_tensors.array_of(tensor).dtype)
     return TORCH_TO_NUMPY.get(tensor.dtype)
 
 
 def device_dtype(name: str, dtype: np.dtype, values: np.ndarray | torch.Tensor | None = None) -> np.dtype:
-    """The dtype that a leaf has in a torchax tensor on a jax device: its own, or int32 for int64 while
-    `jax_enable_x64` is off and no value is lost, as in torchax.
+    """The dtype that a leaf gets as a torchax tensor on a jax device.
+
+    It is the leaf's own dtype, except that int64 becomes int32 while `jax_enable_x64` is off, as in torchax, if no
+    value is lost.
 
     Args:
         name: the leaf's name.
-        dtype: its dtype.
-        values: its values, if it has some yet.
+        dtype: the leaf's dtype.
+        values: the leaf's values, if it has some already.
 
     Raises:
-        UnsupportedLeafError: it cannot be there without loss.
+        UnsupportedLeafError: a torchax tensor cannot hold the leaf without loss.
     """
     if not torchax_tensors.can_hold(NUMPY_TO_TORCH[dtype]):
         raise UnsupportedLeafError(name, f"torchax has no tensors of {dtype}; keep this one on the CPU")
@@ -116,22 +119,25 @@ def device_dtype(name: str, dtype: np.dtype, values: np.ndarray | torch.Tensor |
     return np.dtype(np.int32)
 
 
-def _unshared(array: Array) -> Array:
-    """`array` in memory that nobody else can change: JAX's CPU backend takes numpy's as it is where it can."""
+def unshared(array: Array) -> Array:
+    """A `jax.Array` as it is, and a copy of a numpy array.
+
+    JAX's CPU backend may use the memory of a numpy array, which its owner could then change.
+    """
     return array if isinstance(array, jax.Array) else host_copy(array)
 
 
 def settle(live: torch.Tensor, array: Array, undo: ExitStack) -> None:
-    """Make a live tensor hold `array`, of its shape and dtype, where the array is; registers how to undo it.
+    """Make a live tensor hold `array`, which has its shape and dtype, and register on `undo` how to reverse it.
 
-    A `jax.Array` goes into a torchax tensor or View, and turns a CPU or meta tensor into a torchax tensor that holds
-    it, with its identity kept. A numpy array goes into the memory of a CPU tensor.
+    The array is not moved. A `jax.Array` is put into a torchax tensor or View; a CPU or meta tensor becomes a torchax
+    tensor that holds it, and remains the same Python object. A numpy array is copied into the memory of a CPU tensor.
 
     Raises:
-        ConfigError: torch cannot turn this tensor into another.
+        ConfigError: torch cannot exchange the content of this tensor.
     """
     if not isinstance(array, jax.Array):
-        _overwrite(live, array, undo)
+        overwrite(live, array, undo)
     elif torchax_tensors.is_torchax(live):
         undo.callback(torchax_tensors.set_array, live, torchax_tensors.array_of(live))
         torchax_tensors.set_array(live, array)
@@ -146,7 +152,8 @@ def settle(live: torch.Tensor, array: Array, undo: ExitStack) -> None:
         undo.callback(torch.utils.swap_tensors, live, before)
 
 
-def _overwrite(live: np.ndarray | torch.Tensor, array: np.ndarray, undo: ExitStack) -> None:
+def overwrite(live: np.ndarray | torch.Tensor, array: np.ndarray, undo: ExitStack) -> None:
+    """Copy `array` into the memory of a numpy array or CPU tensor, and register on `undo` how to reverse it."""
     if isinstance(live, np.ndarray):
         undo.callback(np.copyto, live, live.copy())
         np.copyto(live, array)
@@ -157,7 +164,7 @@ def _overwrite(live: np.ndarray | torch.Tensor, array: np.ndarray, undo: ExitSta
 
 
 def tensor_of(array: Array) -> torch.Tensor:
-    """A new tensor with the values of `array`: a torchax tensor of a `jax.Array`, a CPU tensor of a numpy array."""
+    """A new tensor with the values of `array`: a torchax tensor for a `jax.Array`, a CPU tensor for a numpy array."""
     return torchax_tensors.wrap(array) if isinstance(array, jax.Array) else host_to_torch(array)
 
 

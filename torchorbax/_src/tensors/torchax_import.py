@@ -1,11 +1,11 @@
-"""The only module that imports torchax: makes it importable first.
+"""The only module that imports torchax. It makes torchax importable on torch releases on which it otherwise fails.
 
-torchax 0.0.13 registers its lowerings under aten operators and overloads by name, and later torch releases have dropped
+torchax 0.0.13 registers its lowerings under aten operators and overloads by name. Later torch releases have dropped
 some of them (the named-dimension overloads in 2.13, `aten.qr` and `aten.cholesky` in 2.14), so that `import torchax`
-raises AttributeError there. A name that is gone can never be called; all torchax needs is a key for its registry. So
-while torchax is being imported, a name that its own code asks for and torch lacks yields a placeholder. Nothing is
-registered with torch, code outside torchax sees no difference, and afterwards nothing stays patched. This module's
-import runs it, so Python's import lock makes it happen once, whatever the number of threads.
+raises AttributeError there. An operator that torch does not have can never be called: torchax only needs some key for
+its registry. So while torchax is being imported, its own code gets a placeholder for every aten name that torch lacks.
+Nothing is registered with torch, code outside torchax sees no difference, and nothing stays patched afterwards. All
+this happens when this module is imported, so Python's import lock makes it happen once, whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ _SUBMODULES = ("torchax", "torchax.decompositions", "torchax.ops.jaten", "torcha
 
 
 class _MissingOp:
-    """Stands for an aten operator or overload that this torch does not have: a registry key that nothing ever looks
-    up."""
+    """A placeholder for an aten operator or overload that this torch release does not have.
+
+    torchax uses it as a key of its registry, which nothing ever looks up.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -38,15 +40,15 @@ class _MissingOp:
 
 
 def _or_missing(lookup: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    """`lookup`, answering torchax's requests for what is missing in aten with a placeholder."""
+    """`lookup`, except that torchax's own code gets a placeholder for an aten name that is missing."""
 
     def __getattr__(self: Any, key: str) -> Any:
         try:
             return lookup(self, key)
         except AttributeError:
-            asking = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+            caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
             owner: str = self.name if isinstance(self, torch._ops._OpNamespace) else self._qualified_op_name
-            if asking != "torchax" or key.startswith("__") or owner.partition("::")[0] != "aten":
+            if caller != "torchax" or key.startswith("__") or owner.partition("::")[0] != "aten":
                 raise
             return _MissingOp(f"{owner}.{key}")
 
@@ -58,7 +60,7 @@ def _placeholders_for_missing_ops() -> Iterator[None]:
     patched: tuple[Any, ...] = (torch._ops._OpNamespace, torch._ops.OpOverloadPacket)
     originals = [cls.__getattr__ for cls in patched]
     for cls, original in zip(patched, originals, strict=True):
-        cls.__getattr__ = _or_missing(original)  # undone below
+        cls.__getattr__ = _or_missing(original)
     try:
         yield
     finally:

@@ -1,0 +1,204 @@
+"""SIGTERM saves the current step and ends the loop, in one process and in several."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torchorbax import verify
+
+from tests.helpers.fake_runs import fake_run, weights
+from tests.helpers.memory_storage import MemoryStorage
+from tests.helpers.programs import ROOT, RunPython, child_of, start
+from tests.helpers.several import Running, RunProcesses, alike, facts_of
+
+
+def test_sigterm_that_arrives_when_save_has_already_looked(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fake_run(storage, save=None) as run:
+        save = run.save
+
+        def save_then_signal(step: int, *args: Any, **kwargs: Any) -> bool:
+            saved = save(step, *args, **kwargs)
+            run._preemption.received = run.preempted or step == 1
+            return saved
+
+        monkeypatch.setattr(run, "save", save_then_signal)
+        assert list(run.steps(5)) == [0, 1]
+    assert storage.steps() == [1]
+
+
+def test_sigterm_saves_what_the_body_handed_over(storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes after `save` has said that nothing is due; the live values are stale in a functional loop."""
+    seen: list[float] = []
+    write = storage.write
+    monkeypatch.setattr(
+        storage, "write", lambda s, a, fill: (seen.append(float(np.asarray(a["w", "w"])[0])), write(s, a, fill))[1]
+    )
+    with fake_run(storage, save=100) as run:
+        for step in run.steps(9):
+            run.save(step, {"w": weights(step + 1.0)}, metrics={"loss": step})
+            run._preemption.received = step == 7
+    assert storage.steps() == [0, 7]
+    assert seen == [1.0, 8.0]
+    assert storage.committed[7].metrics == {"loss": 7.0}
+
+
+SIGTERM = """
+    import torch, torchorbax
+    from tests.helpers.models import RULES, batch_of, loss_fn, seeded
+    from tests.helpers.several_state import all_devices
+
+    def build(name):
+        model = seeded()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        step = torchorbax.train_step(model, optimizer, loss_fn)
+        return step, torchorbax.resume(
+            model, optimizer, f"{sys.argv[1]}/{name}", shardings=(all_devices("fsdp"), RULES), save=None,
+            barrier_timeout_s=60,
+        )
+
+    step, run = build("steps")
+    last = None
+    with run:
+        for i in run.steps(1_000_000):
+            float(step(batch_of(i)))
+            last = i
+            if i == 10:
+                tell("running")
+    note(steps=[last, run.all_steps(), run.preempted])
+
+    step, run = build("by hand")
+    last = 0
+    while not run.preempted:
+        float(step(batch_of(last)))
+        if last == 10:
+            tell("running by hand")
+        saved = run.save(last)
+        last += 1
+    run.close()
+    note(by_hand=[last - 1, run.all_steps(), saved])
+"""
+
+
+def test_sigterm_to_one_process_stops_all_with_the_same_step_saved(folder: Path, run_processes: RunProcesses) -> None:
+    path = folder / "sigterm"
+
+    def during(running: Running) -> Sequence[int]:
+        running.wait_for(1, "running")
+        running.signal(1, signal.SIGTERM)
+        running.wait_for(0, "running by hand")
+        running.signal(0, signal.SIGTERM)
+        return ()
+
+    ended = run_processes(SIGTERM, path, devices=2, during=during)
+    last, there, preempted = alike(facts_of(ended), "steps")
+    assert last >= 10
+    assert there == [last]
+    assert preempted
+    last, there, saved = alike(facts_of(ended), "by_hand")
+    assert last >= 10
+    assert there == [last]
+    assert saved
+    assert "SIGTERM: saving the current step" in ended[1].stderr
+    assert all(f"the last committed step is {one}" in ended[0].stderr for one in verify(path / "steps"))
+
+
+LOOP = """
+    import sys
+    sys.path.insert(0, {root!r})
+    import numpy as np, torch, torchorbax
+    model = torch.nn.Linear(64, 64)
+    with torchorbax.resume(model, None, sys.argv[1], save=None) as run:
+        for step in run.steps(1_000_000):
+            with torch.no_grad():
+                model.weight.fill_(step)
+            print(step, flush=True)
+    print("ended", run.preempted, run.all_steps(), flush=True)
+"""
+
+
+def test_sigterm_saves_the_current_step_and_ends_the_loop(tmp_path: Path, run_python: RunPython) -> None:
+    process = start(LOOP.format(root=str(ROOT)), tmp_path / "run", cwd=tmp_path)
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != "20":
+        assert process.poll() is None
+    os.kill(child_of(process), signal.SIGTERM)
+    lines = process.stdout.read().splitlines()  # not by `communicate`, which misses what `readline` has read ahead
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    last_step = int(lines[-2])
+    assert lines[-1] == f"ended True [{last_step}]"
+    assert "SIGTERM: saving the current step" in err
+    check = "import sys, torchorbax; print(float(torchorbax.load(sys.argv[1])['weight'][0, 0]))"
+    assert float(run_python(check, tmp_path / "run").stdout) == last_step
+
+
+def test_sigterm_in_a_hand_written_loop(tmp_path: Path, run_python: RunPython) -> None:
+    code = """
+        import os, signal, sys, torch, torchorbax
+        before = signal.getsignal(signal.SIGTERM)
+        run = torchorbax.resume(torch.nn.Linear(2, 2), None, sys.argv[1], save=None)
+        started = []
+        for step in range(6):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            started.append(run.save(step))
+        run.close()
+        print(started, run.preempted, run.all_steps(), signal.getsignal(signal.SIGTERM) == before)
+    """
+    out = run_python(code, tmp_path / "run").stdout
+    assert out.strip() == "[False, False, False, True, False, False] True [3] True"
+
+
+def test_a_second_sigterm_ends_the_process(tmp_path: Path, run_python: RunPython) -> None:
+    code = """
+        import os, signal, sys, torch, torchorbax
+        with torchorbax.resume(torch.nn.Linear(2, 2), None, sys.argv[1]) as run:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here")
+    """
+    done = run_python(code, tmp_path / "run", check=False)
+    assert done.returncode == -signal.SIGTERM
+    assert "still here" not in done.stdout
+
+
+def test_a_forked_worker_dies_when_told_to(tmp_path: Path, run_python: RunPython) -> None:
+    """A DataLoader ends its workers with SIGTERM; they inherit the handler and the open run."""
+    code = """
+        import os, signal, sys, time, torch, torchorbax
+        with torchorbax.resume(torch.nn.Linear(2, 2), None, sys.argv[1]) as run:
+            told, tell = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.write(tell, b"x")
+                while True:  # a signal that comes right before a wait without an end would not be seen
+                    signal.sigtimedwait([], 0.05)
+            os.read(told, 1)
+            os.kill(pid, signal.SIGTERM)
+            _, status = os.waitpid(pid, 0)
+            print(os.WTERMSIG(status) == signal.SIGTERM, run.preempted)
+    """
+    assert run_python(code, tmp_path / "run", warnings="ignore").stdout.strip() == "True False"
+
+
+def test_sigterm_reaches_every_run_and_the_handler_of_before_comes_back(tmp_path: Path, run_python: RunPython) -> None:
+    code = """
+        import os, signal, sys, torch, torchorbax
+        before = signal.getsignal(signal.SIGTERM)
+        one, two = (torchorbax.resume(torch.nn.Linear(2, 2), None, sys.argv[1] + name, save=None) for name in "ab")
+        os.kill(os.getpid(), signal.SIGTERM)
+        print(one.preempted, two.preempted)
+        one.close()
+        print(signal.getsignal(signal.SIGTERM) == before)
+        two.close()
+        print(signal.getsignal(signal.SIGTERM) == before)
+    """
+    assert run_python(code, tmp_path / "run").stdout.split() == ["True", "True", "False", "True"]

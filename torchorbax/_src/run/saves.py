@@ -1,0 +1,167 @@
+"""The saves of a run: which tiers save a step, the snapshot they share, and how each save ended."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchorbax._src.distributed.channel import Channel
+from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.run.options import RunOptions
+from torchorbax._src.run.step_metrics import checked
+from torchorbax._src.run.tier import Tier
+from torchorbax._src.save.save import Save, SaveRecord
+from torchorbax._src.save.staging import prepare as prepare_snapshots
+from torchorbax._src.state.item import Captured, Item
+from torchorbax.errors import ConfigError, ProcessError, TorchorbaxError
+
+_logger = logging.getLogger(__name__)
+
+
+class Saves:
+    """Starts the saves of a run, and collects them.
+
+    Args:
+        tiers: where the run is saved; the first is the run's path.
+        items: the live objects.
+        processes: all processes of the run, which call this in the same order.
+        options: how snapshots are taken, and whether the last complete step is kept for an exception.
+
+    Attributes:
+        history: a record of every save that has been started, in order.
+    """
+
+    def __init__(
+        self, tiers: Sequence[Tier], items: Mapping[str, Item], processes: Processes, options: RunOptions
+    ) -> None:
+        self.history: list[SaveRecord] = []
+        self._tiers = tiers
+        self._main = tiers[0]
+        self._items = items
+        self._processes = processes
+        self._staging = options.staging
+        self._save_on_exception = options.save_on_exception
+        self._unsaved: Save | None = None  # the last complete step, if it was not due
+        self._preemption_saved = False
+
+    def offer(
+        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any], *, force: bool, started_s: float
+    ) -> bool:
+        """Start to save a step in each tier that is due. Returns whether any is.
+
+        Args:
+            step: the step just finished.
+            state: trees to save in place of live values, by item name.
+            metrics: numbers of this step.
+            force: save under the run's path, whatever the policy says.
+            started_s: `time.perf_counter()` when the caller called `save`.
+
+        Raises:
+            ConfigError, UnsupportedLeafError, DeletedArrayError, MismatchError: as `Checkpointer.save`.
+        """
+        now = datetime.datetime.now(datetime.UTC)
+        capture = functools.cache(functools.partial(self._capture, state))  # once for all tiers
+
+        def save_for(tier: Tier) -> Save:
+            numbers = checked(metrics)
+            return Save(step, now, numbers, started_s, tier.take(capture(), self._staging))
+
+        due = self._due(step, now, force)
+        for tier in due:
+            self._check(tier, step, state)
+            tier.saver.collect()  # two saves never overlap
+            try:
+                save = save_for(tier)
+            except Exception as error:
+                if self._processes.count > 1:  # the others have started to save this step and must learn of the error
+                    self._start(tier, Save(step, now, {}, started_s, error))
+                raise
+            self._start(tier, save)
+        # Keep a step that is not saved, in case an exception makes it the last one.
+        if self._main in due:
+            self._unsaved = None
+        elif self._save_on_exception and step > self._main.newest:
+            self._check(self._main, step, state)
+            self._unsaved = save_for(self._main)
+        return bool(due)
+
+    def prepare(self) -> None:
+        """Start the saving threads, and compile what the first snapshot will need."""
+        for tier in self._tiers:
+            tier.saver.prepare()
+        try:
+            captured = self._capture({})
+        except TorchorbaxError as error:  # lazy, or not placed yet; a save reports it if that has not changed by then
+            _logger.debug("%s: nothing is prepared: %s", self._main.storage.path, error)
+            return
+        prepare_snapshots(captured, self._staging)
+
+    def collect(self) -> None:
+        """Wait for the saves in flight."""
+        for tier in self._tiers:
+            tier.saver.collect()
+
+    def raise_unreported(self) -> None:
+        """Raise the error of a collected save, once.
+
+        Raises:
+            SaveError: the first one; notes of it name the others.
+        """
+        errors = [error for tier in self._tiers if (error := tier.saver.take_unreported()) is not None]
+        for other in errors[1:]:
+            errors[0].add_note(f"Besides: {other}")
+        if errors:
+            raise errors[0]
+
+    def drop_unsaved(self) -> None:
+        """Forget the last complete step, which is no longer to be saved if an exception comes."""
+        self._unsaved = None
+
+    def save_unsaved(self) -> None:
+        """Save the last complete step, if it was not due and all processes have ended after it."""
+        self._main.saver.collect()
+        unsaved, self._unsaved = self._unsaved, None
+        if unsaved is not None and self._all_ended_after(unsaved.step):
+            self._start(self._main, unsaved)
+
+    def close(self) -> None:
+        """End the saving threads, once all saves have been collected."""
+        for tier in self._tiers:
+            tier.saver.close()
+
+    def _due(self, step: int, now: datetime.datetime, force: bool) -> list[Tier]:
+        """The tiers that are to save this step."""
+        due = [tier for tier in self._tiers if (force and tier is self._main) or tier.due(step, now)]
+        if self._main.decider.preempted and not self._preemption_saved and self._main not in due:
+            due.insert(0, self._main)
+        # A step that the local tier has already may be offered again, to be saved under the path after all.
+        return [tier for tier in due if tier is self._main or step > tier.newest]
+
+    def _check(self, tier: Tier, step: int, state: Mapping[str, Any]) -> None:
+        tier.check_step(step)
+        if unknown := [name for name in state if name not in self._items]:
+            raise ConfigError(f"save got state for {', '.join(unknown)}, but there is only {', '.join(self._items)}")
+
+    def _capture(self, state: Mapping[str, Any]) -> dict[str, Captured]:
+        return {name: item.capture(state.get(name)) for name, item in self._items.items()}
+
+    def _start(self, tier: Tier, save: Save) -> None:
+        if tier is self._main:
+            self._preemption_saved = tier.decider.preempted
+        self.history.append(tier.start(save))
+
+    def _all_ended_after(self, step: int) -> bool:
+        """Have all processes come to an end with the same step unsaved?"""
+        path = self._main.storage.path
+        channel = Channel(self._processes, "exception")
+        try:
+            steps = channel.everyone("exception", step)
+        except ProcessError as error:
+            _logger.warning("%s: step %d is complete but not saved: %s", path, step, error)
+            return False
+        if len(set(steps)) > 1:
+            _logger.warning("%s: step %d is not saved: the processes ended at %s", path, step, steps)
+        return len(set(steps)) == 1

@@ -1,0 +1,86 @@
+"""One save, from the call in the training loop until it is committed."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchorbax._src.format.manifest import Manifest
+from torchorbax._src.save.frozen import Identities
+from torchorbax._src.save.snapshot import Snapshot
+from torchorbax.errors import SaveError
+
+
+@dataclass
+class SaveRecord:
+    """One save of this process.
+
+    Attributes:
+        step: the step saved.
+        time: when `save` was called, in UTC.
+        stall_s: seconds that `save` kept the loop, waiting for an earlier save included.
+        commit_s: seconds from the call until the step was committed; None while in flight or if it failed.
+        nbytes: bytes of arrays written, each counted once; frozen parameters that a base has are not.
+        metrics: the numbers given with it; complete once it is committed.
+        error: why it failed, if it did.
+        path: where it was saved.
+    """
+
+    step: int
+    time: datetime.datetime
+    stall_s: float = 0.0
+    commit_s: float | None = None
+    nbytes: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: SaveError | None = None
+    path: str = ""
+
+
+@dataclass
+class Save:
+    """A step to be saved, with its snapshot.
+
+    Attributes:
+        step: its number.
+        time: when `save` was called, in UTC.
+        metrics: numbers and 0-d arrays, which are read on the saving thread.
+        started_s: `time.perf_counter()` at the call of `save`.
+        snapshot: what to write, until it is taken out; or the error because of which there is nothing to write.
+    """
+
+    step: int
+    time: datetime.datetime
+    metrics: Mapping[str, Any]
+    started_s: float
+    snapshot: Snapshot | Exception | None = field(repr=False)
+
+    def take_snapshot(self) -> Snapshot:
+        """Hand over the snapshot and forget it, so that its arrays are freed as they are written.
+
+        Raises:
+            Exception: the error because of which there is none.
+            RuntimeError: it has been handed over before.
+        """
+        snapshot, self.snapshot = self.snapshot, None
+        if snapshot is None:
+            raise RuntimeError(f"the snapshot of step {self.step} has been taken before")
+        if isinstance(snapshot, Exception):
+            raise snapshot
+        return snapshot
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What is known of a save that has been committed.
+
+    Attributes:
+        manifest: what the step says about itself; without most fingerprints in processes other than the first.
+        identities: its frozen arrays.
+        nbytes: bytes of the arrays written, by all processes together.
+    """
+
+    manifest: Manifest
+    identities: Identities
+    nbytes: int
