@@ -26,6 +26,8 @@ from torchorbax._src.state.request import Request
 
 from tests.state.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
 
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")  # Hypothesis's, of its strategies
+
 Program = dict[str, Any]
 """What a program would hand to `resume`."""
 REFUSALS = (ConfigError, MismatchError, UnsupportedLeafError)
@@ -243,7 +245,7 @@ class WithExtraState(OddModule):
         return self.extra
 
     def set_extra_state(self, state: Any) -> None:
-        self.extra = state
+        vars(self)["extra"] = state  # a Parameter, too, without being registered
 
 
 _TENSORS = st.lists(
