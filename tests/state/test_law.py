@@ -26,6 +26,8 @@ from torchorbax._src.state.request import Request
 
 from tests.helpers.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
 
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")  # Hypothesis's, of its strategies
+
 Program = dict[str, Any]
 """What a program would hand to `resume`."""
 REFUSALS = (ConfigError, MismatchError, UnsupportedLeafError)
@@ -48,10 +50,11 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
     prints = dict.fromkeys(written.leaves, "0" * 32)
     manifest = Manifest.from_json(json.loads(json.dumps(written.stamped(prints).to_json())))
     fresh = items_of(again, rng=False)
+    arrays = snapshot.arrays
     plan = planned("a run", manifest, fresh, None, Request())
     with contextlib.ExitStack() as undo:
         for name, one in plan.items.items():
-            loaded = {leaf: _loaded(snapshot.arrays[name, leaf], target) for leaf, target in one.targets.items()}
+            loaded = {leaf: _loaded(arrays[name, leaf], target) for leaf, target in one.targets.items()}
             assert not one.dtypes
             fresh[name].apply(manifest.items[name], one, loaded, undo)
         undo.pop_all()
@@ -242,7 +245,7 @@ class WithExtraState(OddModule):
         return self.extra
 
     def set_extra_state(self, state: Any) -> None:
-        self.extra = state
+        vars(self)["extra"] = state  # a Parameter, too, without being registered
 
 
 _TENSORS = st.lists(

@@ -25,7 +25,7 @@ def test_values_with_arrays_in_them_are_compared_to_the_end(tmp_path: Path) -> N
     live, wrong = Counter({"a": np.int64(1)}), Counter({"a": np.float32(1)})
     with (
         Checkpointer(tmp_path, {"seen": live}, rng=False) as run,
-        pytest.raises(torchorbax.MismatchError, match="the state handed to save does not fit"),
+        pytest.raises(MismatchError, match="the state handed to save does not fit"),
     ):
         run.save(0, {"seen": wrong}, force=True)
 

@@ -145,10 +145,28 @@ def test_a_list_of_objects_must_stay_what_it_is(change: Callable[[Any], object],
     with Checkpointer(tmp_path, {"teachers": some}, save=None) as run:
         run.save(0, force=True)
         change(some)
-        with pytest.raises(
-            ConfigError, match=r"teachers\.0: the container that it is in has changed since the run was"
-        ):
+        with pytest.raises(ConfigError, match=r"teachers\.0: the container that it is in has got other entries since"):
             run.save(1, force=True)
+
+
+def test_entries_that_are_added_later_are_not_lost_silently(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"x": 1, "model": nn.Linear(1, 1)}, save=None) as run:
+        run.state["x"] = torch.ones(1)
+        run.save(0, force=True)
+        run.state["y"] = 2
+        with pytest.raises(ConfigError, match=r"x: the container that it is in has got other entries since"):
+            run.save(1, force=True)
+        del run.state["y"]
+        run.state["model"] = nn.Linear(1, 1)
+        with pytest.raises(ConfigError, match=r"model: the container that it is in has got other entries since"):
+            run.save(1, force=True)
+
+
+def test_a_value_beside_objects_in_a_tuple_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"both\.1: a int beside objects in a tuple cannot be replaced .* use a list"):
+        Checkpointer(tmp_path, {"both": (nn.Linear(1, 1), 3)})
+    Checkpointer(tmp_path, {"both": (nn.Linear(1, 1), [3])}).close()
+    Checkpointer(tmp_path, {"both": [nn.Linear(1, 1), 3]}).close()
 
 
 def test_an_error_of_the_code_is_never_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

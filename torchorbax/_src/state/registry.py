@@ -46,8 +46,7 @@ def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:
     by_rules = _placed_by_rules(modules)
     items: dict[str, Item] = {}
     for name, (slot, key, value) in found.items():
-        item = _item(name, slot, key, value, modules, by_rules)
-        items[name] = item if slot is state or isinstance(item, PytreeItem) else _Kept(name, item, slot, key)
+        items[name] = _Kept(name, _item(name, slot, key, value, modules, by_rules), slot, key)
     for name, one in items.items():
         if not isinstance(found[name][2], torch.utils.data.DataLoader):  # which would start its workers
             _check_savable(name, one)
@@ -74,7 +73,13 @@ def _is_elsewhere(tensor: torch.Tensor) -> bool:
 
 
 class _Kept:
-    """An object in a list or dict of the user's, which must stay what the run was opened with."""
+    """An item in a container of the user's, which must keep the entries that the run was opened with.
+
+    A tree may become another one. Any other object must stay the one that it is, for the item refers to it.
+
+    Raises:
+        ConfigError: the container is a tuple, and the value one that a restore would have to replace.
+    """
 
     def __init__(self, name: str, item: Item, slot: Any, key: Any) -> None:
         self.kind = item.kind
@@ -82,15 +87,28 @@ class _Kept:
         self._item = item
         self._slot = slot
         self._key = key
-        self._object = slot[key]
+        self._entry = slot[key]
         self._count = len(slot)
+        self._may_become_another = isinstance(item, PytreeItem)
+        mutable = isinstance(self._entry, list | dict | torch.Tensor | np.ndarray)
+        if isinstance(slot, tuple) and self._may_become_another and not mutable:
+            raise ConfigError(
+                f"{name}: a {type(self._entry).__name__} beside objects in a tuple cannot be replaced when it is "
+                "restored; use a list or a dict"
+            )
+
+    def _is_there(self) -> bool:
+        if len(self._slot) != self._count:
+            return False
+        if isinstance(self._slot, Mapping) and self._key not in self._slot:
+            return False
+        return self._may_become_another or self._slot[self._key] is self._entry
 
     def capture(self, handed: Any = None) -> Captured:
-        there = self._key in self._slot if isinstance(self._slot, Mapping) else self._key < len(self._slot)
-        if len(self._slot) != self._count or not there or self._slot[self._key] is not self._object:
+        if not self._is_there():
             raise ConfigError(
-                f"{self._name}: the container that it is in has changed since the run was opened, so the same program "
-                "could not restore it. Close the run and open another with what is there now"
+                f"{self._name}: the container that it is in has got other entries since the run was opened, so the "
+                "same program could not restore it. Close the run and open another with what is there now"
             )
         return self._item.capture(handed)
 
