@@ -28,9 +28,7 @@ FLOORS = (
 )
 """The wings, the highest first, with what they hold. A wing imports from lower floors only."""
 
-EXCEPTIONS: Mapping[tuple[str, str], str] = {
-    ("format", "tensors"): "values makes torch tensors itself; it is to be given a function that does",
-}
+EXCEPTIONS: Mapping[tuple[str, str], str] = {}
 """Arrows that are not downwards, with the reason."""
 
 FOREIGN = {

@@ -47,6 +47,27 @@ hypothesis.settings.load_profile("usual")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SEVERAL_PROCESSES = "several processes"
+"""The group of tests that start several busy processes, which would keep each other waiting."""
+
+LONGEST_FIRST = ("campaigns", "examples", "storage", "run", "helpers")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`-n 2 --dist loadgroup`), modules are kept together, and so are tests of several processes."""
+
+    def module(item: pytest.Item) -> Path:
+        return item.path.relative_to(Path(__file__).parent).with_suffix("")
+
+    order = {folder: place for place, folder in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(module(item).parts[0], len(order)))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            several = "run_processes" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group(SEVERAL_PROCESSES if several else str(module(item))))
+
+
 @pytest.fixture(scope="session")
 def mesh() -> Mesh:
     """Eight devices along 'fsdp'."""
@@ -78,9 +99,9 @@ def run_python(tmp_path: Path) -> RunPython:
     """Run Python in a new process: `run_python(code or Path, *args, devices=8, timeout=120, check=True)`.
 
     A `str` is code, a `Path` a script. Warnings are errors there, too, unless `warnings` says otherwise. With `check`,
-    an exit code other than 0 fails the test with the program's output.
+    an exit code other than 0 fails the test with the program's output. The process is forked from one that has
+    imported nearly everything; `fresh=True` starts a new interpreter, for programs that are about importing.
     """
-
     return partial(run_program, tmp_path)
 
 

@@ -16,6 +16,7 @@ from torchorbax import ConfigError, policies
 from torchorbax._src.run.options import preservation_policy, save_policy
 
 START = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
+OBJECT = pytest.param(object(), id="object")
 
 
 def seconds(number: float) -> datetime.timedelta:
@@ -137,7 +138,7 @@ def test_any_object_with_should_save_is_a_policy() -> None:
 
 @pytest.mark.parametrize(
     "save",
-    [0, -1, True, False, 1.5, "often", "", seconds(0), seconds(-1), [10], object(), policies.FixedIntervalPolicy],
+    [0, -1, True, False, 1.5, "often", "", seconds(0), seconds(-1), [10], OBJECT, policies.FixedIntervalPolicy],
     ids=repr,
 )
 def test_what_is_no_save_policy(save: Any) -> None:
@@ -210,7 +211,7 @@ def test_any_object_with_should_preserve_is_a_policy() -> None:
 
 @pytest.mark.parametrize(
     "keep",
-    [0, -1, True, 1.5, "all", [1], seconds(5), object(), policies.LatestN, policies.FixedIntervalPolicy(3)],
+    [0, -1, True, 1.5, "all", [1], seconds(5), OBJECT, policies.LatestN, policies.FixedIntervalPolicy(3)],
     ids=repr,
 )
 def test_what_is_no_preservation_policy(keep: Any) -> None:

@@ -49,7 +49,6 @@ def test_few_rooms_import_a_foreign_library(library: str) -> None:
     assert {module for module in importing if not {module, wings.wing_of(module)} & rooms} == set()
 
 
-@pytest.mark.xfail(strict=True, reason="format.values makes torch tensors itself")
 def test_bytes_are_stored_and_checked_without_torchax() -> None:
     starts = [
         module

@@ -1,9 +1,8 @@
 """Which runs are the same run after a resume: every combination below, in one process and then in another.
 
-`python -m tests.campaigns.matrix first FOLDER SHARE` runs combinations without interruption and saves in the middle;
-`python -m tests.campaigns.matrix second FOLDER SHARE` builds each anew, from other random numbers, resumes and runs
-the rest.
-`python -m tests.campaigns.matrix write` does both for all and writes docs/matrix.md.
+One process runs combinations without interruption and saves in the middle; another builds each anew, from other random
+numbers, resumes and runs the rest. `python -m tests.campaigns.matrix write` does both for all and writes
+docs/matrix.md.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -35,12 +33,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchax import interop
 from torchax.train import ScannedModule
 from torchorbax import OptaxOptimizer, place_, resume, to_jax, train_step
-from torchorbax._src.format.values import encode
+from torchorbax._src.state.values import encode
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.helpers.models import BATCH, TOKENS, WIDTH, TiedNet, batch_of, loss_fn
+from tests.helpers.programs import ROOT, start_program
 
-PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
+PAGE = ROOT / "docs" / "matrix.md"
 STEPS, SAVED, SHARES = 6, 2, 2
 ENVIRONMENT = {
     **os.environ,
@@ -485,14 +484,24 @@ def verdict(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 
 def both_parts(folder: Path) -> dict[Combination, str]:
     """The verdicts of all combinations, each after two processes; `SHARES` of them run at a time."""
-    root = str(Path(__file__).parents[2])
+    code = """
+        import sys
+        from pathlib import Path
+        from tests.campaigns import matrix
+        matrix.run_all(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    """
     results: dict[str, dict[str, Any]] = {"first": {}, "second": {}}
     for part, found in results.items():
-        command = [sys.executable, "-m", "tests.campaigns.matrix", part, str(folder)]
-        processes = [subprocess.Popen([*command, str(share)], cwd=root, env=ENVIRONMENT) for share in range(SHARES)]
-        for share, process in enumerate(processes):
-            if process.wait() != 0:
-                raise RuntimeError(f"the {part} part of the matrix ended with exit code {process.returncode}")
+        with (folder / f"{part}.output").open("w+") as output:
+            processes = [
+                start_program(ROOT, code, part, folder, share, env=ENVIRONMENT, stdout=output, stderr=output)
+                for share in range(SHARES)
+            ]
+            codes = [process.wait() for process in processes]
+            if any(codes):
+                output.seek(0)
+                raise RuntimeError(f"the {part} part ended with exit codes {codes}\n{output.read()[-5000:]}")
+        for share in range(SHARES):
             found.update(json.loads((folder / f"{part}-{share}.json").read_text()))
     return {one: verdict(results["first"][str(one)], results["second"][str(one)]) for one in combinations()}
 
@@ -520,8 +529,7 @@ random numbers are the same to the last bit. {works} of {all} are; the others sa
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "write":
-        with tempfile.TemporaryDirectory() as folder:
-            PAGE.write_text(page(both_parts(Path(folder))))
-    else:
-        run_all(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1:] != ["write"]:
+        sys.exit("usage: python -m tests.campaigns.matrix write")
+    with tempfile.TemporaryDirectory() as folder:
+        PAGE.write_text(page(both_parts(Path(folder))))

@@ -48,7 +48,7 @@ def test_errors_are_messages_and_exit_code_1(tmp_path: Path, run_python: RunPyth
 
 def test_the_missing_extra_is_named(run_python: RunPython) -> None:
     program = "import sys; sys.modules['typer'] = None; from torchorbax.__main__ import main; main()"
-    done = run_python(program, check=False)
+    done = run_python(program, check=False, fresh=True)
     assert done.returncode == 1
     assert "pip install 'torchorbax[cli]'" in done.stderr
 
@@ -59,7 +59,7 @@ def test_the_missing_optax_extra_is_named(run_python: RunPython) -> None:
         sys.modules["optax"] = None
         torchorbax.OptaxOptimizer(torch.nn.Linear(1, 1), object())
     """
-    assert "pip install 'torchorbax[optax]'" in run_python(program, check=False).stderr
+    assert "pip install 'torchorbax[optax]'" in run_python(program, check=False, fresh=True).stderr
 
 
 def test_verify(run_path: str, run_python: RunPython) -> None:

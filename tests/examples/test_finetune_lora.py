@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.programs import RunPython
+from tests.helpers.programs import RunPython, start_program
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
 
@@ -37,13 +36,16 @@ def test_adapters_resume_across_a_kill_and_cost_little(tmp_path: Path, run_pytho
     (whole / "base").symlink_to(killed / "base")
 
     log = tmp_path / "killed.jsonl"
-    command = [sys.executable, str(SCRIPT), "--stage", "lora", "--path", str(killed), "--steps", "5000"]
-    with subprocess.Popen([*command, "--log-losses", str(log)], env=os.environ, cwd=tmp_path) as process:
-        while process.poll() is None and not (len(losses(log)) > 5 and committed(killed / "lora")):
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(0.05)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    arguments = ("--stage", "lora", "--path", killed, "--steps", 5000, "--log-losses", log)
+    nowhere = subprocess.DEVNULL
+    process = start_program(
+        tmp_path, SCRIPT, *arguments, env=os.environ, warnings="default", stdout=nowhere, stderr=nowhere
+    )
+    while process.poll() is None and not (len(losses(log)) > 5 and committed(killed / "lora")):
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.05)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
     before = losses(log)
     stop = max(before) + 4
 

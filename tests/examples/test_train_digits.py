@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers import gcs_server
+from tests.helpers.programs import run_program
+
+pytestmark = pytest.mark.xdist_group("several processes")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_digits.py"
 
 
 def train(folder: Path, path: str, *options: object, env: dict[str, str]) -> dict[str, Any]:
     summary = folder / "summary.json"
-    command = [sys.executable, EXAMPLE, "--path", path, "--summary", summary, *options]
-    done = subprocess.run(
-        [str(word) for word in command],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=folder,
+    run_program(
+        folder, EXAMPLE, "--path", path, "--summary", summary, *options, env=env, warnings="default", timeout=240
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(summary.read_text())
     return found
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.format.manifest import FORMAT, ITEM_NAME, ItemMeta, LeafMeta, Manifest
-from torchorbax._src.format.values import encode
+from torchorbax._src.state.values import encode
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 jsons = st.recursive(

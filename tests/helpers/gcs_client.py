@@ -1,4 +1,4 @@
-"""Processes that run pieces of Python for tests of gs://: to start one takes six seconds, and a test needs two.
+"""Processes that run pieces of Python for tests of gs://, one after another: each starts JAX and compiles but once.
 
     with Client(environment(server.port)) as client:
         client.run("result = torchorbax.load(path, item='weights')['small0'].shape", path="gs://bucket/run")
@@ -19,10 +19,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.programs import ROOT, start_program
 
 
 class Client:
@@ -38,14 +37,13 @@ class Client:
 
     def __enter__(self) -> Client:
         self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            cwd=ROOT,
+        self._process = start_program(
+            ROOT,
+            "from tests.helpers import gcs_client; gcs_client.main()",
             env=self._environment,
+            warnings="default",
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
         )
         return self
 
@@ -149,7 +147,3 @@ def main() -> None:
         except BaseException:
             answer = {"error": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()

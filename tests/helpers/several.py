@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.programs import ROOT, Forked, start_program
 
 _GRACE_S = 20.0
 """How long the others go on when one has failed, which may be the very thing that they are to notice."""
@@ -125,21 +124,13 @@ class Running:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: list[Forked | subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
         code = PRELUDE + textwrap.dedent(program)
         for index in range(processes):
-            command = [sys.executable, "-W", "error", "-c", code]
+            told = (index, processes, address, timeout, heartbeat_s)
             with self._errors[index].open("w") as stderr:
-                process = subprocess.Popen(
-                    [*command, *map(str, (index, processes, address, timeout, heartbeat_s, *args))],
-                    cwd=cwd,
-                    env=env,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    text=True,
-                    start_new_session=True,  # a group of its own, with whatever it starts
-                )
+                process = start_program(cwd, code, *told, *args, env=env, stderr=stderr)
             self._processes.append(process)
             self._readers.append(threading.Thread(target=self._read, args=(index,), daemon=True))
             self._readers[-1].start()

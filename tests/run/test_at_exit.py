@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torchorbax import Checkpointer, verify
 from torchorbax._src.run import at_exit
 from torchorbax._src.storage.orbax_storage import OrbaxStorage
 
-from tests.helpers.programs import RunPython, child_of, start
+from tests.helpers.programs import RunPython, start_program
 from tests.helpers.runs import save_and_wait, state
 
 ENDINGS = {
@@ -171,9 +172,12 @@ def test_ctrl_c_while_a_save_is_waited_for(where: str, tmp_path: Path, run_pytho
         import os, signal, sys, threading, numpy as np, torchorbax
         from torchorbax._src.storage.orbax_storage import OrbaxStorage
         write, go = OrbaxStorage.write, threading.Event()
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Timer(0.3, go.set).start()
         def slow(*args):
-            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-            go.wait(3)
+            threading.Timer(0.3, interrupt).start()
+            go.wait(60)
             return write(*args)
         OrbaxStorage.write = slow
         with torchorbax.Checkpointer(sys.argv[1], {{"x": {{"a": np.ones(8)}}}}, rng=False, save=None) as run:
@@ -227,10 +231,11 @@ def test_sigkill_in_mid_save_loses_nothing_that_was_committed(tmp_path: Path, ru
                 state["x"]["a"][:] = step
                 print(step, run.all_steps()[-1:], flush=True)
     """
-    code = "\n".join(line[4:] for line in code.splitlines())
     newest = -1
     for _ in range(3):
-        process = start(code, tmp_path / "run", cwd=tmp_path)
+        process = start_program(
+            tmp_path, code, tmp_path / "run", env=os.environ, warnings="default", stderr=subprocess.DEVNULL
+        )
         assert process.stdout is not None
         restored, value = process.stdout.readline().split()
         assert restored == "None" if newest < 0 else (int(restored) >= newest and float(value) == int(restored))
@@ -239,8 +244,9 @@ def test_sigkill_in_mid_save_loses_nothing_that_was_committed(tmp_path: Path, ru
             newest = max([newest, *json.loads(listed)])
             if newest > -1 and int(step) % 500 == 499:
                 break
-        os.kill(child_of(process), signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+        process.stdout.close()
     check = """
         import sys, torchorbax
         value = torchorbax.load(sys.argv[1], item="x")["a"]

@@ -14,7 +14,7 @@ from torchorbax import verify
 
 from tests.helpers.fake_runs import fake_run, weights
 from tests.helpers.memory_storage import MemoryStorage
-from tests.helpers.programs import ROOT, RunPython, child_of, start
+from tests.helpers.programs import ROOT, RunPython, start_program
 from tests.helpers.several import Running, RunProcesses, alike, facts_of
 
 
@@ -125,14 +125,20 @@ LOOP = """
 
 
 def test_sigterm_saves_the_current_step_and_ends_the_loop(tmp_path: Path, run_python: RunPython) -> None:
-    process = start(LOOP.format(root=str(ROOT)), tmp_path / "run", cwd=tmp_path)
-    assert process.stdout is not None
-    while process.stdout.readline().strip() != "20":
-        assert process.poll() is None
-    os.kill(child_of(process), signal.SIGTERM)
-    lines = process.stdout.read().splitlines()  # not by `communicate`, which misses what `readline` has read ahead
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    with (tmp_path / "stderr").open("w+") as stderr:
+        process = start_program(
+            tmp_path, LOOP.format(root=str(ROOT)), tmp_path / "run", env=os.environ, warnings="default", stderr=stderr
+        )
+        assert process.stdout is not None
+        with process.stdout:
+            while process.stdout.readline().strip() != "20":
+                assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            lines = process.stdout.read().splitlines()
+        returncode = process.wait(60)
+        stderr.seek(0)
+        err = stderr.read()
+    assert returncode == 0, err
     last_step = int(lines[-2])
     assert lines[-1] == f"ended True [{last_step}]"
     assert "SIGTERM: saving the current step" in err

@@ -190,7 +190,7 @@ def test_plain_orbax_in_one_process_reads_what_several_have_written(
                    for name, array in found["model"].items()}
         print(json.dumps([digests, sorted(found["optimizer"])]))
     """
-    done = run_python(code, trained["copies"]["two"], warnings="ignore")
+    done = run_python(code, trained["copies"]["two"], warnings="ignore", fresh=True)
     model, names = json.loads(done.stdout.splitlines()[-1])
     saved = trained["two"][0]["after"]
     assert model.items() <= saved["model"].items()

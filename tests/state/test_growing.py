@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 from torchorbax import Checkpointer, MismatchError, UnsupportedLeafError, resume, train_step
 
-from tests.state.recipes import Camera
+from tests.helpers.recipes import Camera
 
 GROWTH: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a list of numbers": (list, lambda log: [*log, 0.5, 0.25]),

@@ -24,7 +24,7 @@ from torchorbax._src.save.snapshot import take
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Request
 
-from tests.state.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
+from tests.helpers.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
 
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")  # Hypothesis's, of its strategies
 
@@ -47,7 +47,7 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
     except REFUSALS as error:
         return str(error)
     written = Manifest(0, datetime.datetime.now(datetime.UTC), {}, snapshot.items)
-    prints = {(item, leaf): "0" * 32 for item, meta in snapshot.items.items() for leaf in meta.leaves}
+    prints = dict.fromkeys(written.leaves, "0" * 32)
     manifest = Manifest.from_json(json.loads(json.dumps(written.stamped(prints).to_json())))
     fresh = items_of(again, rng=False)
     arrays = snapshot.arrays

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
+
+import pytest
 
 from tests.helpers.programs import RunPython
 
 
 def joined(*parts: str) -> str:
     return "\n".join(textwrap.dedent(part) for part in parts)
+
+
+@pytest.fixture
+def run_python(run_python: RunPython) -> RunPython:
+    """In new interpreters, since these tests are about what an import does."""
+    return partial(run_python, fresh=True)
 
 
 HIDE_OPS = """

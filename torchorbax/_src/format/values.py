@@ -15,16 +15,14 @@ import math
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from torchorbax._src.arrays.leaves import ARRAY_TYPES, is_key, without_key_type
-from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.tensors.live import as_parameter, as_readable, tensor_of
+from torchorbax._src.arrays.leaves import ARRAY_TYPES, Array, is_key, without_key_type
 from torchorbax.errors import UnsupportedLeafError
 
 Json = Any
@@ -67,6 +65,22 @@ class Node:
     children: Mapping[str, Any]
 
 
+class Tensors(Protocol):
+    """The tensors of a stack: how they are told apart, and made of arrays."""
+
+    def kind(self, tensor: torch.Tensor) -> Literal["tensor", "parameter", "readable"] | None:
+        """What a tensor is to be again; None if its type cannot be kept."""
+
+    def tensor(self, array: Array) -> torch.Tensor:
+        """A new tensor with the values of an array."""
+
+    def parameter(self, tensor: torch.Tensor, *, requires_grad: bool) -> torch.Tensor:
+        """A new tensor as a parameter."""
+
+    def readable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new tensor as one that can be read anywhere."""
+
+
 # ------------------------------------------------------------------------------------------------------------- encode
 
 
@@ -76,6 +90,8 @@ def encode(
     name_of: Callable[[Path], str] = ".".join,
     path: Path = (),
     node_of: Callable[[Any, Path], Node | None] = lambda value, path: None,
+    *,
+    tensors: Tensors,
 ) -> Json:
     """`value` as JSON, with its arrays and tensors added to `leaves`.
 
@@ -85,11 +101,12 @@ def encode(
         name_of: makes their names of their paths; a name that is taken gets a suffix.
         path: of `value`, for names and errors.
         node_of: what is below a value of an unknown type, if that can be told.
+        tensors: tells kinds of tensors apart.
 
     Raises:
         UnsupportedLeafError: a value of a type that could not be rebuilt, or one that contains itself; names it.
     """
-    return _Encoder(leaves, name_of, node_of).json(value, path)
+    return _Encoder(leaves, name_of, node_of, tensors).json(value, path)
 
 
 class _Encoder:
@@ -98,8 +115,10 @@ class _Encoder:
         leaves: dict[str, Any],
         name_of: Callable[[Path], str],
         node_of: Callable[[Any, Path], Node | None],
+        tensors: Tensors,
     ) -> None:
         self._leaves = leaves
+        self._tensors = tensors
         self._name_of = name_of
         self._node_of = node_of
         self._names: dict[int, str] = {}  # of arrays that have been met, by id
@@ -190,16 +209,17 @@ class _Encoder:
         if isinstance(value, np.generic):
             return self._leaf(value, path, "scalar")
         if isinstance(value, torch.Tensor):
+            kind = self._tensors.kind(value)
+            if kind is None:
+                raise _type_refused(value, path)
             leaf = self._leaf(value, path, "torch")
-            if isinstance(value, torchax_tensors.Readable):
+            if kind == "readable":
                 return {"$": "readable", "data": leaf}
-            if not isinstance(value, torch.nn.Parameter):
-                _check_type(value, (torch.Tensor, *torchax_tensors.TENSORS), path)
-                return leaf
-            _check_type(value, (torch.nn.Parameter, *torchax_tensors.TENSORS), path)
-            return {"$": "parameter", "requires_grad": value.requires_grad, "data": leaf}
-        if isinstance(value, np.ndarray):
-            _check_type(value, (np.ndarray,), path)
+            if kind == "parameter":
+                return {"$": "parameter", "requires_grad": value.requires_grad, "data": leaf}
+            return leaf
+        if isinstance(value, np.ndarray) and type(value) is not np.ndarray:
+            raise _type_refused(value, path)
         return self._leaf(value, path, "array")
 
     def _leaf(self, value: Any, path: Path, kind: str) -> Json:
@@ -241,9 +261,8 @@ def _is_key_of_mapping(key: Any) -> bool:
     return key is None or type(key) in plain or isinstance(key, np.generic)
 
 
-def _check_type(value: Any, types: tuple[type, ...], path: Path) -> None:
-    if type(value) not in types:
-        raise UnsupportedLeafError(".".join(path), f"a {type(value).__qualname__} cannot be kept in a checkpoint")
+def _type_refused(value: object, path: Path) -> UnsupportedLeafError:
+    return UnsupportedLeafError(".".join(path), f"a {type(value).__qualname__} cannot be kept in a checkpoint")
 
 
 def add_leaf(name: str, leaf: Any, leaves: dict[str, Any]) -> str:
@@ -288,25 +307,27 @@ def leaves_in(json: Json) -> Iterator[str]:
             yield from leaves_in(list(json.values()))
 
 
-def decode(json: Json, leaves: Mapping[str, Any]) -> Any:
+def decode(json: Json, leaves: Mapping[str, Any], tensors: Tensors | None = None) -> Any:
     """The value that `encode` took apart, with the arrays that `leaves` has under their names.
 
-    What was a tensor is one again: a CPU tensor of a numpy array, a torchax tensor of a `jax.Array`. Other objects in
-    `leaves`, such as names, come back as they are.
+    What was a tensor is one again, made by `tensors`; without it, arrays stay arrays. Other objects in `leaves`, such
+    as names, come back as they are.
 
     Raises:
         LayoutError: not what `encode` writes.
     """
     try:
-        return _Decoder(leaves).value(json)
+        return _Decoder(leaves, tensors).value(json)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise LayoutError(f"damaged values: {type(error).__name__}: {error}") from error
 
 
 class _Decoder:
-    def __init__(self, leaves: Mapping[str, Any]) -> None:
+    def __init__(self, leaves: Mapping[str, Any], tensors: Tensors | None) -> None:
         self._leaves = leaves
+        self._tensors = tensors
         self._rebuilt: dict[str, Any] = {}
+        self._typed: set[str] = set()  # the names of those tensors that have been made parameters or readable
         self._containers: list[Any] = []  # the mutable ones, in the order in which the encoder has met them
 
     def value(self, json: Json) -> Any:
@@ -354,8 +375,8 @@ class _Decoder:
             raise ValueError(f"unknown kind of array {kind!r}; written by a newer torchorbax?")
         if name not in self._rebuilt:
             array = self._leaves[name]
-            if kind == "torch" and _is_array(array):
-                array = tensor_of(array)
+            if kind == "torch" and _is_array(array) and self._tensors is not None:
+                array = self._tensors.tensor(array)
             self._rebuilt[name] = array[()] if kind == "scalar" and isinstance(array, np.ndarray) else array
         return self._rebuilt[name]
 
@@ -363,10 +384,15 @@ class _Decoder:
         data = self.value(json["data"])
         if kind == "key":
             return jax.random.wrap_key_data(jnp.asarray(data), impl=json["impl"]) if _is_array(data) else data
-        if type(data) in (torch.Tensor, torchax_tensors.Tensor):  # and not rebuilt already
-            typed = as_readable(data) if kind == "readable" else as_parameter(data, requires_grad=json["requires_grad"])
-            self._rebuilt[json["data"]["name"]] = data = typed
-        return data
+        name = json["data"]["name"]
+        if self._tensors is None or not isinstance(data, torch.Tensor) or name in self._typed:
+            return data
+        self._typed.add(name)
+        if kind == "readable":
+            self._rebuilt[name] = self._tensors.readable(data)
+        else:
+            self._rebuilt[name] = self._tensors.parameter(data, requires_grad=json["requires_grad"])
+        return self._rebuilt[name]
 
 
 def _is_array(value: Any) -> bool:

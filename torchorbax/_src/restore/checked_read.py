@@ -1,4 +1,4 @@
-"""Arrays of a step, read and compared with the fingerprints that were made when it was saved."""
+"""Reads arrays of a step and compares them with the fingerprints that were made when it was saved."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from torchorbax._src.storage.storage import Source
 from torchorbax.errors import CorruptCheckpointError
 
 _BATCH_BYTES = 256 << 20
+"""The most bytes in one of the `leaf_batches`, except for a single larger leaf."""
 _SHOWN = 5
+"""The number of leaves that an error names."""
 
 
 class CheckedReader:
-    """Reads arrays of one step and compares them with their fingerprints, on the devices where they are.
+    """Reads arrays of one step and compares them with their fingerprints, on the devices that hold them.
 
     Args:
-        source: where the step is.
-        manifest: what the step says about itself.
-        verify: compare at all.
-        channel: to the other processes that have parts of the arrays; None if there are none.
+        source: where the step is read from.
+        manifest: the manifest of the step.
+        verify: compare the arrays; otherwise `check` does nothing.
+        channel: to the other processes that hold shards of the arrays; None if there are none.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class CheckedReader:
         self._started: dict[Key, Callable[[], Sums]] = {}
 
     def read(self, targets: Mapping[Key, Sharding | None]) -> dict[Key, Any]:
-        """Read leaves; see `Source.read`. Each is summed while others are still being read."""
+        """Read leaves; see `Source.read`. Their sums are started while other leaves are still being read."""
         when_read = self._start if self._verify else None
         return self._source.read(self._manifest.step, self._leaves, targets, when_read)
 
@@ -48,14 +50,15 @@ class CheckedReader:
         """Compare arrays with the fingerprints in the manifest.
 
         Raises:
-            CorruptCheckpointError: some differ; names them. The same in all processes.
+            CorruptCheckpointError: some arrays differ; the message names them. It is raised in all processes, for
+                arrays that they share.
         """
         if not self._verify:
             return
-        spread = {key: array for key, array in arrays.items() if is_global(array)}
-        found = self._fingerprints({key: array for key, array in arrays.items() if key not in spread})
+        shared = {key: array for key, array in arrays.items() if is_global(array)}
+        found = self._fingerprints({key: array for key, array in arrays.items() if key not in shared})
         if self._channel is not None and self._channel.processes.count > 1:
-            found |= _shared_fingerprints(spread, self._channel)
+            found |= _shared_fingerprints(shared, self._channel)
         bad = [key for key, text in found.items() if self._leaves[key].fingerprint != text]
         if bad:
             reason = f"the data of {_listed(bad)} is not what was saved"
@@ -68,7 +71,7 @@ class CheckedReader:
         return arrays
 
     def _start(self, key: Key, array: Any) -> None:
-        """Start to sum an array if all of it is in this process."""
+        """Start to sum an array, if all of it is in this process. Shared arrays are not complete yet."""
         if not is_global(array):
             self._started[key] = fingerprint.start(array)
 
@@ -79,7 +82,10 @@ class CheckedReader:
 
 
 def _shared_fingerprints(arrays: Mapping[Key, Any], channel: Channel) -> dict[Key, str]:
-    """The fingerprints of arrays that every process has parts of; empty where two processes differ in the same part."""
+    """The fingerprints of arrays that several processes hold shards of.
+
+    A fingerprint is an empty string if two processes hold different data for the same part of the array.
+    """
 
     def sums_here() -> list[list[Any]]:
         started = {key: fingerprint.start_parts(array) for key, array in arrays.items()}
@@ -92,7 +98,12 @@ def _shared_fingerprints(arrays: Mapping[Key, Any], channel: Channel) -> dict[Ke
 
 
 def added(reports: Sequence[Sequence[Sequence[Any]]]) -> list[list[str]]:
-    """Item, name and fingerprint of leaves, from the sums of the parts that the processes have."""
+    """Item, name and fingerprint of leaves, as JSON.
+
+    Args:
+        reports: of each process, for each leaf: item, name, and the sums of the parts that the process holds, as text
+            by the index of the part's first element.
+    """
     sums: dict[Key, dict[int, set[str]]] = {}
     for item, name, parts in (leaf for report in reports for leaf in report):
         of_leaf = sums.setdefault((item, name), {})
@@ -112,8 +123,8 @@ def _listed(keys: list[Key]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def batches(manifest: Manifest) -> Iterator[list[Key]]:
-    """The leaves of a step, in parts that fit into a bounded memory together. No part spans items."""
+def leaf_batches(manifest: Manifest) -> Iterator[list[Key]]:
+    """The leaves of a step, in batches that are small enough to be in memory at once. No batch spans items."""
     for item, meta in manifest.items.items():
         batch: list[Key] = []
         size = 0

@@ -1,4 +1,4 @@
-"""One restore into live objects: planned as a whole, read and converted, and only then written."""
+"""Restores a step into live objects, in place: everything is planned, read and converted before anything is written."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restore has done.
+    """The outcome of a restore.
 
     Attributes:
-        manifest: of the step.
-        left_out: what does not fit and was not restored; nothing if the request was strict.
-        exact: the leaves that are live under the names and in the dtypes that they have on storage.
+        manifest: the manifest of the step.
+        left_out: the problems of everything that does not fit and was not restored; empty if the request was strict.
+        exact: the leaves that now have the same names and dtypes live as in the step.
     """
 
     manifest: Manifest
@@ -46,16 +46,16 @@ class Restored:
 
 
 class Restore:
-    """One restore of a step into live objects: all of it or nothing. A method a phase; `run` calls them in order.
+    """One restore of a step into live objects: all of it or nothing. `run` calls a method for each phase.
 
     Args:
-        source: where the step is.
-        step: which step.
+        source: where the step is read from.
+        step: the number of the step.
         items: the live objects.
-        rules: where they go.
-        request: what is asked for.
+        rules: the sharding rules; None keeps every live tensor's sharding.
+        request: what is to be restored.
         verify: compare what was read with its fingerprints.
-        channel: to the other processes. Every phase succeeds in all of them, or the restore fails in all.
+        channel: to the other processes. Each phase succeeds in all of them, or the restore fails in all of them.
     """
 
     def __init__(
@@ -77,25 +77,28 @@ class Restore:
         self._verify = verify
         self._channel = channel
         self._manifest: Manifest
-        self._own: Mapping[str, HostItem]  # what this process has of the step for itself
+        self._own: Mapping[str, HostItem]  # this process's own state in the step, if it has a file of its own
         self._plan: Plan
         self._reader: CheckedReader
 
     def run(self) -> Restored:
-        """Restore what is asked for.
+        """Restore what the request asks for.
 
         Raises:
             CheckpointNotFoundError: there is no such step.
-            CorruptCheckpointError: it cannot be read, or is not what was saved.
-            MismatchError: it does not fit the live objects.
-            ConfigError: the request names what nobody has.
-            ProcessError: another process cannot restore it.
+            CorruptCheckpointError: the step cannot be read, or is not what was saved.
+            MismatchError: the step does not fit the live objects.
+            ConfigError: the request names an item or leaf that neither side has.
+            ProcessError: another process could not restore the step.
         """
+        # Plan and read.
         arrays = self._channel.attempt("read", self._read)
         arrays = self._channel.attempt("broadcast", functools.partial(_with_all_replicas, arrays))
+        # Verify and convert.
         if self._verify:
             self._channel.attempt("check", functools.partial(self._check, arrays))
         converted = self._channel.attempt("convert", functools.partial(self._convert, arrays))
+        # Write into the live objects. If it fails in any process, what was written is undone in all of them.
         with ExitStack() as undo:
             self._channel.attempt("apply", lambda: self._apply(converted, undo))
             undo.pop_all()
@@ -103,7 +106,8 @@ class Restore:
         return Restored(self._manifest, self._plan.left_out, self._exact())
 
     def _read(self) -> dict[Key, Any]:
-        """Plan, which raises every mismatch, and read what is planned. Nothing live is touched."""
+        """Plan, which raises every mismatch, and read what is planned. No live object is changed."""
+        # Plan.
         index = self._channel.processes.index
         self._manifest, self._own = self._source.as_seen_by(self._source.manifest(self._step), index)
         self._plan = planned(self._source.path, self._manifest, self._items, self._rules, self._request)
@@ -112,6 +116,7 @@ class Restore:
             for item, plan in self._plan.items.items()
             for name, target in _loadable(self._manifest.items[item], plan).items()
         }
+        # Read, from the step or from the process's own file.
         stored = {key: target for key, target in targets.items() if not self._is_own(key)}
         self._reader = CheckedReader(self._source, self._manifest, verify=self._verify, channel=self._channel)
         arrays = self._reader.read(stored)
@@ -122,23 +127,23 @@ class Restore:
         return arrays
 
     def _is_own(self, key: Key) -> bool:
-        """Does this process have the leaf for itself, in a file of its own?"""
+        """Is the leaf in the file with this process's own state?"""
         item, name = key
         return item in self._own and name in self._own[item].arrays
 
     def _check(self, arrays: Mapping[Key, Array]) -> None:
-        """Compare with the fingerprints. What a process has for itself comes from a file that has a SHA-256."""
+        """Compare with the fingerprints. Own state is left out: the SHA-256 of its file has been compared already."""
         self._reader.check({key: array for key, array in arrays.items() if not self._is_own(key)})
 
     def _convert(self, arrays: Mapping[Key, Array]) -> dict[str, dict[str, Array]]:
-        """By item and leaf, the arrays in the dtypes planned."""
+        """The arrays in the planned dtypes, by item and leaf."""
         by_item: dict[str, dict[str, Array]] = {item: {} for item in self._plan.items}
         for (item, name), array in arrays.items():
             by_item[item][name] = array
         return {item: _converted(item, plan, by_item[item]) for item, plan in self._plan.items.items()}
 
     def _apply(self, arrays: Mapping[str, Mapping[str, Array]], undo: ExitStack) -> None:
-        """Write into the live objects; `undo` takes it back if any process fails."""
+        """Write into the live objects, and register on `undo` how to reverse it."""
         for item, plan in self._plan.items.items():
             self._items[item].apply(self._manifest.items[item], plan, arrays[item], undo)
 
@@ -169,13 +174,13 @@ class Restore:
 
 
 def _with_all_replicas(arrays: Mapping[Key, Array | FirstReplica]) -> dict[Key, Array]:
-    """The arrays on all their devices: what only the first replica has read is sent to the others."""
+    """The arrays on all their devices. Those that only the first replica has read are sent to the other replicas."""
     sent = broadcast.broadcast({key: array for key, array in arrays.items() if isinstance(array, FirstReplica)})
     return {key: sent[key] if isinstance(array, FirstReplica) else array for key, array in arrays.items()}
 
 
 def _loadable(saved: ItemMeta, plan: ItemPlan) -> dict[str, Sharding | None]:
-    """The targets by leaf; host memory for what JAX would narrow before it could be converted."""
+    """The shardings to read into, by leaf. None, host memory, for a leaf to convert that JAX would narrow first."""
     return {
         name: None if name in plan.dtypes and not fits_on_device(BY_NAME[saved.leaves[name].dtype]) else target
         for name, target in plan.targets.items()
@@ -183,10 +188,10 @@ def _loadable(saved: ItemMeta, plan: ItemPlan) -> dict[str, Sharding | None]:
 
 
 def _converted(item: str, plan: ItemPlan, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """The arrays in the dtypes planned.
+    """The arrays of one item in the planned dtypes.
 
     Raises:
-        MismatchError: an integer does not fit into the new dtype.
+        MismatchError: an integer does not fit into its new dtype.
     """
     converted = dict(arrays)
     for name, dtype in plan.dtypes.items():

@@ -1,4 +1,4 @@
-"""Reading an item of a step without live objects."""
+"""`load`: reads an item of a step as a tree of arrays, without live objects."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torchorbax._src.storage.opening import open_storage
 from torchorbax.errors import ConfigError
 
 _TIMEOUT_S = 600.0
+"""How long `load` waits for other processes."""
 
 
-def _devices(shardings: Shardings) -> list[Any]:
+def _mesh_devices(shardings: Shardings) -> list[Any]:
     return list(shardings[0].devices.flat) if isinstance(shardings, tuple) and shardings else []
 
 
@@ -36,25 +37,26 @@ def load(
 
     Args:
         path: the run's folder or `gs://` URI.
-        step: which step; None for the newest.
-        item: which item.
-        shardings: `(mesh, rules by name)`; None loads onto the default device. With a mesh of several processes, all of
-            them call `load`.
+        step: the step; None for the newest.
+        item: the name of the item.
+        shardings: `(mesh, rules by name)`; None loads onto the default device. If the mesh has devices of several
+            processes, all of them call `load`.
         verify: compare what was read with the fingerprints made when it was saved.
 
     Returns:
-        `jax.Array`s with the shapes and dtypes that were saved. Tied weights are under each of their names, as the same
-        array. A dtype that JAX would narrow (64 bits while `jax_enable_x64` is off) comes as a numpy array.
+        `jax.Array`s with the shapes and dtypes that were saved. A tied weight is there under each of its names, as the
+        same array. An array whose dtype JAX would narrow (64 bits while `jax_enable_x64` is off) is a numpy array.
 
     Raises:
         CheckpointNotFoundError: no such path or step.
         ConfigError: the step has no such item, or the rules do not fit.
         CorruptCheckpointError: the step is damaged.
-        ProcessError: another process did not come.
+        ProcessError: another process did not call `load` in time, or failed.
     """
+    # Which step.
     storage = open_storage(path)
     several = shardings is not None and any(
-        device.process_index != jax.process_index() for device in _devices(shardings)
+        device.process_index != jax.process_index() for device in _mesh_devices(shardings)
     )
     channel = Channel(Processes(_TIMEOUT_S), "load") if several else None
     if step is None:
@@ -66,12 +68,14 @@ def load(
         raise ConfigError(
             f"{storage.path} has what one of several processes holds of {item!r}, not all of it; load the run's path"
         )
+    # Where each leaf goes.
     meta = manifest.items[item]
     on_device = {name: leaf.shape for name, leaf in meta.leaves.items() if fits_on_device(BY_NAME[leaf.dtype])}
     if shardings is None:
         targets = dict.fromkeys(on_device, default_device())
     else:
         targets = dict(ShardingRules(shardings).for_leaves(on_device))
+    # Read and compare.
     reader = CheckedReader(storage, manifest, verify=verify, channel=channel)
     wanted = {(item, name): targets.get(name) for name in meta.leaves}
     read = reader.read(wanted) if channel is None else channel.attempt("read", lambda: reader.read(wanted))

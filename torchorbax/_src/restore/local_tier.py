@@ -1,13 +1,12 @@
-"""The fast tier: every process's own part of the state, in a folder of its own host, `/dev/shm` for example.
+"""The local tier, as it is read: each process's part of the state, in a folder of its own host (`/dev/shm`, say).
 
-With one process, it is a run like any other. With several, each writes what lies on its devices as if it were alone:
-the distinct shards of an array of all processes, one after the other along the first axis, as an array of its own. The
-manifest says which part of which array that is. Such a step is good for the same layout on the same processes, where
-everybody finds what it needs on its own host; of what is replicated over slices, the processes of one whole slice can
-feed the others.
+With one process, a local tier is a run like any other. With several processes, each has written its own shards as
+`save.local_tier` describes. Such a step can be restored with the same shardings on the same processes, each of which
+finds its shards on its own host. If some hosts have lost theirs, and the state is replicated over slices, the processes
+of one complete slice can send the data to the others.
 
-Orbax's `experimental.emergency.CheckpointManager` is the model. It is not built on: it wants an axis of at least two
-slices in the mesh and the state's structure once and for all, and has no fingerprints (read in orbax-checkpoint
+The model is Orbax's `experimental.emergency.CheckpointManager`. It is not used, because it needs a mesh with an axis of
+at least two slices, takes the structure of the state once and for all, and has no fingerprints (as of orbax-checkpoint
 0.12.8).
 """
 
@@ -29,54 +28,56 @@ from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import Key, LeafMeta, Manifest
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
-from torchorbax._src.restore.checked_read import CheckedReader, batches
+from torchorbax._src.restore.checked_read import CheckedReader, leaf_batches
 from torchorbax._src.storage.storage import Source, Storage
 from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 
 @dataclass(frozen=True)
 class LocalStep:
-    """A step of the local tiers of several processes; reads like a `Storage` that has just this one.
+    """A step of the local tiers of several processes, as a `Source` that has only this step.
 
     Attributes:
         storage: this process's local tier.
-        seen: the step as all processes see it, with whole arrays.
-        here: what is in this process's folder; None if it has none of the step.
-        fed: what another process has for itself, for one that has nothing.
-        having: the processes that have the step.
-        everyone: do all of them?
+        whole: the manifest of the step with whole arrays, the same in all processes.
+        local: the manifest in this process's folder, which has its parts of the arrays; None if it has lost the step.
+        received: the own state of another process, for a process that has lost the step; empty otherwise.
+        holders: the processes that have the step.
+        all_hold: do all processes have the step?
         verify: compare what is read with its fingerprints.
     """
 
     storage: Storage
-    seen: Manifest
-    here: Manifest | None
-    fed: Mapping[str, HostItem]
-    having: frozenset[int]
-    everyone: bool
+    whole: Manifest
+    local: Manifest | None
+    received: Mapping[str, HostItem]
+    holders: frozenset[int]
+    all_hold: bool
     verify: bool
 
     @property
     def path(self) -> str:
-        """Of this process's tier."""
+        """The path of this process's local tier."""
         return self.storage.path
 
     @property
     def bases(self) -> Source:
-        """Of this process's tier. Steps of the local tiers of several processes have none."""
+        """The bases of this process's local tier. With several processes there are none."""
         return self.storage.bases
 
     def steps(self) -> list[int]:
-        """The one step."""
-        return [self.seen.step]
+        """The number of the step, as a list."""
+        return [self.whole.step]
 
     def manifest(self, step: int) -> Manifest:
-        """The step as all processes see it."""
-        return self.seen
+        """The manifest with whole arrays."""
+        return self.whole
 
     def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, Mapping[str, HostItem]]:
-        """The same, with what a process that has nothing gets from another."""
-        return (manifest, {}) if self.here is not None else (per_process.as_seen_by(manifest, self.fed), self.fed)
+        """The manifest, with the own state that this process has received from another, if it has lost the step."""
+        if self.local is not None:
+            return manifest, {}
+        return per_process.as_seen_by(manifest, self.received), self.received
 
     def read(
         self,
@@ -85,52 +86,65 @@ class LocalStep:
         targets: Mapping[Key, Sharding | None],
         when_read: Callable[[Key, Any], object] | None = None,
     ) -> dict[Key, Any]:
-        """As `Source.read`, from this host's folder. Arrays that other processes must feed are `FirstReplica`s.
+        """Read leaves from this host's folder; see `Source.read`.
+
+        If some processes have lost the step, shared arrays come as `FirstReplica`s.
 
         Raises:
-            CorruptCheckpointError: it is damaged, or no process has the part that a device needs.
+            CorruptCheckpointError: the step is damaged, or no process has a part that a device needs.
         """
-        if self.here is None:
+        if self.local is None:
             return {key: self._placed(step, key, target, None) for key, target in targets.items()}
         found: dict[Key, Any] = {}
-        reader = CheckedReader(self.storage, self.here, verify=self.verify)
-        for keys in batches(self.here):
-            into = {key: None if self._is_part(key) else targets[key] for key in keys if key in targets}
-            for key, array in reader.read_and_check(into).items():
+        reader = CheckedReader(self.storage, self.local, verify=self.verify)
+        for keys in leaf_batches(self.local):
+            read_into = {key: None if self._is_part(key) else targets[key] for key in keys if key in targets}
+            for key, array in reader.read_and_check(read_into).items():
                 found[key] = self._placed(step, key, targets[key], array) if self._is_part(key) else array
         return found
 
     def _is_part(self, key: Key) -> bool:
-        """Does each process have a part of this leaf?"""
-        return key[1] in self.seen.parts.get(key[0], {})
+        """Is the leaf shared, so that each process has stored its own part of it?"""
+        return key[1] in self.whole.parts.get(key[0], {})
 
     def _placed(self, step: int, key: Key, target: Sharding | None, stacked: np.ndarray | None) -> Any:
-        """An array of all processes, made of what this one has of it."""
+        """A shared array, put together from the shards on this host.
+
+        Args:
+            step: the number of the step, for errors.
+            key: the leaf.
+            target: the sharding of the array.
+            stacked: the stored shards of this process; None if it has lost the step.
+        """
         item, name = key
-        part = (self.seen if self.here is None else self.here).parts[item][name]
+        part = (self.whole if self.local is None else self.local).parts[item][name]
         shape = tuple(part["shape"])
         if target is None:
             raise self._unusable(step, f"{item}: {name} is to be whole in host memory")
-        mine = {} if stacked is None else _unstacked(stacked, part["bounds"])
+        stored = {} if stacked is None else _unstacked(stacked, part["bounds"])
+        # The devices whose shards come from storage: all of them; or, of each part, the first device of a process that
+        # has the step, from which the other devices receive it.
         devices: dict[Any, Bounds] = {
             device: bounds_of(index or (), shape) for device, index in target.devices_indices_map(shape).items()
         }
-        if self.everyone:
-            givers = {device for device in devices if device.process_index == jax.process_index()}
+        if self.all_hold:
+            readers = {device for device in devices if device.process_index == jax.process_index()}
         else:
             first: dict[Bounds, Any] = {}
-            for device, bounds in sorted(devices.items(), key=lambda one: int(one[0].id)):
-                if device.process_index in self.having:
+            for device, bounds in sorted(devices.items(), key=lambda entry: int(entry[0].id)):
+                if device.process_index in self.holders:
                     first.setdefault(bounds, device)
             if missing := set(devices.values()) - set(first):
                 raise self._unusable(step, f"no process has {item}: {name} at {min(missing)}")
-            givers = set(first.values())
-        here = {device: devices[device] for device in givers if device.process_index == jax.process_index()}
-        if missing := set(here.values()) - set(mine):
+            readers = set(first.values())
+        # Those of this process.
+        local = {device: devices[device] for device in readers if device.process_index == jax.process_index()}
+        if missing := set(local.values()) - set(stored):
             raise self._unusable(step, f"{item}: {name} at {min(missing)} is not on this host: another layout saved it")
-        shards = {device: place(mine[bounds], device, target) for device, bounds in here.items()}
-        dtype = self.seen.items[item].leaves[name].dtype
-        if self.everyone:
+        shards = {device: place(stored[bounds], device, target) for device, bounds in local.items()}
+        # The array, or its first replica.
+        dtype = self.whole.items[item].leaves[name].dtype
+        if self.all_hold:
             ordered = [shards[device] for device in target.addressable_devices_indices_map(shape)]
             return jax.make_array_from_single_device_arrays(shape, target, ordered)
         if not isinstance(target, NamedSharding) or not is_shared(target, BY_NAME[dtype]):
@@ -142,46 +156,55 @@ class LocalStep:
 
 
 def _unstacked(stacked: np.ndarray, bounds: Iterable[Json]) -> dict[Bounds, np.ndarray]:
-    parts = [tuple((int(start), int(stop)) for start, stop in one) for one in bounds]
+    """Shards by their bounds, from an array in which they follow each other along the first axis."""
+    parts = [tuple((int(start), int(stop)) for start, stop in of_part) for of_part in bounds]
     if len(parts) == 1:
         return {parts[0]: stacked}
     length = len(stacked) // len(parts)
     return {part: stacked[at * length : (at + 1) * length] for at, part in enumerate(parts)}
 
 
-def open_step(storage: Storage, step: int, having: frozenset[int], channel: Channel, *, verify: bool) -> LocalStep:
-    """A step that some processes have on their hosts, at least one of them. All processes call it together.
+def open_step(storage: Storage, step: int, holders: frozenset[int], channel: Channel, *, verify: bool) -> LocalStep:
+    """Open a step that at least one process has on its host. All processes call it together.
+
+    Args:
+        storage: this process's local tier.
+        step: the number of the step.
+        holders: the processes that have the step.
+        channel: to the other processes.
+        verify: compare what is read with its fingerprints.
 
     Raises:
-        CorruptCheckpointError: a process that should have it cannot read its manifest.
+        CorruptCheckpointError: a process among `holders` cannot read its manifest.
     """
-    index, giver = channel.processes.index, min(having)
-    everyone = len(having) == channel.processes.count
+    index, sender = channel.processes.index, min(holders)
+    all_hold = len(holders) == channel.processes.count
 
-    def manifest_here() -> Manifest | None:
+    # Every process reads its manifest.
+    def read_manifest() -> Manifest | None:
         try:
-            return storage.manifest(step) if index in having else None
-        except CheckpointNotFoundError as error:  # it has been there a moment ago
+            return storage.manifest(step) if index in holders else None
+        except CheckpointNotFoundError as error:  # the step was listed a moment ago
             raise CorruptCheckpointError(storage.path, {step: str(error)}) from error
 
-    here = channel.attempt("local", manifest_here)
-    if everyone and here is not None:
-        return LocalStep(storage, _as_seen_by_all(here), here, {}, having, everyone, verify)
+    local = channel.attempt("local", read_manifest)
+    if all_hold and local is not None:
+        return LocalStep(storage, _with_whole_arrays(local), local, {}, holders, all_hold, verify)
 
-    # What is missing on some hosts is given by the first process that has it.
-    def given() -> Json:
-        if here is None or index != giver:
+    # The first process that has the step sends its manifest and own state to those that have lost it.
+    def sent() -> Json:
+        if local is None or index != sender:
             return None
-        return {"manifest": here.to_json(), "own": _own_text(storage, here)}
+        return {"manifest": local.to_json(), "own": _own_text(storage, local)}
 
-    gift = channel.agree("local gift", given, lambda gifts: gifts[giver])
-    of_giver = here or Manifest.from_json(gift["manifest"])
-    fed = {} if here is not None else per_process.from_text(gift["own"])
-    return LocalStep(storage, _as_seen_by_all(of_giver), here, fed, having, everyone, verify)
+    content = channel.agree("local manifest", sent, lambda contents: contents[sender])
+    manifest = local or Manifest.from_json(content["manifest"])
+    received = {} if local is not None else per_process.from_text(content["own"])
+    return LocalStep(storage, _with_whole_arrays(manifest), local, received, holders, all_hold, verify)
 
 
 def _own_text(storage: Storage, manifest: Manifest) -> str:
-    """What this process has for itself of a step, to be sent to others."""
+    """This process's own state in a step, as text, to be sent to other processes."""
     own = {}
     for item, meta in manifest.items.items():
         names = [name for name in meta.leaves if name not in manifest.parts.get(item, {})]
@@ -192,7 +215,8 @@ def _own_text(storage: Storage, manifest: Manifest) -> str:
     return per_process.to_text(own)
 
 
-def _as_seen_by_all(manifest: Manifest) -> Manifest:
+def _with_whole_arrays(manifest: Manifest) -> Manifest:
+    """The manifest with the shapes and shardings of whole arrays, in place of those of this process's parts."""
     items = {}
     for item, meta in manifest.items.items():
         parts = manifest.parts.get(item, {})

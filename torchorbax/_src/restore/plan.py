@@ -1,4 +1,4 @@
-"""A step compared with the live objects; touches nothing."""
+"""Plans a restore: compares the manifest of a step with the live objects, and reports every mismatch at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a restore does, by item; and what it leaves out."""
+    """What a restore is going to do.
+
+    Attributes:
+        items: the plan for each item that is restored.
+        left_out: the problems because of which leaves or items are not restored; empty if the request is strict.
+    """
 
     items: Mapping[str, ItemPlan]
     left_out: tuple[Problem, ...]
@@ -29,14 +34,22 @@ class Plan:
 def planned(
     path: str, manifest: Manifest, items: Mapping[str, Item], rules: ShardingRules | None, request: Request
 ) -> Plan:
-    """Compare a step with the live objects; touches nothing and reads nothing.
+    """Compare a step with the live objects. Nothing is read and no live object is changed.
+
+    Args:
+        path: the path of the run, for messages.
+        manifest: the manifest of the step.
+        items: the live objects.
+        rules: the sharding rules; None keeps every live tensor's sharding.
+        request: what is to be restored.
 
     Raises:
-        MismatchError: the request is strict and anything differs, or nothing at all fits.
-        ConfigError: the request names what nobody has.
-        CorruptCheckpointError: an item does not have what belongs to its kind.
+        MismatchError: the request is strict and something differs, or nothing fits at all.
+        ConfigError: the request names an item or leaf that neither side has.
+        CorruptCheckpointError: the content of an item does not have the form of its kind.
     """
     source = f"{path}: step {manifest.step}"
+    # The items on both sides that the request is about.
     saved = {name: item for name, item in manifest.items.items() if request.concerns(name) and name != RNG}
     live = {name: item for name, item in items.items() if request.concerns(name) and name != RNG}
     if RNG in items and request.concerns(RNG):
@@ -44,6 +57,7 @@ def planned(
             saved[RNG], live[RNG] = manifest.items[RNG], items[RNG]
         else:
             _logger.warning("%s has no random number generators; those of this process go on", source)
+    # The plan of each item, and all problems.
     problems = [
         Problem("missing", name, "the whole item", item.kind) for name, item in live.items() if name not in saved
     ]
@@ -57,6 +71,7 @@ def planned(
             with _as_corrupt(path, manifest.step, name, meta):
                 plans[name] = live[name].plan(meta, rules, request)
             problems += plans[name].problems
+    # Is it enough for a restore?
     problems = with_suggestions(problems)
     nothing_fits = not any(plan.restores_something for name, plan in plans.items() if name != RNG)
     if problems and (request.strict or nothing_fits):

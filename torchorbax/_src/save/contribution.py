@@ -1,4 +1,4 @@
-"""What one process is about to write of a step, and what it tells process 0 of it."""
+"""The contribution of one process to a step: what it is about to write, and the summary of that for process 0."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Contribution:
     """What one process is about to write.
 
     Attributes:
-        items: what the step says of its leaves.
-        arrays: by item and leaf; taken out as they are written.
-        own: what this process has for itself; empty if there is only one process.
-        sums: the sums of the fingerprints of new frozen leaves.
+        items: the descriptions of the items, for the manifest.
+        arrays: the arrays by key; each is removed as it is written.
+        own: the process's own state by item; empty if there is only one process.
+        sums: the sums of this process's shards of new frozen leaves, for their fingerprints.
         identities: the frozen arrays.
-        parts: in a local tier, by item and leaf, which part of which array a leaf is.
+        parts: in a local tier, which part of which array a leaf holds, by item and leaf.
     """
 
     items: Mapping[str, ItemMeta]
@@ -40,23 +40,25 @@ class Contribution:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays that are still to be written, each counted once however many devices hold it."""
+        """Bytes of the arrays that have not been written yet, each counted once however many devices hold it."""
         return sum(array.nbytes for array in self.arrays.values())
 
     def summary(self, step: int) -> dict[str, Json]:
-        """What process 0 compares with its own."""
+        """What process 0 compares with its own contribution, as JSON."""
         shared = {
             item: {name: [list(meta.leaves[name].shape), meta.leaves[name].dtype] for name in self.own[item].shared}
             for item, meta in self.items.items()
         }
         bases = {item: {name: leaf.base for name, leaf in meta.leaves.items()} for item, meta in self.items.items()}
-        frozen = {item: {name: base for name, base in one.items() if base is not None} for item, one in bases.items()}
+        frozen = {
+            item: {name: base for name, base in of_item.items() if base is not None} for item, of_item in bases.items()
+        }
         return {
             "step": step,
             "shared": digest(shared),
             "frozen": digest(frozen),
             "sums": [[*key, fingerprint.text(sums)] for key, sums in self.sums.items()],
-            "own": {item: one.digest() for item, one in self.own.items()},
+            "own": {item: own.digest() for item, own in self.own.items()},
         }
 
 
@@ -64,10 +66,10 @@ def contribution(snapshot: Snapshot, process: int, count: int, *, localized: boo
     """What a process writes of a snapshot.
 
     Args:
-        snapshot: its arrays are taken over.
+        snapshot: the snapshot, whose arrays are taken over.
         process: the number of this process.
         count: how many processes write the step.
-        localized: write what this process has of everything, as if there were no other.
+        localized: write this process's part of the state as a step of its own (see `save.local_tier`).
     """
     items, arrays = snapshot.items, snapshot.arrays
     new = {key: arrays[key] for key, leaf in leaves_of(items).items() if leaf.base == NEW_BASE}
@@ -77,7 +79,7 @@ def contribution(snapshot: Snapshot, process: int, count: int, *, localized: boo
         items, arrays, parts = local_tier.localized(items, arrays)
     if count > 1:
         own = per_process.host_items(items, arrays)
-        if process > 0:  # arrays that a process has for itself are not written as arrays of the step
+        if process > 0:  # the step itself holds only the own state of process 0
             arrays = {key: array for key, array in arrays.items() if is_global(array)}
             new = {key: array for key, array in new.items() if is_global(array)}
     sums = {key: finish() for key, finish in fingerprint.start_all(new).items()}
@@ -85,7 +87,7 @@ def contribution(snapshot: Snapshot, process: int, count: int, *, localized: boo
 
 
 def with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, int]]) -> dict[str, ItemMeta]:
-    """Items with the numbers that process 0 has given to bases, by item and leaf."""
+    """The items with the numbers of bases that process 0 has decided on, by item and leaf."""
     numbered = {}
     for item, meta in items.items():
         of_item = bases.get(item, {})

@@ -1,7 +1,8 @@
-"""Frozen parameters are written once, into the run's `base` area, and not again with every step.
+"""Frozen parameters are written once, into a base of the run, and not again with every step.
 
-A frozen parameter that has not changed is the very `jax.Array` that was written: arrays are immutable, so its identity
-says so at no cost. After a restart, when all arrays are new, its fingerprint says so, on the background thread.
+A base is a step of its own beside the steps (`base/0`). A leaf is known to be unchanged if it still is the very
+`jax.Array` that was written: arrays are immutable, so comparing identities is enough and costs nothing. After a restart
+all arrays are new objects. Then the fingerprints are compared, on the saving thread.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from torchorbax._src.state.item import Captured
 from torchorbax._src.tensors.live import live_array
 
 NEW_BASE = -1
-"""Stands for the number of a base that is still to be written."""
-
+"""The placeholder for the number of a base that is not written yet."""
 
 Identities = Mapping[Key, "weakref.ref[jax.Array]"]
+"""References to the frozen arrays, which do not keep them alive."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """The frozen leaves of one moment.
+    """The frozen leaves at one moment.
 
     Attributes:
-        known: of those that a base has, what is known; None for those of a new base.
-        identities: which arrays they are.
+        known: the frozen leaves: the description of each in its base, or None if no base holds it yet.
+        identities: the live arrays of these leaves.
     """
 
     known: Mapping[Key, LeafMeta | None]
@@ -39,17 +40,17 @@ class Look:
 
 
 class FrozenArrays:
-    """Which of the live frozen arrays lie in the base area already."""
+    """Remembers which of the live frozen arrays a base holds already."""
 
     def __init__(self) -> None:
-        self._seen: Identities = {}
-        self._changing: set[Key] = set()
-        self._written: dict[Key, tuple[weakref.ref[jax.Array], LeafMeta]] = {}
+        self._seen: Identities = {}  # the arrays at the last look
+        self._changing: set[Key] = set()  # leaves that have changed although they are frozen
+        self._written: dict[Key, tuple[weakref.ref[jax.Array], LeafMeta]] = {}  # what a base holds
 
     def look(self, captured: Mapping[str, Captured]) -> Look:
-        """The frozen leaves of what is about to be saved.
+        """The frozen leaves of the state that is about to be saved.
 
-        One that is another array than at the last look is not taken for frozen any more.
+        A leaf that holds another array than at the last look has changed. It no longer counts as frozen.
         """
         arrays = _frozen_arrays(captured)
         self._changing |= {key for key, array in arrays.items() if key in self._seen and self._seen[key]() is not array}
@@ -61,13 +62,13 @@ class FrozenArrays:
         return Look(known, self._seen)
 
     def saved(self, manifest: Manifest, identities: Identities) -> None:
-        """A step with these arrays has been committed."""
+        """Note that a step with these arrays has been committed."""
         self._written = {
             key: (identities[key], leaf) for key, leaf in manifest.frozen_leaves.items() if key in identities
         }
 
     def restored(self, captured: Mapping[str, Captured], written: Mapping[Key, LeafMeta]) -> None:
-        """A restore has just put these arrays of the base area in place."""
+        """Note that a restore has put the arrays of these leaves, which bases hold, into the live objects."""
         arrays = {key: array for key, array in _frozen_arrays(captured).items() if key in written}
         self._seen = {key: weakref.ref(array) for key, array in arrays.items()}
         self._written = {key: (ref, written[key]) for key, ref in self._seen.items()}
@@ -76,7 +77,9 @@ class FrozenArrays:
 
 def _frozen_arrays(captured: Mapping[str, Captured]) -> dict[Key, jax.Array]:
     held: dict[Key, Any] = {
-        (item, name): live_array(name, one.leaves[name]) for item, one in captured.items() for name in one.frozen
+        (item, name): live_array(name, of_item.leaves[name])
+        for item, of_item in captured.items()
+        for name in of_item.frozen
     }
     return {key: array for key, array in held.items() if isinstance(array, jax.Array) and array.size}
 
@@ -84,13 +87,16 @@ def _frozen_arrays(captured: Mapping[str, Captured]) -> dict[Key, jax.Array]:
 def numbered(
     items: Mapping[str, ItemMeta], fingerprints: Mapping[Key, str], newest: Manifest | None, number: int
 ) -> tuple[dict[str, ItemMeta], list[Key]]:
-    """The items with the numbers of bases, and those leaves that a base has already, by their fingerprints.
+    """Give the new frozen leaves the number of their base.
 
     Args:
-        items: frozen leaves that look new are of base `NEW_BASE`.
-        fingerprints: theirs.
-        newest: the newest step; its bases are all there.
-        number: of the next base.
+        items: the items. Frozen leaves that seem to be new have the base `NEW_BASE`.
+        fingerprints: the fingerprints of those leaves.
+        newest: the manifest of the newest step, all of whose bases exist; None if there is none.
+        number: the number of the next base.
+
+    Returns:
+        The items, and the keys of those leaves whose fingerprints say that a base of `newest` holds them already.
     """
     written = {} if newest is None else newest.frozen_leaves
     numbered_items: dict[str, ItemMeta] = {}

@@ -1,4 +1,9 @@
-"""What one process has of the state, for the local tier of its own host."""
+"""The local tier, as it is written: this process's part of the state, as a step of its own in a folder of its host.
+
+An array that is sharded over several processes is written as a smaller array: the distinct shards that this process
+holds, one after the other along the first axis. The manifest says which parts of which array they are.
+`restore.local_tier` reads such steps.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +23,15 @@ from torchorbax._src.format.values import Json
 def localized(
     items: Mapping[str, ItemMeta], arrays: dict[Key, Array]
 ) -> tuple[dict[str, ItemMeta], dict[Key, Array], dict[str, dict[str, Json]]]:
-    """What this process has of a snapshot, as if there were no other process.
+    """This process's part of a snapshot, as if there were no other process.
 
     Args:
-        items: what the snapshot says of its leaves.
-        arrays: the arrays, which are taken out.
+        items: the descriptions of the snapshot's items.
+        arrays: the snapshot's arrays, which are removed.
 
     Returns:
-        The items, the arrays, and by item and leaf which part of which array a leaf is.
+        The items and arrays of this process's part, and `Manifest.parts`: which parts of which array a leaf holds, by
+        item and leaf.
     """
     leaves = {item: dict(meta.leaves) for item, meta in items.items()}
     own_arrays: dict[Key, Array] = {}
@@ -46,14 +52,14 @@ def localized(
 
 
 def _own_part(array: Any) -> tuple[Array, list[Bounds]]:
-    """The distinct shards that this process has, one after the other along the first axis, and their bounds."""
+    """The distinct shards of this process, one after the other along the first axis, and their bounds."""
     shards = {bounds_of(shard.index, array.shape): shard for shard in array.addressable_shards}
     bounds = sorted(shards)
     if not bounds:
         return np.empty((0, *array.shape[1:]), array.dtype), []
-    datas = [shards[one].data for one in bounds]
-    if len(datas) == 1:
-        return datas[0], bounds
+    data = [shards[part].data for part in bounds]
+    if len(data) == 1:
+        return data[0], bounds
     if isinstance(array, HostShards):
-        return np.concatenate(datas), bounds
-    return stacked(datas), bounds
+        return np.concatenate(data), bounds
+    return stacked(data), bounds

@@ -1,4 +1,4 @@
-"""One save, from the call in the training loop until it is committed."""
+"""A save, from the call in the training loop to the commit: what is to be saved, its record, and its outcome."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class SaveRecord:
         time: when `save` was called, in UTC.
         stall_s: seconds that `save` kept the loop, waiting for an earlier save included.
         commit_s: seconds from the call until the step was committed; None while in flight or if it failed.
-        nbytes: bytes of arrays written, each counted once; frozen parameters that a base has are not.
-        metrics: the numbers given with it; complete once it is committed.
-        error: why it failed, if it did.
-        path: where it was saved.
+        nbytes: bytes of the arrays written, each counted once, without frozen parameters that a base has already.
+        metrics: the metrics given to `save`; complete once the step is committed.
+        error: the error, if the save failed.
+        path: the run's folder or URI.
     """
 
     step: int
@@ -43,11 +43,12 @@ class Save:
     """A step to be saved, with its snapshot.
 
     Attributes:
-        step: its number.
+        step: the number of the step.
         time: when `save` was called, in UTC.
-        metrics: numbers and 0-d arrays, which are read on the saving thread.
-        started_s: `time.perf_counter()` at the call of `save`.
-        snapshot: what to write, until it is taken out; or the error because of which there is nothing to write.
+        metrics: the metrics given to `save`: numbers and 0-d arrays, which are read on the saving thread.
+        started_s: `time.perf_counter()` when `save` was called.
+        snapshot: what to write; or the error because of which this process could not take a snapshot; None after
+            `take_snapshot` has handed it over.
     """
 
     step: int
@@ -60,8 +61,8 @@ class Save:
         """Hand over the snapshot and forget it, so that its arrays are freed as they are written.
 
         Raises:
-            Exception: the error because of which there is none.
-            RuntimeError: it has been handed over before.
+            Exception: the error because of which there is no snapshot.
+            RuntimeError: the snapshot has been handed over before.
         """
         snapshot, self.snapshot = self.snapshot, None
         if snapshot is None:
@@ -73,11 +74,11 @@ class Save:
 
 @dataclass(frozen=True)
 class Committed:
-    """What is known of a save that has been committed.
+    """The outcome of a save that has been committed.
 
     Attributes:
-        manifest: what the step says about itself; without most fingerprints in processes other than the first.
-        identities: its frozen arrays.
+        manifest: the manifest of the step. In processes other than process 0, most fingerprints are missing.
+        identities: the frozen arrays of the step.
         nbytes: bytes of the arrays written, by all processes together.
     """
 

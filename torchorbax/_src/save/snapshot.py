@@ -1,9 +1,8 @@
-"""A consistent copy of the state at one step, taken without stalling the loop.
+"""A snapshot: a consistent copy of the state at one step, taken without stalling the training loop.
 
-JAX arrays are immutable, so a reference to one is a snapshot, unless the loop donates it. Then it takes a copy on the
-devices, which is dispatched here and not waited for; or, on the CPU, a numpy view of the array's memory: JAX's CPU
-backend gives memory that somebody looks at to no other array. CPU torch tensors and numpy arrays can change at any time
-and are copied at once.
+JAX arrays are immutable, so a reference to an array is enough, unless the loop donates it. Arrays that may be donated
+are staged as the module `staging` describes. CPU torch tensors and numpy arrays can change at any time, so they are
+copied at once.
 """
 
 from __future__ import annotations
@@ -27,9 +26,15 @@ from torchorbax._src.tensors.live import host_copy, live_array, live_dtype, rais
 
 
 class Snapshot:
-    """The arrays to write, what the manifest says of all leaves, and which the frozen ones are.
+    """The arrays to write, the descriptions of all leaves for the manifest, and the identities of the frozen arrays.
 
-    Its properties do their work when they are first asked for, which is on the thread that saves.
+    The properties do their work when they are first asked for, which happens on the saving thread, not in the loop.
+
+    Args:
+        captured: the live leaves by item.
+        held: what holds the value of each leaf, by key.
+        staged: the arrays to write, staged.
+        look: the frozen leaves.
 
     Attributes:
         identities: the frozen arrays.
@@ -41,7 +46,11 @@ class Snapshot:
         self.identities: Identities = look.identities
         self._frozen = look.known
         self._to_write = list(staged)
-        self._captured = {item: (one.kind, list(one.leaves), one.ties, one.values) for item, one in captured.items()}
+        # Without the live leaves, which must not be kept alive.
+        self._captured = {
+            item: (of_item.kind, list(of_item.leaves), of_item.ties, of_item.values)
+            for item, of_item in captured.items()
+        }
         self._held = held
         self._staged = staged
 
@@ -52,7 +61,7 @@ class Snapshot:
 
     @cached_property
     def arrays(self) -> dict[Key, Array]:
-        """The arrays to write. Whoever takes one out has the only reference to it."""
+        """The arrays to write. The snapshot keeps no other reference, so one that is removed can be freed."""
         staged, self._staged = self._staged, {}
         return {
             (item, name): as_array(staged.pop((item, name)))
@@ -63,8 +72,8 @@ class Snapshot:
 
     @cached_property
     def items(self) -> dict[str, ItemMeta]:
-        """By item, without fingerprints."""
-        held, self._held = self._held, {}  # live arrays, which must not be kept alive
+        """The descriptions of the items for the manifest, without fingerprints."""
+        held, self._held = self._held, {}  # these are live arrays, which must not be kept alive
         return {
             item: ItemMeta(kind, {name: self._meta(item, name, held) for name in names}, ties, values)
             for item, (kind, names, ties, values) in self._captured.items()
@@ -76,7 +85,7 @@ class Snapshot:
 
 
 def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> LeafMeta:
-    if isinstance(held, jax.Array):  # which says these things when it has been donated, too
+    if isinstance(held, jax.Array):  # it may have been donated by now, but still has its shape, dtype and sharding
         sharding, weak_type = describe(held.sharding), held.weak_type
         return LeafMeta(tuple(held.shape), dtype_name(held.dtype), "jax", sharding, base=base, weak_type=weak_type)
     dtype = live_dtype(held) if isinstance(held, torch.Tensor) else held.dtype
@@ -84,32 +93,35 @@ def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> Leaf
 
 
 def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None = None) -> Snapshot:
-    """The state of this moment.
+    """Take a snapshot of the live leaves.
 
     Args:
-        captured: live leaves by item.
-        staging: `reference` keeps references to jax arrays (right only where nothing is donated; a donated one makes
-            the save fail, never wrong); `device` copies them on their devices, dispatched and not waited for, as far as
-            there is memory; `host` copies them to host memory before it returns; `auto` takes views of what is computed
-            and lies on CPU devices, and is `device` for the rest.
-        look: the frozen leaves, of which those that the run's base area has are left out.
+        captured: the live leaves by item.
+        staging: how jax arrays are kept. `reference` keeps references: this is for loops that donate nothing, and if an
+            array is donated all the same, the save fails and writes nothing wrong. `device` copies the arrays on their
+            devices, as far as there is memory; the copies are dispatched and not waited for. `host` copies them to host
+            memory before it returns. `auto` takes views of arrays on CPU devices that have been computed already, and
+            does what `device` does for all others.
+        look: the frozen leaves. Those that a base holds already are left out.
 
     Raises:
-        UnsupportedLeafError, DeletedArrayError: a leaf cannot be saved; nothing has been copied.
+        UnsupportedLeafError, DeletedArrayError: a leaf cannot be saved. Nothing has been copied.
     """
     look = look or Look({}, {})
-    leaves = {(item, name): leaf for item, one in captured.items() for name, leaf in one.leaves.items()}
+    # What holds the values of each leaf. Nothing is copied before all leaves are known to have some.
+    leaves = {(item, name): leaf for item, of_item in captured.items() for name, leaf in of_item.leaves.items()}
     try:
         held = {
             key: live_array(f"{key[0]}.{key[1]}", leaf) for key, leaf in leaves.items() if look.known.get(key) is None
         }
         on_device = {key: array for key, array in held.items() if isinstance(array, jax.Array)}
         gone = any(array.is_deleted() for array in on_device.values())
-    except RuntimeError:  # a view of an array that has been deleted
+    except RuntimeError:  # from a View of an array that has been deleted
         raise_if_deleted(_named(leaves))
         raise
     if gone:
         raise_if_deleted(_named(leaves))
+    # Copies.
     staged = stage(on_device, staging)
     for key, array in held.items():
         if not isinstance(array, jax.Array):

@@ -1,4 +1,10 @@
-"""How it is taken: views, device copies, host copies."""
+"""Staging: how a snapshot keeps the values of jax arrays while the training loop goes on and donates them.
+
+An array is kept in one of four ways: by reference, if nothing is donated; as a view of its memory, on CPU devices; as a
+copy on its devices, which is dispatched and not waited for; or as a copy in host memory, which the loop waits for.
+A view works because JAX's CPU backend does not give the memory of a donated array to another array while a numpy view
+of it exists. Device copies are limited by the devices' free memory; what does not fit is copied to the host.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +32,21 @@ from torchorbax.errors import ConfigError
 Staging = Literal["auto", "reference", "device", "host"]
 
 _WORTH_A_VIEW_BYTES = 64 << 10
-"""Bytes of a shard from which on a view of it (some microseconds) is cheaper than a copy."""
+"""The least size of a shard for which a view, which takes some microseconds, is cheaper than a copy."""
 _GROWTH = 4
-"""So many times the arrays of a model are there when its optimizer has made its state: moments, master weights."""
+"""How many times as many arrays there may be once the optimizer has made its state: parameters, two moments and master
+weights, all of one layout."""
 _SPARE = 0.05
-"""The part of a device's memory that copies leave alone: the step needs some for itself."""
+"""The share of a device's memory that copies leave free, for what the training step needs."""
 
 Groups = dict[Layout, dict[Key, jax.Array]]
-"""Arrays by their layout."""
+"""Arrays, grouped by layout."""
 
 _logger = logging.getLogger(__name__)
 
 
 def check_staging(staging: str) -> Staging:
-    """`staging`, if it is one of the known ways.
+    """`staging`, if it is one of the words that are allowed.
 
     Raises:
         ConfigError: it is not.
@@ -50,10 +57,12 @@ def check_staging(staging: str) -> Staging:
 
 
 def stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, Staged]:
+    """Keep the values of jax arrays; see `snapshot.take` for the ways."""
     if staging == "reference":
         return dict(arrays)
     if staging == "host":
         return _host_copies(arrays)
+    # Sort the arrays by the way in which they are kept.
     staged: dict[Key, Staged] = {}
     offloaded: dict[Key, jax.Array] = {}
     to_copy: Groups = {}
@@ -61,45 +70,46 @@ def stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, Staged
         if not is_on_device(layout[2]):
             offloaded |= group
         elif staging == "auto" and _are_worth_views(layout):
-            ready = {key: array for key, array in group.items() if _is_ready(array)}  # a view of others would wait
+            # To make a view of an array that is still being computed would wait for it.
+            ready = {key: array for key, array in group.items() if _is_ready(array)}
             staged |= {key: _View(array) for key, array in ready.items()}
             to_copy[layout] = {key: array for key, array in group.items() if key not in ready}
         else:
             to_copy[layout] = group
-    fitting, others = _fitting(to_copy)
-    if others:
+    # Copy on the devices what fits there, and the rest to the host.
+    fitting, not_fitting = _fitting(to_copy)
+    if not_fitting:
         _warn_of_full_devices()
     with own_context():
         copies = _copies(fitting)
-    return {**staged, **copies, **_host_copies({**others, **offloaded})}
+    return {**staged, **copies, **_host_copies({**not_fitting, **offloaded})}
 
 
-# -------------------------------------------------------------------------------------------------------------- views
+# Views.
 
 
 class _View:
-    """An array on CPU devices, kept from being overwritten by views of its shards.
-
-    Of an array of several processes, of the shards of this one.
-    """
+    """Views of this process's shards of an array on CPU devices, which protect its memory from being reused."""
 
     def __init__(self, array: jax.Array) -> None:
         self._shape, self._dtype, self._sharding = array.shape, array.dtype, array.sharding
-        # A `memoryview` is a little cheaper, but has no names for bfloat16 and the like.
+        # A `memoryview` is a little cheaper than a numpy view, but does not support bfloat16 and the like.
         view = memoryview if array.dtype.isbuiltin == 1 else np.asarray
         self._views: list[Any] = [view(part) for part in parts(array)]
 
     def array(self) -> jax.Array:
-        """A `jax.Array` of the same memory, which nobody else has and can donate."""
-        views = map(np.asarray, self._views)  # in the order in which JAX asks for them
+        """A new `jax.Array` of the same memory, which the loop does not know and so cannot donate."""
+        views = map(np.asarray, self._views)  # in the order in which the callback is called
         with own_context():
             return jax.make_array_from_callback(self._shape, self._sharding, lambda _: next(views), dtype=self._dtype)
 
 
 Staged = jax.Array | np.ndarray | HostShards | Row | _View
+"""A staged array; `as_array` makes an array of it."""
 
 
 def as_array(staged: Staged) -> Any:
+    """The array, to be written."""
     return staged.array() if isinstance(staged, _View) else staged
 
 
@@ -114,19 +124,20 @@ def _are_worth_views(layout: Layout) -> bool:
     return all(device.platform == "cpu" for device in devices(sharding, shape))
 
 
-# ------------------------------------------------------------------------------------------------------------- copies
+# Copies.
 
 
 def _host_copies(arrays: Mapping[Key, jax.Array]) -> dict[Key, Staged]:
+    """Copies in host memory. All transfers are started before the first is waited for."""
     for array in arrays.values():
-        array.copy_to_host_async()  # all of them on their way before the first is waited for
+        array.copy_to_host_async()
     return {
         key: np.array(array) if array.is_fully_addressable else _host_shards(array) for key, array in arrays.items()
     }
 
 
 def _host_shards(array: jax.Array) -> HostShards:
-    """What this process has of an array of several processes; what several of its devices have, once."""
+    """A host copy of this process's shards. Equal shards of several of its devices share one copy."""
     copies: dict[tuple[int, ...], np.ndarray] = {}
     copied: list[Shard] = []
     for shard in shards(array):
@@ -137,11 +148,11 @@ def _host_shards(array: jax.Array) -> HostShards:
 
 
 def _fitting(groups: Groups) -> tuple[Groups, dict[Key, jax.Array]]:
-    """Those of which the devices have room for a copy, the first ones first; and the others."""
+    """Divide arrays into those of which the devices have room for a copy, taken in order, and all others."""
     free = {device: room for device in jax.local_devices() if (room := _room(device)) is not None}
-    others: dict[Key, jax.Array] = {}
+    not_fitting: dict[Key, jax.Array] = {}
     if not free:
-        return groups, others
+        return groups, not_fitting
     fitting: Groups = {}
     for (shape, dtype, sharding), group in groups.items():
         nbytes = math.prod(sharding.shard_shape(shape)) * dtype.itemsize
@@ -149,14 +160,14 @@ def _fitting(groups: Groups) -> tuple[Groups, dict[Key, jax.Array]]:
         room = min((max(free[device], 0) // nbytes for device in holders), default=len(group)) if nbytes else len(group)
         keys = list(group)
         fitting[shape, dtype, sharding] = {key: group[key] for key in keys[:room]}
-        others |= {key: group[key] for key in keys[room:]}
+        not_fitting |= {key: group[key] for key in keys[room:]}
         for device in holders:
             free[device] -= nbytes * len(keys[:room])
-    return fitting, others
+    return fitting, not_fitting
 
 
 def _room(device: jax.Device) -> int | None:
-    """Bytes that a snapshot may take on a device beside what the loop needs; None if the device does not say."""
+    """Bytes that a snapshot may take of a device's memory, beside what the loop needs; None if it reports none."""
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None
@@ -167,14 +178,17 @@ def _room(device: jax.Device) -> int | None:
 
 @functools.cache
 def _loop_peak(device: jax.Device) -> int:
-    """The most memory that a device has had in use before the first snapshot: the state and what a step works with."""
+    """The peak memory use of a device before the first snapshot, in bytes: the state, and what a training step needs.
+
+    It is cached, so that the copies of later snapshots are not counted.
+    """
     stats = device.memory_stats()
     return int(stats.get("peak_bytes_in_use", stats["bytes_in_use"]))
 
 
 @functools.cache
 def _warn_of_full_devices() -> None:
-    """Once in a process."""
+    """Log a warning; cached, so that it is logged once in a process."""
     _logger.warning(
         "the devices have no room for a copy of the whole state beside the training step, so part of every snapshot is "
         "copied to host memory while the loop waits; staging='reference' avoids the copy where nothing is donated"
@@ -182,10 +196,10 @@ def _warn_of_full_devices() -> None:
 
 
 def _copies(groups: Groups) -> dict[Key, Staged]:
-    """Copies on the devices, dispatched and not waited for; small arrays as rows of stacks, as they will be written.
+    """Copies on the devices, dispatched and not waited for. Small arrays become rows of stacks, as they are written.
 
-    Of an array of several processes, what this one has is copied by programs of this process alone: another may copy
-    other arrays, if its devices have room for others.
+    The shards of an array of several processes are copied by programs of this process alone. The programs of another
+    process may differ, because its devices may have room for other arrays.
     """
     copies: dict[Key, Staged] = {}
     for layout, group in groups.items():
@@ -202,15 +216,14 @@ def _copies(groups: Groups) -> dict[Key, Staged]:
 
 
 def _of_this_process(array: jax.Array) -> jax.Array:
-    """An array of the shards that this process has, one after the other along the first axis; or the array itself if
-    that is all of it."""
+    """An array on this process's devices alone: the array itself, or its shards stacked along the first axis."""
     if array.is_fully_addressable:
         return array
     return stacked(parts(array))
 
 
 def _of_all_processes(local: jax.Array, like: jax.Array) -> jax.Array:
-    """The reverse of `_of_this_process`."""
+    """The reverse of `_of_this_process`: an array like `like`, of the shards in `local`."""
     shards = {part.device: part for part in parts(local)}
     order = [part.device for part in parts(like)]
     return jax.make_array_from_single_device_arrays(
@@ -224,34 +237,34 @@ def _copy(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def prepare(captured: Mapping[str, Captured], staging: Staging) -> None:
-    """Compile, on a thread of its own, what snapshots of such leaves and of optimizer state like them will need.
+    """Compile the programs that snapshots of these leaves and of their optimizer state will need, on a new thread.
 
-    Without it, the first save would keep the loop waiting for that.
+    Otherwise the first save would keep the loop waiting while they are compiled.
     """
     if staging not in ("auto", "device"):
         return
     held = {
         (item, name): live_array(f"{item}.{name}", leaf)
-        for item, one in captured.items()
-        for name, leaf in one.leaves.items()
+        for item, of_item in captured.items()
+        for name, leaf in of_item.leaves.items()
     }
-    arrays = {key: one for key, one in held.items() if isinstance(one, jax.Array) and not one.is_deleted()}
+    arrays = {key: array for key, array in held.items() if isinstance(array, jax.Array) and not array.is_deleted()}
     to_compile: list[tuple[Layout, jax.ShapeDtypeStruct, int]] = []
     for layout, group in alike(arrays).items():
         viewed = staging == "auto" and _are_worth_views(layout) and all(map(_is_ready, group.values()))
         if is_on_device(layout[2]) and not viewed:
-            here = _of_this_process(next(iter(group.values())))
-            one = jax.ShapeDtypeStruct(here.shape, here.dtype, sharding=here.sharding)
-            to_compile.append((layout, one, _GROWTH * len(group)))
+            local = _of_this_process(next(iter(group.values())))
+            like = jax.ShapeDtypeStruct(local.shape, local.dtype, sharding=local.sharding)
+            to_compile.append((layout, like, _GROWTH * len(group)))
     if to_compile:
         threading.Thread(target=_compile, args=(to_compile,), name="torchorbax-prepare").start()
 
 
 def _compile(layouts: Sequence[tuple[Layout, jax.ShapeDtypeStruct, int]]) -> None:
     with own_context():
-        for layout, one, count in layouts:
+        for layout, like, count in layouts:
             for size in stacks.AT_ONCE:
                 if size <= count and can_be_stacked(layout):
-                    stacks.compile_stack(one, size)
+                    stacks.compile_stack(like, size)
                 elif size <= count:
-                    stacks.compile_ahead(_copy, one, size)
+                    stacks.compile_ahead(_copy, like, size)

@@ -1,9 +1,11 @@
-"""One save, written by all processes of a run. To Orbax there is only process 0.
+"""Writes a save, by all processes of a run together. For Orbax, process 0 is the only process.
 
-start    every process says what it is about to write; process 0 compares, and numbers the bases of frozen leaves
-write    process 0 has the folders made; every process writes its arrays; process 0 writes the manifest and commits
-commit   all processes learn how it ended, and raise the same error or none
-end      process 0 lets older steps go; all processes learn which ones are gone
+The phases of a save:
+
+start    every process reports what it is about to write; process 0 compares, and numbers the bases of frozen leaves
+write    process 0 has the folders created; every process writes its arrays; process 0 writes the manifest and commits
+commit   all processes learn whether the step was committed, and raise the same error or none
+end      process 0 deletes older steps; all processes learn which ones
 """
 
 from __future__ import annotations
@@ -36,14 +38,15 @@ class Writer:
     """Writes saves, one at a time, on the thread that calls it.
 
     Args:
-        storage: where to.
-        steps: the steps there are.
-        processes: all processes of the run; each writes its part.
-        origin: in a local tier, what the manifest says of the run and of its life.
-        localized: write what this process has of everything, as if there were no other.
+        storage: where the steps are written.
+        steps: the steps of the run.
+        processes: the processes of the run; each writes its own shards.
+        origin: in a local tier, the run and its start, for the manifest (see `Manifest`).
+        localized: write this process's part of the state as a step of its own (see `save.local_tier`).
 
     Attributes:
-        lost_base: a base that frozen leaves were thought to lie in is gone, so nothing is known of frozen leaves.
+        lost_base: a base that the step needed is gone, or the processes did not agree on the frozen leaves. The caller
+            must forget which frozen leaves have been written, so that the next save writes all of them.
     """
 
     def __init__(
@@ -58,14 +61,15 @@ class Writer:
         self._saves = 0
 
     def write(self, save: Save, when_committed: Callable[[Committed], object]) -> None:
-        """Write a step, commit it, and let older steps go.
+        """Write a step, commit it, and delete the steps that the policy does not preserve.
 
         Args:
-            save: its snapshot is taken out, so that the arrays are freed as they are written.
+            save: what to save. Its snapshot is handed over, so that the arrays are freed as they are written.
             when_committed: called as soon as the step is committed.
 
         Raises:
-            SaveError: the step is not saved, or what follows failed; for the same reason in all processes.
+            SaveError: the step has not been saved, or something failed after its commit. The reason is the same in all
+                processes.
         """
         self._saves += 1
         self._channel.begin(self._saves)
@@ -80,7 +84,7 @@ class Writer:
 
 
 class _StepWriting:
-    """The writing of one step; a method a phase."""
+    """The writing of one step, with one method for each phase."""
 
     def __init__(self, storage: Storage, steps: Steps, channel: Channel, save: Save) -> None:
         self.lost_base = False
@@ -92,13 +96,14 @@ class _StepWriting:
         self._step = save.step
         self._contribution: Contribution
         self._manifest: Manifest
-        self._bases: list[int] = []  # those that this step writes
-        self._own: dict[str, HostItem] = {}  # what this process has for itself and process 0 has otherwise
+        self._bases: list[int] = []  # the numbers of the bases that this step writes
+        self._own: dict[str, HostItem] = {}  # this process's own state, where it differs from that of process 0
 
     # Start.
 
     def start(self, origin: str, *, localized: bool) -> None:
         """Agree on what is written, and on the numbers of bases."""
+        # Every process reports, process 0 decides.
         with self._as_save_error():
             answer = self._channel.agree(
                 "start", lambda: self._contribute(localized=localized), lambda found: self._decide(found, origin)
@@ -106,6 +111,7 @@ class _StepWriting:
             if answer["lost_base"] is not None:
                 self.lost_base = True
                 raise SaveError(self._step, self._storage.path, answer["lost_base"])
+        # Apply the decision: process 0 has its manifest already, the others get the numbers of bases.
         mine = self._contribution
         if not self._processes.is_first:
             items = with_bases(mine.items, answer["bases"])
@@ -116,6 +122,7 @@ class _StepWriting:
         self._bases = answer["new_bases"]
 
     def _contribute(self, *, localized: bool) -> dict[str, Json]:
+        """Take over the snapshot, and describe to process 0 what this process is about to write."""
         count = self._processes.count
         with self._as_save_error() if self._processes.is_first else contextlib.nullcontext():
             snapshot = self._save.take_snapshot()
@@ -123,21 +130,29 @@ class _StepWriting:
         return self._contribution.summary(self._step) if count > 1 else {}
 
     def _decide(self, summaries: Sequence[dict[str, Json]], origin: str) -> dict[str, Json]:
-        """In process 0: compare what the processes are about to write, and describe the step."""
+        """In process 0: compare what the processes are about to write, and make the manifest."""
         with self._as_save_error():
             return self._answer(summaries, origin)
 
     def _answer(self, summaries: Sequence[dict[str, Json]], origin: str) -> dict[str, Json]:
+        """The decision that is published to all processes.
+
+        It is a JSON object: `lost_base`, why nothing can be written, or None; `bases`, the numbers of bases by item and
+        leaf; `new_bases`, the bases that this step writes; `known`, the leaves that a base has already; and `own`, the
+        digests of process 0's own state by item.
+        """
         mine = self._contribution
         answer: dict[str, Json] = {"lost_base": self._disagreement(summaries)}
         if answer["lost_base"] is not None:
             return answer
+        # The manifest, with the numbers of bases.
         self._steps.make_way(self._step)
         items, known = self._numbered(summaries)
         metrics = {name: float(np.asarray(value)) for name, value in self._save.metrics.items()}
         self._manifest = Manifest(
             self._step, self._save.time, metrics, items, _versions(), parts=mine.parts, origin=origin
         )
+        # What the other processes need to know of it.
         written = [key for key in mine.arrays if key not in known]
         missing = self._missing_base(written)
         bases = {
@@ -153,10 +168,10 @@ class _StepWriting:
         }
 
     def _disagreement(self, summaries: Sequence[dict[str, Json]]) -> str | None:
-        """Why the processes do not know the same frozen leaves, if they do not.
+        """The reason if the processes do not agree on which frozen leaves have been written; None if they do.
 
         Raises:
-            SaveError: they disagree on anything else.
+            SaveError: they do not agree on something else.
         """
         path, first = self._storage.path, summaries[0]
         for process, summary in enumerate(summaries[1:], start=1):
@@ -170,7 +185,7 @@ class _StepWriting:
         return None
 
     def _numbered(self, summaries: Sequence[dict[str, Json]]) -> tuple[dict[str, ItemMeta], list[Key]]:
-        """What the step says of its items, and which of the new frozen leaves a base has after all."""
+        """The items with the numbers of bases, and those new frozen leaves that a base has already after all."""
         mine = self._contribution
         if not mine.sums:
             return dict(mine.items), []
@@ -183,7 +198,7 @@ class _StepWriting:
         return frozen.numbered(mine.items, texts, self._steps.newest_whole_before(self._step), next_base)
 
     def _missing_base(self, written: Sequence[Key]) -> str | None:
-        """Why the step cannot be written if a base is gone that it refers to and does not write itself."""
+        """The reason if a base is gone that the step refers to and does not write itself; None if all are there."""
         referred = self._manifest.frozen_leaves
         bases = set(self._storage.bases.steps()) if referred else set()
         for key, leaf in referred.items():
@@ -194,7 +209,7 @@ class _StepWriting:
     # Write and commit.
 
     def commit(self) -> Committed:
-        """Write everything and commit it; then all processes know how it ended."""
+        """Write everything and commit it. When this returns or raises, all processes know the outcome."""
         nbytes = self._contribution.nbytes
         if self._processes.is_first:
             with self._as_save_error(), self._channel.announcing("commit") as announce:
@@ -209,27 +224,29 @@ class _StepWriting:
         return Committed(self._manifest, self._contribution.identities, nbytes)
 
     def _write_and_hear(self) -> dict[str, Any]:
-        """In other processes than the first: write, and hear from process 0 how it ended."""
+        """In other processes than process 0: write, and hear from process 0 whether the step was committed."""
         failure: Exception | None = None
         try:
             self._write()
-        except ProcessError as error:  # nobody is there who could say how it ended
-            raise SaveError(self._step, self._storage.path, told(error)) from error
-        except Exception as error:  # process 0 has been told, and announces it
+        except ProcessError as error:  # process 0 cannot be reached, so it cannot announce the outcome either
+            raise SaveError(self._step, self._storage.path, error_line(error)) from error
+        except Exception as error:  # process 0 has been told of it, and is going to announce it
             failure = error
         try:
             outcome: dict[str, Any] = self._channel.hear("commit")
         except ProcessError as error:
-            unknown = f"process 0 does not say how it ended, so it may have been saved all the same: {told(error)}"
+            unknown = (
+                f"process 0 does not say how it ended, so it may have been saved all the same: {error_line(error)}"
+            )
             raise SaveError(self._step, self._storage.path, unknown) from (failure or error)
         except SaveError as error:
             raise error from (error.__cause__ if failure is None or isinstance(failure, SaveError) else failure)
         if failure is not None:
-            raise SaveError(self._step, self._storage.path, told(failure)) from failure
+            raise SaveError(self._step, self._storage.path, error_line(failure)) from failure
         return outcome
 
     def _write(self) -> Manifest:
-        """Write what this process has: first the new bases, then the step."""
+        """Write the arrays of this process: first the new bases, then the step."""
         manifest, arrays = self._manifest, self._contribution.arrays
         keys = by_base(manifest.leaves, arrays)
         for base in self._bases:
@@ -244,7 +261,11 @@ class _StepWriting:
     def _write_step(
         self, storage: Storage, manifest: Manifest, arrays: dict[Key, Array], own: dict[str, HostItem]
     ) -> Manifest:
-        """Write one step or base, in all processes; process 0 commits it and gets the manifest with fingerprints."""
+        """Write one step or base, in all processes. Process 0 commits it.
+
+        Returns:
+            In process 0, the manifest with fingerprints; in other processes, the manifest unchanged.
+        """
         if not self._processes.is_first:
             folders = self._channel.hear("folders")
             self._channel.collect("write", lambda: self._write_part(storage, folders, arrays, own))
@@ -261,7 +282,11 @@ class _StepWriting:
     def _write_part(
         self, storage: Storage, folders: Folders, arrays: dict[Key, Array], own: dict[str, HostItem]
     ) -> dict[str, Json]:
-        """Write what this process has, and report the sums of what it has written."""
+        """Write this process's shards and own state. The result is its report to process 0.
+
+        It is a JSON object: `sums` of the shards by item and leaf, and `own`, the SHA-256 of the file with the
+        process's own state, or None.
+        """
         process = self._processes.index
         sums: dict[str, dict[str, str]] = {}
         for (item, name), of_leaf in storage.write_arrays(folders, arrays, process).items():
@@ -272,7 +297,7 @@ class _StepWriting:
     # End.
 
     def end(self) -> None:
-        """Let older steps go."""
+        """Delete the steps that the policy does not preserve."""
         with self._as_save_error(committed=True):
             deleted = self._channel.first("end", self._retain)
         if not self._processes.is_first:
@@ -280,7 +305,7 @@ class _StepWriting:
                 self._steps.drop(step)
 
     def _retain(self) -> list[int]:
-        with self._as_save_error(committed=True):  # so that all processes raise the same
+        with self._as_save_error(committed=True):  # here too, so that all processes raise the same error
             return self._steps.retain(self._step)
 
     @contextlib.contextmanager
@@ -294,16 +319,16 @@ class _StepWriting:
             reason = error.reason
             raise SaveError(self._step, self._storage.path, reason, committed=error.committed) from error.__cause__
         except Exception as error:
-            raise SaveError(self._step, self._storage.path, told(error), committed=committed) from error
+            raise SaveError(self._step, self._storage.path, error_line(error), committed=committed) from error
 
 
-def told(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {error}"
 
 
 def stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
-    """The manifest with the fingerprints that follow from what each process has written."""
+    """The manifest with the fingerprints, from the processes' reports of what they have written (see `_write_part`)."""
     texts: dict[Key, list[str]] = {}
     for part in parts:
         for item, of_item in part["sums"].items():
@@ -317,11 +342,6 @@ def stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
     }
     own = {str(process): part["own"] for process, part in enumerate(parts) if part["own"]}
     return dataclasses.replace(manifest.stamped(fingerprints), processes=len(parts), own=own)
-
-
-def _added(texts: Sequence[str]) -> str:
-    """The fingerprint of a leaf, from those of its parts."""
-    return fingerprint.text(fingerprint.total([fingerprint.sums(text) for text in texts]))
 
 
 @functools.cache

@@ -13,12 +13,13 @@ from torchorbax._src.arrays.dtypes import dtype_name
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import decode, encode, leaves_in
+from torchorbax._src.format.values import leaves_in
 from torchorbax._src.state.compare import compare_leaves, compare_ties, compare_values
 from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, below_item, calling
 from torchorbax._src.state.live_leaves import as_typed, live_meta, on_their_side
 from torchorbax._src.state.module_names import extra_state_owners, own_tensors, saved_names
 from torchorbax._src.state.request import Request, selected
+from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors.live import live_dtype, settle
 from torchorbax._src.tensors.placement import placed_dtype, target_shardings
 from torchorbax.errors import ConfigError, MismatchError, Problem, UnsupportedLeafError

@@ -12,7 +12,7 @@ import jax
 from torchorbax._src.arrays.leaves import Array, is_key
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, digest
-from torchorbax._src.format.values import Json, LayoutError, Node, StoredLeaf, built, decode, encode, how_built
+from torchorbax._src.format.values import Json, LayoutError, Node, StoredLeaf, built, how_built
 from torchorbax._src.state.compare import compare_leaves, compare_values
 from torchorbax._src.state.item import Captured, ItemPlan, below_item
 from torchorbax._src.state.live_leaves import as_typed, on_their_side, target_beside
@@ -29,6 +29,7 @@ from torchorbax._src.state.trees import (
     registered,
     with_leaves,
 )
+from torchorbax._src.state.values import decode, encode
 from torchorbax.errors import MismatchError, UnsupportedLeafError
 
 Path = tuple[str, ...]

@@ -15,10 +15,10 @@ import torch
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta
-from torchorbax._src.format.values import decode, encode
 from torchorbax._src.state.generators import python_state, set_python_state
 from torchorbax._src.state.item import Captured, ItemPlan
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax.errors import ConfigError, MismatchError, Problem
 

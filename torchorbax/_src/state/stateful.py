@@ -13,11 +13,12 @@ import torch
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta
-from torchorbax._src.format.values import built, decode, encode, how_built
+from torchorbax._src.format.values import built, how_built
 from torchorbax._src.state.compare import compare_values
 from torchorbax._src.state.item import Captured, ItemPlan, below_item, calling
 from torchorbax._src.state.live_leaves import as_typed, on_their_side, target_beside
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors.live import host_copy, live_array
 from torchorbax.errors import MismatchError, Problem, TorchorbaxError
 

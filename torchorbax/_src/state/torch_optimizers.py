@@ -13,7 +13,7 @@ from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import StoredLeaf, built, decode, encode, how_built
+from torchorbax._src.format.values import StoredLeaf, built, how_built
 from torchorbax._src.state.compare import compare_leaves
 from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, calling
 from torchorbax._src.state.live_leaves import as_typed, on_their_side
@@ -29,6 +29,7 @@ from torchorbax._src.state.torch_optimizer_tree import (
     reset,
     short_name,
 )
+from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors.placement import target_shardings
 from torchorbax.errors import ConfigError, Problem
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchorbax._src.format.values import encode
+from torchorbax._src.state.values import encode
 from torchorbax.errors import UnsupportedLeafError
 
 _OF_THE_CLASS = frozenset(("_defaults", "_persistent", "_reductions", "training"))

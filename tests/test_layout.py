@@ -1,0 +1,72 @@
+"""Tests lie as the code does: each module of the package has a test file of its name, or a reason why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torchorbax
+
+TESTS = Path(__file__).parent
+SOURCE = Path(torchorbax.__file__).parent / "_src"
+MOST_LINES = 600
+
+TESTED_ELSEWHERE = {
+    "arrays/leaves": ("tensors/test_live", "a few lines that every test of live tensors runs"),
+    "distributed/failures": ("save/test_writer", "errors travel between processes, of which there are several there"),
+    "format/per_process": ("storage/test_storage", "written and read by a storage; several processes have more of it"),
+    "run/saves": ("run/test_background_save", "the saves of one tier; run/test_tier has those of two"),
+    "save/contribution": ("save/test_writer", "what processes compare before they write"),
+    "save/local_tier": ("run/test_tier", "saved and restored by runs with two tiers"),
+    "save/save": ("save/test_writer", "a record that goes from the loop to the writer"),
+    "state/item": ("restore/test_in_place", "the protocol of all items; every restore uses it"),
+    "state/live_leaves": ("restore/test_plan", "what a live leaf would be saved as, which plans compare"),
+    "storage/opening": ("storage/test_run_folder", "three lines that open what is at a path"),
+    "storage/orbax_storage": ("storage/test_storage", "one of the two storages that must do the same"),
+    "storage/traffic": ("run/test_options", "limits that are checked once, as options of a run"),
+    "storage/zarr": ("storage/test_array_writer", "one layout for writer and reader"),
+    "tensors/torchax_tensors": ("tensors/test_live", "the few facts about torchax that live tensors stand on"),
+    "training/tracing": ("training/test_train_step", "small helpers of the step"),
+}
+"""By module: the test file that has its tests, and why there."""
+
+ACROSS_MODULES = {
+    "restore/test_resharding": "all of a save and a restore, on other numbers of devices",
+    "restore/test_several_processes": "all of a restore, by several processes",
+    "run/test_several_processes": "all of a run, on changing numbers of processes",
+    "storage/test_offloaded": "arrays in the memory of the host, all the way from a save to a restore",
+}
+"""Test files in a folder of the package that have no module of their name."""
+
+
+def modules() -> set[str]:
+    paths = {path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path.name != "__init__.py"}
+    return {str(path.with_suffix("")) for path in paths}
+
+
+def file_of(module: str) -> Path:
+    folder, _, name = module.rpartition("/")
+    return TESTS / folder / f"test_{name}.py"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_module_has_a_test_file_of_its_name_or_a_reason(module: str) -> None:
+    assert file_of(module).exists() != (module in TESTED_ELSEWHERE)
+
+
+def test_reasons_are_about_modules_and_tests_that_exist() -> None:
+    assert set(TESTED_ELSEWHERE) <= modules()
+    for where, _ in TESTED_ELSEWHERE.values():
+        assert (TESTS / f"{where}.py").exists(), where
+
+
+def test_a_test_file_is_about_the_module_of_its_name_or_says_what_else() -> None:
+    wings = {module.partition("/")[0] for module in modules()}
+    files = {path.relative_to(TESTS) for wing in wings for path in (TESTS / wing).glob("test_*.py")}
+    of_modules = {file_of(module).relative_to(TESTS) for module in modules()}
+    assert {str(path.with_suffix("")) for path in files - of_modules} == set(ACROSS_MODULES)
+
+
+def test_files_of_tests_stay_short() -> None:
+    lengths = {str(path.relative_to(TESTS)): len(path.read_text().splitlines()) for path in TESTS.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
