@@ -105,7 +105,7 @@ def act_on_warnings(action: str) -> None:
     """As `python -W action` does; the server itself runs with `-W error`, so that filters of libraries come first."""
     sys.warnoptions[:] = [action]
     if action != "error":
-        warnings.filters.remove(("error", None, Warning, None, 0))
+        warnings.filters[:] = [one for one in warnings.filters if one != ("error", None, Warning, None, 0)]  # type: ignore[index]
         warnings.simplefilter(action, append=True)  # type: ignore[arg-type]
 
 

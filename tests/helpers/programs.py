@@ -58,7 +58,8 @@ class Forked:
         stderr: int | IO[Any],
     ) -> None:
         self.returncode: int | None = None
-        theirs, ours = [], []
+        theirs: list[int] = []
+        ours: list[IO[Any] | None] = []
         for stream, mode in ((stdin, "w"), (stdout, "r"), (stderr, "r")):
             if stream == subprocess.PIPE:
                 ends = os.pipe()

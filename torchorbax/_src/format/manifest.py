@@ -41,7 +41,7 @@ class LeafMeta:
         sharding: how it was sharded when it was saved, for people to read (see `arrays.sharding_rules.describe`).
         fingerprint: the fingerprint of its data (see `arrays.fingerprint`); empty until it is known.
         base: for a frozen leaf, the number of the base that holds it (see `save.frozen`); None if the step holds it.
-        weak_type: was it weakly typed, as `jnp.asarray(0.1)` is? Such an array takes the dtype of what it meets.
+        weak_type: was it weakly typed, as `jnp.asarray(0.1)` is? JAX gives such an array the dtype of what it meets.
     """
 
     shape: tuple[int, ...]
