@@ -19,6 +19,7 @@ from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import host_copy
 from torchorbax._src.tensors.optimizers import OptaxOptimizer, Optimizer
 from torchorbax._src.training import torchax_modes
+from torchorbax._src.training.programs import Part
 from torchorbax._src.training.tracing import Arrays, arrays_of, holding, laid_out, settled
 from torchorbax.errors import ConfigError
 
@@ -29,8 +30,8 @@ class Update(Protocol):
     def trained(self) -> dict[str, torch.Tensor]:
         """The parameters that it updates, by name."""
 
-    def constants(self) -> Any:
-        """What a trace of `apply` turns into constants; hashable."""
+    def constants(self) -> list[Part]:
+        """What a trace of `apply` turns into constants."""
 
     def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[Any, Any]:
         """The state, which `apply` gives back anew, and further inputs. Makes the state if there is none yet."""
@@ -68,8 +69,8 @@ class OptaxUpdate:
                 )
         return params
 
-    def constants(self) -> Any:
-        return None
+    def constants(self) -> list[Part]:
+        return []
 
     def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[Any, Any]:
         return self._optimizer.init(), None
@@ -97,6 +98,7 @@ class TorchUpdate:
         self._model = model
         self._optimizer = optimizer
         self._names: dict[int, str] = {}
+        self._stateless = False
 
     def trained(self) -> dict[str, torch.Tensor]:
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
@@ -110,8 +112,8 @@ class TorchUpdate:
             )
         return {names[id(param)]: param for param in params if param.requires_grad}
 
-    def constants(self) -> Any:
-        return tuple(
+    def constants(self) -> list[Part]:
+        values = tuple(
             tuple(
                 (key, _constant(key, value))
                 for key, value in group.items()
@@ -119,12 +121,15 @@ class TorchUpdate:
             )
             for group in self._optimizer.param_groups
         )
+        return [Part("hyperparameters", values)]
 
     def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[dict[str, Arrays], list[Any]]:
         by_name = self.trained()
         states = self._optimizer.state
-        if not any(states.get(param) for param in by_name.values()):
-            self.set_state(self._first_state(by_name, shardings))
+        if not self._stateless and not any(states.get(param) for param in by_name.values()):
+            first = self._first_state(by_name, shardings)
+            self._stateless = not first
+            self.set_state(first)
         state: dict[str, Arrays] = {}
         for name, param in by_name.items():
             if entries := states.get(param):
