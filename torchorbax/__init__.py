@@ -12,7 +12,8 @@ from torchorbax._src.tensors.assign import assign_
 from torchorbax._src.tensors.convert import to_jax
 from torchorbax._src.tensors.optimizers import OptaxOptimizer
 from torchorbax._src.tensors.placement import place_
-from torchorbax._src.training.train_step import train_step
+from torchorbax._src.training.eval_step import EvalStep, eval_step
+from torchorbax._src.training.train_step import TrainStep, train_step
 from torchorbax.errors import (
     CheckpointNotFoundError,
     ConfigError,
@@ -34,14 +35,17 @@ __all__ = [
     "ConfigError",
     "CorruptCheckpointError",
     "DeletedArrayError",
+    "EvalStep",
     "MismatchError",
     "OptaxOptimizer",
     "ProcessError",
     "SaveError",
     "StorageError",
     "TorchorbaxError",
+    "TrainStep",
     "UnsupportedLeafError",
     "assign_",
+    "eval_step",
     "load",
     "params",
     "place_",

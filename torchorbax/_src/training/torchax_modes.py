@@ -33,6 +33,12 @@ class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
     def __float__(self) -> float:
         return float(self._elem)
 
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
     def __format__(self, spec: str) -> str:
         return format(self._elem.item() if self._elem.ndim == 0 else self._elem, spec)
 
@@ -84,8 +90,9 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     elif isinstance(kwargs.get("alpha"), torch.Tensor) and len(args) == 2:
         # torch would read alpha (SGD's learning rate) as a number, which a traced value is not
         return func(args[0], args[1] * kwargs["alpha"])
-    elif isinstance(kwargs.get("value"), torch.Tensor) and func is torch.Tensor.addcdiv_:
-        return args[0].add_(kwargs["value"] * args[1] / args[2])  # the same of value, in RMSprop
+    elif isinstance(kwargs.get("value"), torch.Tensor) and func in (torch.Tensor.addcdiv_, torch.Tensor.addcmul_):
+        product = kwargs["value"] * args[1]  # the same of value, in RMSprop and Adam
+        return args[0].add_(product / args[2] if func is torch.Tensor.addcdiv_ else product * args[2])
     return func(*args, **kwargs)
 
 
