@@ -20,8 +20,8 @@ def limit(result: jax.Array) -> None:
     there are too few, those that have one wait for the others, and after a while XLA ends the process. All steps of a
     process share the threads, and so the limit. Accelerators have queues of their own.
     """
-    devices = result.sharding.device_set
-    if len(devices) == 1 or next(iter(devices)).platform != "cpu":
+    first: jax.Device = next(iter(result.sharding.device_set))
+    if len(result.sharding.device_set) == 1 or first.platform != "cpu":
         return
     with _lock:
         _unread.append(result)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from torchorbax._src.arrays.leaves import put
 from torchorbax._src.arrays.sharding_rules import replicated_like
@@ -257,8 +257,8 @@ def _place_beside(module: torch.nn.Module, beside: Sharding) -> None:
     """Move a module's CPU tensors to the devices of another, replicated."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     there = [name for name, tensor in tensors if torchax_tensors.is_torchax(tensor)]
-    mesh = (beside.mesh, {}) if isinstance(beside, NamedSharding) else None
-    place_(module, shardings=mesh, skip=there)
+    mesh = beside.mesh if isinstance(beside, NamedSharding) else None
+    place_(module, shardings=(mesh, {}) if isinstance(mesh, Mesh) else None, skip=there)
 
 
 def unshare(tensors: Iterable[torch.Tensor], taken: Iterable[jax.Array] = ()) -> None:

@@ -211,7 +211,8 @@ def host_value(tensor: torch.Tensor, name: str = "a tensor on the CPU", beside: 
     with torch._C.DisableTorchFunction(), no_dispatch():
         plain = tensor.detach()
         if plain.ndim == 0 and plain.dtype is not torch.bool:
-            return jax.device_put(plain.item(), beside)
+            number: jax.Array = jax.device_put(plain.item(), beside)
+            return number
         return device_leaf(name, plain, beside)
 
 

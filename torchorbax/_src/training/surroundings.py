@@ -231,7 +231,7 @@ class Surroundings:
                 held = _attributes_of(owner)
                 for key in sorted(self._attributes - done):
                     done.add(key)
-                    for function in _methods(type(owner), key):
+                    for function in _methods(type(owner), key):  # type: ignore[arg-type]  # mypy: types have no hash
                         self._method(name, function)
                     if key in held or (key == "forward" and isinstance(owner, torch.nn.Module)):
                         self._slot(f"{name}.{key}" if name else key, held, key)

@@ -391,8 +391,8 @@ def _check_groups(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[s
         changed = [key for key in new if key not in old or new[key] is not old[key]]
         if changed:
             raise ConfigError(
-                f"the step of the optimizer changes {changed[0]!r} in its param_groups, which a compiled step cannot do; "
-                "use an optimizer that keeps what changes in its state, or optax"
+                f"the step of the optimizer changes {changed[0]!r} in its param_groups, which a compiled step cannot "
+                "do; use an optimizer that keeps what changes in its state, or optax"
             )
 
 

@@ -28,10 +28,10 @@ class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
     """
 
     def item(self) -> Any:
-        return self._elem.item()
+        return jax.device_get(self._elem).item()  # which a transfer guard lets through
 
     def __float__(self) -> float:
-        return float(self._elem)
+        return float(self.item())
 
     def __int__(self) -> int:
         return int(self.item())
@@ -40,7 +40,7 @@ class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
         return bool(self.item())
 
     def __format__(self, spec: str) -> str:
-        return format(self._elem.item() if self._elem.ndim == 0 else self._elem, spec)
+        return format(self.item() if self._elem.ndim == 0 else self._elem, spec)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return self._elem.__array__(dtype, copy=copy)

@@ -31,8 +31,8 @@ class TracedState(defaultdict[torch.Tensor, "_Entries"]):
         params = set(by_name.values())
         if strangers := [key for key in self if key not in params]:
             raise ConfigError(
-                f"the optimizer keeps state under {strangers[0]!r}, which is no parameter; a compiled step cannot update "
-                "it. Use an optimizer whose state belongs to parameters, or optax"
+                f"the optimizer keeps state under {strangers[0]!r}, which is no parameter; a compiled step cannot "
+                "update it. Use an optimizer whose state belongs to parameters, or optax"
             )
         return {
             name: {key: entry_array(key, value) for key, value in self[param].items()}
