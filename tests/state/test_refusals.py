@@ -162,6 +162,15 @@ def test_entries_that_are_added_later_are_not_lost_silently(tmp_path: Path) -> N
             run.save(1, force=True)
 
 
+def test_a_container_of_objects_must_stay_where_it_is(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"some": {"models": [nn.Linear(1, 1)], "epoch": 1}}, save=None) as run:
+        run.state["some"]["epoch"] = 2
+        run.save(0, force=True)
+        run.state["some"]["models"] = [nn.Linear(1, 1)]
+        with pytest.raises(ConfigError, match=r"some\.models\.0: the container that it is in has got other entries"):
+            run.save(1, force=True)
+
+
 def test_a_value_beside_objects_in_a_tuple_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"both\.1: a int beside objects in a tuple cannot be replaced .* use a list"):
         Checkpointer(tmp_path, {"both": (nn.Linear(1, 1), 3)})

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchorbax import MismatchError
+from torchorbax import Checkpointer, MismatchError
 
 from tests.helpers.runs import restored, saved
 
@@ -66,3 +68,25 @@ def test_a_failed_restore_puts_a_loader_and_an_object_back(tmp_path: Path, recwa
     assert state["average"].shadow["w"].tolist() == [2, 2]
     assert len(list(state["loader"])) == 8
     recwarn.clear()  # torchdata's, of torch
+
+
+def test_arrays_of_an_object_stay_on_their_side(tmp_path: Path) -> None:
+    """Also where an array on the other side had their place when the run was opened."""
+
+    class Holder:
+        def __init__(self) -> None:
+            self.state: list[Any] = [jnp.zeros(2), np.zeros(2, np.float32)]
+
+        def state_dict(self) -> list[Any]:
+            return self.state
+
+        def load_state_dict(self, state: list[Any]) -> None:
+            self.state = state
+
+    holder, again = Holder(), Holder()
+    with Checkpointer(tmp_path, {"x": holder}, save=None) as run:
+        holder.state = [np.ones(2, np.float32), jnp.ones(2)]
+        run.save(0, force=True)
+    with Checkpointer(tmp_path, {"x": again}) as run:
+        run.restore()
+    assert [type(array) for array in again.state] == [type(array) for array in holder.state]

@@ -42,13 +42,13 @@ def items_of(state: MutableMapping[str, Any], *, rng: bool) -> dict[str, Item]:
         UnsupportedLeafError: an object that has something that could never be saved.
     """
     found = dict(_entries(state))
-    modules = {name: value for name, (_, _, value) in found.items() if _is_module(value)}
+    modules = {name: places[-1].entry for name, places in found.items() if _is_module(places[-1].entry)}
     by_rules = _placed_by_rules(modules)
     items: dict[str, Item] = {}
-    for name, (slot, key, value) in found.items():
-        items[name] = _Kept(name, _item(name, slot, key, value, modules, by_rules), slot, key)
+    for name, places in found.items():
+        items[name] = _Kept(name, _item(name, places[-1], modules, by_rules), places)
     for name, one in items.items():
-        if not isinstance(found[name][2], torch.utils.data.DataLoader):  # which would start its workers
+        if not isinstance(found[name][-1].entry, torch.utils.data.DataLoader):  # which would start its workers
             _check_savable(name, one)
     if rng:
         items[RNG] = RngItem(RNG)
@@ -72,37 +72,57 @@ def _is_elsewhere(tensor: torch.Tensor) -> bool:
     return torchax_tensors.is_torchax(tensor) or tensor.is_meta
 
 
+class _Place:
+    """A place in a container of the user's, and what the run was opened with there.
+
+    Attributes:
+        slot: the container.
+        key: which of its entries.
+        entry: the entry.
+    """
+
+    def __init__(self, slot: Any, key: Any) -> None:
+        self.slot = slot
+        self.key = key
+        self.entry = slot[key]
+        self._count = len(slot)
+
+    def has_its_entries(self) -> bool:
+        """Are there as many entries as there were, and one here?"""
+        there = self.key in self.slot if isinstance(self.slot, Mapping) else True
+        return len(self.slot) == self._count and there
+
+    def is_unchanged(self) -> bool:
+        """Is the very object here that was here?"""
+        return self.has_its_entries() and self.slot[self.key] is self.entry
+
+
 class _Kept:
-    """An item in a container of the user's, which must keep the entries that the run was opened with.
+    """An item in containers of the user's, which must keep the entries that the run was opened with.
 
     A tree may become another one. Any other object must stay the one that it is, for the item refers to it.
 
     Raises:
-        ConfigError: the container is a tuple, and the value one that a restore would have to replace.
+        ConfigError: the innermost container is a tuple, and the value one that a restore would have to replace.
     """
 
-    def __init__(self, name: str, item: Item, slot: Any, key: Any) -> None:
+    def __init__(self, name: str, item: Item, places: tuple[_Place, ...]) -> None:
         self.kind = item.kind
         self._name = name
         self._item = item
-        self._slot = slot
-        self._key = key
-        self._entry = slot[key]
-        self._count = len(slot)
-        self._may_become_another = isinstance(item, PytreeItem)
-        mutable = isinstance(self._entry, list | dict | torch.Tensor | np.ndarray)
-        if isinstance(slot, tuple) and self._may_become_another and not mutable:
+        self._places = places
+        slot, entry = places[-1].slot, places[-1].entry
+        mutable = not isinstance(item, PytreeItem) or isinstance(entry, list | dict | torch.Tensor | np.ndarray)
+        if isinstance(slot, tuple) and not mutable:
             raise ConfigError(
-                f"{name}: a {type(self._entry).__name__} beside objects in a tuple cannot be replaced when it is "
-                "restored; use a list or a dict"
+                f"{name}: a {type(entry).__name__} beside objects in a tuple cannot be replaced when it is restored; "
+                "use a list or a dict"
             )
 
     def _is_there(self) -> bool:
-        if len(self._slot) != self._count:
-            return False
-        if isinstance(self._slot, Mapping) and self._key not in self._slot:
-            return False
-        return self._may_become_another or self._slot[self._key] is self._entry
+        *above, last = self._places
+        here = last.has_its_entries() if isinstance(self._item, PytreeItem) else last.is_unchanged()
+        return here and all(place.is_unchanged() for place in above)
 
     def capture(self, handed: Any = None) -> Captured:
         if not self._is_there():
@@ -128,8 +148,8 @@ def objects_in(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _entries(slot: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any, Any]]]:
-    """Item names, with the container and the key that the value has in it."""
+def _entries(slot: Any, prefix: str = "", above: tuple[_Place, ...] = ()) -> Iterator[tuple[str, tuple[_Place, ...]]]:
+    """Item names, with the places that lead to the value, the innermost last."""
     seen: set[str] = set()
     for key, value in slot.items() if isinstance(slot, Mapping) else enumerate(slot):
         name = f"{prefix}{key}"
@@ -138,11 +158,12 @@ def _entries(slot: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any,
                 f"{name if prefix else key!r} cannot name an item: use letters, digits, '_', '-' and '.', and none of "
                 f"{_RESERVED}"
             )
-        for one, entry in _entries(value, f"{name}.") if _holds_objects(value) else [(name, (slot, key, value))]:
+        places = (*above, _Place(slot, key))
+        for one, found in _entries(value, f"{name}.", places) if _holds_objects(value) else [(name, places)]:
             if one in seen:
                 raise ConfigError(f"two entries of the state would both be called {one!r}")
             seen.add(one)
-            yield one, entry
+            yield one, found
 
 
 def _holds_objects(value: Any) -> bool:
@@ -173,14 +194,8 @@ def _placed_by_rules(modules: Mapping[str, torch.nn.Module]) -> frozenset[str]:
     return models or frozenset(modules)
 
 
-def _item(
-    name: str,
-    slot: Any,
-    key: Any,
-    value: Any,
-    modules: Mapping[str, torch.nn.Module],
-    by_rules: frozenset[str],
-) -> Item:
+def _item(name: str, place: _Place, modules: Mapping[str, torch.nn.Module], by_rules: frozenset[str]) -> Item:
+    value = place.entry
     if is_metric(value):
         return ObjectItem(name, Metrics(value))
     if isinstance(value, torch.nn.Module):
@@ -191,4 +206,4 @@ def _item(
         return OptaxItem(name, value, by_rules=any(modules[one] is value.model for one in by_rules))
     if is_generator(value):
         return ObjectItem(name, Generator(value))
-    return ObjectItem(name, value) if _is_object(value) else PytreeItem(name, slot, key)
+    return ObjectItem(name, value) if _is_object(value) else PytreeItem(name, place.slot, place.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -19,6 +19,7 @@ from torchorbax._src.state.item import Captured, ItemPlan, below_item, calling
 from torchorbax._src.state.live_leaves import as_typed, on_their_side, target_beside
 from torchorbax._src.state.request import Request
 from torchorbax._src.state.values import decode, encode
+from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import host_copy, live_array
 from torchorbax.errors import MismatchError, Problem, TorchorbaxError
 
@@ -43,6 +44,13 @@ class ObjectItem:
     def __init__(self, name: str, obj: Stateful) -> None:
         self._name = name
         self._obj = obj
+        # Where the same arrays were on jax when the run was opened, the program has been built the same.
+        self._how: dict[str, Any] = {"class": type(obj).__qualname__, "on jax": self._on_jax()}
+
+    def _on_jax(self) -> list[str]:
+        """The names of its arrays that are on jax."""
+        leaves = self._live_leaves().items()
+        return [name for name, leaf in leaves if isinstance(leaf, jax.Array) or torchax_tensors.is_torchax(leaf)]
 
     def _state(self) -> Any:
         with calling(self._name, f"state_dict of {type(self._obj).__name__}"):
@@ -52,31 +60,36 @@ class ObjectItem:
         leaves: dict[str, Any] = {}
         state = self._state() if handed is None else handed
         encoded = encode(state, leaves, below_item, (self._name,))
-        return Captured(self.kind, leaves, values=built(type(self._obj).__qualname__, encoded))
+        return Captured(self.kind, leaves, values=built(self._how, encoded))
 
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         if not request.selects(self._name):
             return ItemPlan()
         plan = ItemPlan(problems=self._compare(saved))
         if not plan.problems:
-            on_jax = any(meta.residence == "jax" for meta in saved.leaves.values())
-            live = self._live_leaves() if on_jax else {}  # making a state may cost: a data loader starts its workers
-            plan.targets = {name: target_beside(live.get(name), meta) for name, meta in saved.leaves.items()}
+            live = self._live_leaves()
+            stays = how_built(saved.values) == self._how  # what was on the host does, whatever was in its place
+            plan.targets = {
+                name: None if stays and meta.residence == "host" else target_beside(live.get(name), meta)
+                for name, meta in saved.leaves.items()
+            }
             plan.values = {"": ""}
         return plan
 
     def _live_leaves(self) -> Mapping[str, Any]:
-        """The arrays that it has now; none while it is not ready to say."""
-        try:
-            return self.capture().leaves
-        except TorchorbaxError:
-            return {}
+        """The arrays that it has now; none while it is not ready to say, or if that would start a loader's workers."""
+        leaves: dict[str, Any] = {}
+        if not isinstance(self._obj, torch.utils.data.DataLoader):
+            with suppress(TorchorbaxError):
+                encode(self._state(), leaves)
+        return leaves
 
     def _compare(self, saved: ItemMeta) -> list[Problem]:
         """A torch scheduler takes the state of any other without a word. So it must be of the same class, whatever has
         been added since; or have the same names in its state."""
         scheduler = isinstance(self._obj, torch.optim.lr_scheduler.LRScheduler)
-        if not scheduler or how_built(saved.values) == type(self._obj).__qualname__:
+        how = how_built(saved.values)
+        if not scheduler or (isinstance(how, dict) and how.get("class") == self._how["class"]):
             return []
         stored = decode(saved.values, dict.fromkeys(saved.leaves))
         return compare_values(self._name, sorted(self._state()), sorted(stored))
