@@ -32,6 +32,20 @@ TESTED_ELSEWHERE = {
     "storage/traffic": ("run/test_options", "limits that are checked once, as options of a run"),
     "storage/zarr": ("storage/test_array_writer", "one layout for writer and reader"),
     "tensors/torchax_tensors": ("tensors/test_live", "the few facts about torchax that live tensors stand on"),
+    "training/batches": ("training/test_train_step", "what a step is called with"),
+    "training/host_tensors": ("training/test_live_values", "tensors on the CPU that a loss reads or makes"),
+    "training/in_flight": ("training/test_train_step", "how far the loop runs ahead of the devices"),
+    "training/live_function": ("training/test_live_values", "what a loss reads, at every step anew"),
+    "training/live_inputs": ("training/test_live_values", "what a loss reads, at every step anew"),
+    "training/programs": ("training/test_hyperparameters", "how many programs a step keeps, and what is told of them"),
+    "training/random_keys": ("training/test_train_step", "the random numbers of a step"),
+    "training/results": ("training/test_train_step", "the losses that a step returns"),
+    "training/surroundings": (
+        "training/test_live_values",
+        "what a loss reaches by its closure, globals and attributes",
+    ),
+    "training/torch_update": ("training/test_updates", "the update by an optimizer of torch"),
+    "training/traced_state": ("training/test_updates", "the state of an optimizer of torch"),
     "training/tracing": ("training/test_train_step", "small helpers of the step"),
 }
 """By module: the test file that has its tests, and why there."""
@@ -47,6 +61,7 @@ ACROSS_MODULES = {
     "state/test_places": "where things are after a restore",
     "state/test_refusals": "what cannot be saved, of every kind, and what to do",
     "storage/test_offloaded": "arrays in the memory of the host, all the way from a save to a restore",
+    "training/test_live_values": "all of a step with several networks, whatever the loss reads",
 }
 """Test files in a folder of the package that have no module of their name."""
 
