@@ -32,6 +32,17 @@ TESTED_ELSEWHERE = {
     "storage/traffic": ("run/test_options", "limits that are checked once, as options of a run"),
     "storage/zarr": ("storage/test_array_writer", "one layout for writer and reader"),
     "tensors/torchax_tensors": ("tensors/test_live", "the few facts about torchax that live tensors stand on"),
+    "training/batches": ("training/test_train_step", "batches of any kind"),
+    "training/host_tensors": ("training/test_live_values", "CPU tensors that a loss reads"),
+    "training/in_flight": ("training/test_train_step", "a few lines that every step runs"),
+    "training/live_function": ("training/test_live_values", "what a loss reads is an input"),
+    "training/live_inputs": ("training/test_live_values", "what a loss reads is found"),
+    "training/programs": ("training/test_hyperparameters", "how many programs are compiled, and kept"),
+    "training/random_keys": ("training/test_train_step", "random numbers of a step"),
+    "training/results": ("training/test_train_step", "what a loss may return"),
+    "training/surroundings": ("training/test_live_values", "what a loss reaches, by name"),
+    "training/torch_update": ("training/test_updates", "optimizers of torch, traced"),
+    "training/traced_state": ("training/test_updates", "the state of an optimizer while it is traced"),
     "training/tracing": ("training/test_train_step", "small helpers of the step"),
 }
 """By module: the test file that has its tests, and why there."""
@@ -46,6 +57,7 @@ ACROSS_MODULES = {
     "state/test_optimizers": "optimizers with odd state, of torch and optax",
     "state/test_places": "where things are after a restore",
     "state/test_refusals": "what cannot be saved, of every kind, and what to do",
+    "training/test_live_values": "whatever a loss reads besides model and batch: partners, teachers, queues, numbers",
     "storage/test_offloaded": "arrays in the memory of the host, all the way from a save to a restore",
 }
 """Test files in a folder of the package that have no module of their name."""
