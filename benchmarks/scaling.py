@@ -178,7 +178,7 @@ def agreements(clients: int, payload_bytes: int, rounds: int = 3) -> Found:
     _alive.extend(connected)
     _all(clients, lambda index: connected[index].connect())
     channels = [
-        Channel(Processes(60.0, service=connected[index], index=index, count=clients), "measured")
+        Channel(Processes(60.0, connected[index], index, clients, name="measured"), "agreements")
         for index in range(clients)
     ]
     payload = {name: fingerprint.text(_some_sums(index)) for index, name in enumerate(names(payload_bytes // 80))}

@@ -19,6 +19,7 @@ from torchorbax._src.tensors.assign import assign_
 from torchorbax._src.tensors.convert import to_jax
 from torchorbax._src.tensors.optimizers import OptaxOptimizer
 from torchorbax._src.tensors.placement import place_
+from torchorbax._src.training.eval_step import EvalStep, eval_step
 from torchorbax._src.training.train_step import TrainStep, train_step
 from torchorbax.errors import (
     CheckpointNotFoundError,
@@ -42,6 +43,7 @@ __all__ = [
     "ConfigError",
     "CorruptCheckpointError",
     "DeletedArrayError",
+    "EvalStep",
     "MismatchError",
     "OptaxOptimizer",
     "Params",
@@ -58,6 +60,7 @@ __all__ = [
     "TrainStep",
     "UnsupportedLeafError",
     "assign_",
+    "eval_step",
     "load",
     "params",
     "place_",

@@ -111,9 +111,7 @@ class World:
     """Some processes of one run, each with its own `Processes`."""
 
     def __init__(self, service: FakeService, count: int, timeout_s: float) -> None:
-        self.processes = [Processes(timeout_s, service, index, count) for index in range(count)]
-        for one in self.processes:
-            one.name = "torchorbax/test"  # in one process they would count as several runs
+        self.processes = [Processes(timeout_s, service, index, count, name="test") for index in range(count)]
 
     def channels(self, name: str = "run") -> list[Channel]:
         return [Channel(one, name) for one in self.processes]

@@ -51,7 +51,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchorbax._src.arrays.jax_context import own_context
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.shards import AXIS, Shard, is_on_device, local_mesh, shards, stacked
-from torchorbax._src.arrays.stacks import Row, alike
+from torchorbax._src.arrays.stacks import Row, by_layout
 
 Key = TypeVar("Key", bound=Hashable)
 Sums = np.ndarray
@@ -119,7 +119,7 @@ def batches(arrays: Mapping[Key, Array]) -> list[list[Key]]:
             programs[key] = array
         else:
             found.append([key])
-    for (shape, dtype, sharding), group in alike(programs).items():
+    for (shape, dtype, sharding), group in by_layout(programs).items():
         keys = list(group)
         size = _AT_ONCE if math.prod(sharding.shard_shape(shape)) * dtype.itemsize <= _AT_ONCE_BYTES else 1
         whole = len(keys) // size * size

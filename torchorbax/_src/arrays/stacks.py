@@ -30,7 +30,7 @@ AT_ONCE = (256, 64, 16, 4, 1)
 for 2,000, the first time), and a program for each array would take milliseconds to start."""
 
 
-def alike(arrays: Mapping[Key, jax.Array]) -> dict[Layout, dict[Key, jax.Array]]:
+def by_layout(arrays: Mapping[Key, jax.Array]) -> dict[Layout, dict[Key, jax.Array]]:
     """The arrays, grouped by layout."""
     groups: dict[Layout, dict[Key, jax.Array]] = {}
     for key, array in arrays.items():

@@ -51,6 +51,8 @@ class Processes:
         service: the coordination service; None takes that of `jax.distributed`.
         index: the number of this process; None takes `jax.process_index()`.
         count: the number of processes; None takes `jax.process_count()`.
+        name: what the keys of the run begin with in the coordination service, the same in all processes; None numbers
+            the runs of this process.
 
     Attributes:
         until_s: the time, by `time.monotonic()`, after which nothing is waited for any more.
@@ -60,7 +62,12 @@ class Processes:
     """
 
     def __init__(
-        self, timeout_s: float, service: Service | None = None, index: int | None = None, count: int | None = None
+        self,
+        timeout_s: float,
+        service: Service | None = None,
+        index: int | None = None,
+        count: int | None = None,
+        name: str | None = None,
     ) -> None:
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not timeout_s > 0:
             raise ConfigError(f"barrier_timeout_s must be a positive number of seconds, not {timeout_s!r}")
@@ -71,7 +78,7 @@ class Processes:
         if self.count > 1 and self.service is None:
             raise ConfigError(f"{self.count} processes without jax.distributed.initialize() cannot agree on anything")
         self.until_s = math.inf
-        self.name = f"torchorbax/{next(_runs)}" if self.count > 1 else ""
+        self.name = name or (f"torchorbax/{next(_runs)}" if self.count > 1 else "")
 
     @property
     def is_first(self) -> bool:

@@ -111,9 +111,9 @@ def added(reports: Sequence[Sequence[Sequence[Any]]]) -> list[list[str]]:
             of_leaf.setdefault(int(first), set()).add(text)
     answer = []
     for key, of_leaf in sums.items():
-        alike = all(len(texts) == 1 for texts in of_leaf.values())
+        agree = all(len(texts) == 1 for texts in of_leaf.values())
         total = fingerprint.total([fingerprint.sums(text) for texts in of_leaf.values() for text in texts])
-        answer.append([*key, fingerprint.text(total) if alike else ""])
+        answer.append([*key, fingerprint.text(total) if agree else ""])
     return answer
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from torchorbax._src.arrays import stacks
 from torchorbax._src.arrays.jax_context import own_context
 from torchorbax._src.arrays.shards import HostShards, Shard, devices, is_on_device, parts, shards, stacked
-from torchorbax._src.arrays.stacks import Layout, Row, alike, can_be_stacked, in_programs
+from torchorbax._src.arrays.stacks import Layout, Row, by_layout, can_be_stacked, in_programs
 from torchorbax._src.format.manifest import Key
 from torchorbax._src.state.item import Captured
 from torchorbax._src.tensors.live import live_array
@@ -66,7 +66,7 @@ def stage(arrays: Mapping[Key, jax.Array], staging: Staging) -> dict[Key, Staged
     staged: dict[Key, Staged] = {}
     offloaded: dict[Key, jax.Array] = {}
     to_copy: Groups = {}
-    for layout, group in alike(arrays).items():
+    for layout, group in by_layout(arrays).items():
         if not is_on_device(layout[2]):
             offloaded |= group
         elif staging == "auto" and _are_worth_views(layout):
@@ -250,7 +250,7 @@ def prepare(captured: Mapping[str, Captured], staging: Staging) -> None:
     }
     arrays = {key: array for key, array in held.items() if isinstance(array, jax.Array) and not array.is_deleted()}
     to_compile: list[tuple[Layout, jax.ShapeDtypeStruct, int]] = []
-    for layout, group in alike(arrays).items():
+    for layout, group in by_layout(arrays).items():
         viewed = staging == "auto" and _are_worth_views(layout) and all(map(_is_ready, group.values()))
         if is_on_device(layout[2]) and not viewed:
             local = _of_this_process(next(iter(group.values())))

@@ -315,7 +315,7 @@ class _StepWriting:
         except SaveError as error:
             if error.step == self._step:
                 raise
-            # Process 0 has failed with the step that it saves, which is another one.
+            # Process 0 has failed, and is saving another step than this process. Its reason holds for this step, too.
             reason = error.reason
             raise SaveError(self._step, self._storage.path, reason, committed=error.committed) from error.__cause__
         except Exception as error:

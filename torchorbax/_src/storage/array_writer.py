@@ -25,7 +25,7 @@ from torchorbax._src.arrays.fingerprint import Sums
 from torchorbax._src.arrays.jax_context import own_context
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.shards import HostShards, is_on_device, shards
-from torchorbax._src.arrays.stacks import GATHERED_BYTES, Stack, alike, can_be_stacked, in_programs
+from torchorbax._src.arrays.stacks import GATHERED_BYTES, Stack, by_layout, can_be_stacked, in_programs
 from torchorbax._src.storage import gcs
 from torchorbax._src.storage.traffic import BATCH_BYTES, CHUNK_BYTES, Traffic
 from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
@@ -130,7 +130,7 @@ def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
             on_devices[name] = array if array.is_fully_addressable else array.addressable_data(0)
         else:
             yield name, np.asarray(array)
-    for layout, group in alike(on_devices).items():
+    for layout, group in by_layout(on_devices).items():
         for names in in_programs(list(group)):
             members = [group[name] for name in names]
             stacked = len(members) >= _STACKED and can_be_stacked(layout) and is_on_device(layout[2])
@@ -157,7 +157,7 @@ class _Batch:
 
 
 class _Batches:
-    """Batches, which are filled, committed and waited for one after another, with a bound on their bytes together."""
+    """The batches of a write. Each is filled, committed and awaited in turn; their total number of bytes is bounded."""
 
     def __init__(
         self,
@@ -193,8 +193,8 @@ class _Batches:
         chunks = _chunk_shape(_share_shape(array, shares), array.dtype.itemsize)
         zarray = zarr_metadata(array.dtype, array.shape, chunks, self._traffic.compressed)
         spec = {"driver": "zarr", "kvstore": {**self._spec, "path": f"{name}/"}, "metadata": json.loads(zarray)}
-        # TensorStore would leave out chunks of zeros. Orbax's metadata says that they are stored, and a missing chunk
-        # could not be told from a lost one.
+        # By default, TensorStore does not store chunks of zeros. Orbax's metadata says that they are stored, and a
+        # chunk of zeros could then not be distinguished from a lost one.
         spec["store_data_equal_to_fill_value"] = True
         store = ts.open(spec, context=self._context, open=True, assume_metadata=True).result(self._wait_s)
         if self._is_first:
@@ -224,7 +224,7 @@ class _Batches:
         return _Batch(ts.Transaction(), [], [])
 
     def _room_for(self, nbytes: int) -> None:
-        """Count so many bytes for the current batch; first start a new batch or wait for old ones as they require."""
+        """Count these bytes for the current batch. If a bound would be exceeded, first start a new batch or wait."""
         if self._batch.nbytes and self._batch.nbytes + nbytes > self._batch_bytes:
             self._commit()
         while self._committing and nbytes + self._open_bytes() > self._most_bytes:

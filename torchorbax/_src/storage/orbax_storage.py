@@ -174,9 +174,7 @@ class OrbaxStorage(RunFolder):
                 arrays |= self._read(step, leaves, part, when_read)
                 continue
             if not self.bases._folder(base).exists():
-                reason = (
-                    f"base/{base}, which has its frozen parameters, is missing; whoever copies a step copies it too"
-                )
+                reason = f"base/{base}, which has its frozen parameters, is missing; copy it together with the step"
                 raise CorruptCheckpointError(self.path, {step: reason})
             try:
                 arrays |= self.bases._read(base, leaves, part, when_read)

@@ -117,8 +117,7 @@ class Storage(Source, Protocol):
 
         Raises:
             SaveError: the step could not be written; the reason is its `__cause__`. The step is not listed, and what
-            was
-                written of it is removed if possible.
+                was written of it is removed if possible.
         """
 
     def write_arrays(self, folders: Folders, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Sums]:

@@ -41,7 +41,7 @@ def place_(
     Args:
         module: the module; on CPU, meta, jax or a mixture.
         optimizer: a `torch.optim` optimizer of its parameters, or an `OptaxOptimizer`.
-        shardings: `(mesh, rules)`, see `torchorbax.sharding.ShardingRules`. None: what is on jax stays where it is, the
+        shardings: `(mesh, rules)`, see `ShardingRules`. None: what is on jax stays where it is, the
             rest goes to the default device.
         skip: names of tensors to leave alone.
 

@@ -59,6 +59,12 @@ class Readable(Tensor):  # type: ignore[misc]  # torchax is untyped
     def __float__(self) -> float:
         return float(self._elem)
 
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
     def __format__(self, spec: str) -> str:
         return format(self._elem.item() if self._elem.ndim == 0 else self._elem, spec)
 

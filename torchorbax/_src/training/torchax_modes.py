@@ -18,18 +18,22 @@ from torch.overrides import TorchFunctionMode
 from torchorbax._src.tensors.torchax_import import Tensor, torchax
 from torchorbax._src.tensors.torchax_tensors import array_of, is_torchax, rng_key, set_array
 from torchorbax._src.tensors.torchax_tensors import readable as readable
+from torchorbax._src.training.host_tensors import HostTensors
+from torchorbax._src.training.live_inputs import Watch
 
 
 @contextlib.contextmanager
-def modes(key: jax.Array) -> Iterator[Callable[[], jax.Array]]:
+def modes(key: jax.Array, watch: Watch | None = None) -> Iterator[Callable[[], jax.Array]]:
     """Torch code inside runs on torchax, drawing random numbers from `key`; yields a reader of the key as it stands.
+
+    With `watch`, CPU tensors that the code uses become inputs of the program.
 
     The key must not stay in the environment after a trace: torchax would keep a tracer.
     """
     env = torchax.default_env()
     enabled = env.enabled  # torchax's own exit turns this off even when an outer block had it on
     with env.override_property(prng=key):
-        with env, _Mended():
+        with env, _Mended(None if watch is None else HostTensors(watch)):
             yield rng_key
         env.enabled = enabled
 
@@ -37,21 +41,30 @@ def modes(key: jax.Array) -> Iterator[Callable[[], jax.Array]]:
 class _Mended(TorchFunctionMode):
     """What torchax's lowerings leave out, and a training step cannot do without."""
 
+    def __init__(self, host: HostTensors | None) -> None:
+        super().__init__()
+        self._host = host
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _KEEP_STATISTICS:
-            _update_running_statistics(**_KEEP_STATISTICS[func].bind(*args, **kwargs).arguments)
-        elif isinstance(kwargs.get("alpha"), torch.Tensor) and len(args) == 2:
-            # torch would read alpha (SGD's learning rate) as a number, which a traced value is not
-            return func(args[0], args[1] * kwargs["alpha"])
-        elif isinstance(kwargs.get("value"), torch.Tensor) and func is torch.Tensor.addcdiv_:
-            return args[0].add_(kwargs["value"] * args[1] / args[2])  # the same of value, in RMSprop
-        result = func(*args, **kwargs)
+        result = _call(func, args, kwargs) if self._host is None else self._host.call(_call, func, args, kwargs)
         if not torch.is_grad_enabled():  # which JAX does not know of: it differentiates whatever is computed
             jax.tree.map(lambda leaf: _stop_gradient(leaf, args), result)
         return result
+
+
+def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if func in _KEEP_STATISTICS:
+        _update_running_statistics(**_KEEP_STATISTICS[func].bind(*args, **kwargs).arguments)
+    elif isinstance(kwargs.get("alpha"), torch.Tensor) and len(args) == 2:
+        # torch would read alpha (SGD's learning rate) as a number, which a traced value is not
+        return func(args[0], args[1] * kwargs["alpha"])
+    elif isinstance(kwargs.get("value"), torch.Tensor) and func in (torch.Tensor.addcdiv_, torch.Tensor.addcmul_):
+        product = kwargs["value"] * args[1]  # the same of value, in RMSprop and Adam
+        return args[0].add_(product / args[2] if func is torch.Tensor.addcdiv_ else product * args[2])
+    return func(*args, **kwargs)
 
 
 def _stop_gradient(result: Any, inputs: tuple[Any, ...]) -> None:

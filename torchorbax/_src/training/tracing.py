@@ -10,7 +10,6 @@ import torch
 from jax.sharding import NamedSharding, Sharding
 
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax.errors import ConfigError
 
 Arrays = dict[str, jax.Array]
 
@@ -31,34 +30,6 @@ def holding(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, jax.Array]
     finally:
         for name, tensor in tensors.items():
             torchax_tensors.set_array(tensor, before[name])
-
-
-@contextlib.contextmanager
-def keeping_buffers(module: torch.nn.Module) -> Iterator[None]:
-    """The buffers of `module` stay the tensors that they are; one that is replaced inside hands its values over.
-
-    Code such as `self.ema = 0.9 * self.ema + x` makes a new tensor, which would hold a tracer after the trace.
-
-    Raises:
-        ConfigError: the new one has another shape, or is none.
-    """
-    slots = [(part, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
-    try:
-        yield
-        for part, name, buffer in slots:
-            now = part._buffers.get(name)
-            if now is buffer or buffer is None:
-                continue
-            if not torchax_tensors.is_torchax(now) or now.shape != buffer.shape:  # type: ignore[union-attr]
-                raise ConfigError(f"forward replaces buffer {name!r} of shape {tuple(buffer.shape)} by {_shown(now)}")
-            torchax_tensors.set_array(buffer, torchax_tensors.array_of(now))  # type: ignore[arg-type]
-    finally:
-        for part, name, buffer in slots:
-            part._buffers[name] = buffer
-
-
-def _shown(value: object) -> str:
-    return f"one of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
 def settled(array: jax.Array, like: jax.Array, sharding: Sharding) -> jax.Array:

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import torch
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import PartitionSpec, Sharding
 
 from torchorbax._src.arrays.jax_context import training_context
-from torchorbax._src.arrays.leaves import leaf_name, put
-from torchorbax._src.arrays.sharding_rules import replicated_like
+from torchorbax._src.arrays.leaves import put
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.tensors.live import device_dtype, host_copy, live_array, raise_if_deleted
 from torchorbax._src.tensors.optimizers import Optimizer
-from torchorbax._src.tensors.placement import meta_tensors, place_
-from torchorbax._src.training import torchax_modes
-from torchorbax._src.training.tracing import Arrays, arrays_of, holding, keeping_buffers, laid_out, settled
+from torchorbax._src.training import in_flight, torchax_modes
+from torchorbax._src.training.batches import BatchSharding, device_batch, signature
+from torchorbax._src.training.live_function import LiveFunction, check_function, replicated, unshare
+from torchorbax._src.training.live_inputs import LiveInputs, MoreInputs, Values, settled_values
+from torchorbax._src.training.programs import Part, Programs
+from torchorbax._src.training.random_keys import key_beside
+from torchorbax._src.training.results import Outputs, scalar
+from torchorbax._src.training.tracing import Arrays, arrays_of, laid_out, settled
 from torchorbax._src.training.updates import update_of
-from torchorbax.errors import ConfigError, UnsupportedLeafError
+from torchorbax.errors import ConfigError
 
-LossFn = Callable[[torch.nn.Module, Any], torch.Tensor]
-
-_MANY_PROGRAMS = 8
-_logger = logging.getLogger(__name__)
+LossFn = Callable[[torch.nn.Module, Any], Any]
 
 
 def train_step(
@@ -80,7 +77,9 @@ class _Program:
     trained: dict[str, torch.Tensor]
     buffers: dict[str, torch.Tensor]
     frozen: dict[str, torch.Tensor]
-    shardings: dict[str, Sharding]
+    inputs: LiveInputs
+    outputs: Outputs
+    held: list[Any]  # the objects that the program's key names by their ids
     run: Callable[..., Any]
 
 
@@ -93,214 +92,158 @@ class TrainStep:
         optimizer: Optimizer,
         loss_fn: LossFn,
         *,
-        batch_sharding: Sharding | PartitionSpec | None,
+        batch_sharding: BatchSharding,
         donate: bool,
     ) -> None:
-        if not isinstance(model, torch.nn.Module):
-            raise ConfigError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+        check_function(model, loss_fn, "loss_fn must be a function (model, batch) -> scalar tensor", batch_sharding)
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(f"optimizer must be a torch.optim optimizer or an OptaxOptimizer, not {optimizer!r}")
-        if not callable(loss_fn):
-            raise ConfigError(f"loss_fn must be a function (model, batch) -> scalar tensor, not {loss_fn!r}")
-        if not isinstance(batch_sharding, Sharding | PartitionSpec | None):
-            raise ConfigError(f"batch_sharding must be a Sharding, a PartitionSpec or None, not {batch_sharding!r}")
-        self._model = model
-        self._optimizer = optimizer
-        self._loss_fn = loss_fn
+        self._live = LiveFunction("loss_fn", model, loss_fn, optimizer)
         self._batch_sharding = batch_sharding
         self._donate = donate
         self._update = update_of(model, optimizer)
-        self._modules: list[torch.nn.Module] = []
-        self._params: dict[str, torch.Tensor] = {}
-        self._buffers: dict[str, torch.Tensor] = {}
-        self._programs: dict[Any, _Program] = {}
+        self._programs: Programs[_Program] = Programs("this training step")
 
-    def __call__(self, batch: Any) -> torch.Tensor:
+    def __call__(self, batch: Any) -> Any:
         """Train on one batch; see `train_step`."""
-        if not self._modules:
-            self._gather()
-        first = next(iter({**self._params, **self._buffers}.values()), None)
-        devices = () if first is None else torchax_tensors.array_of(first).sharding.device_set
-        with training_context(devices):
+        self._live.refresh()
+        with training_context(self._live.devices()):
             return self._train(batch)
 
-    def _train(self, batch: Any) -> torch.Tensor:
-        program = self._program()
-        state, further = self._update.inputs(program.shardings)
-        beside = _beside(program.shardings)
-        key = torchax_tensors.rng_key()
-        if key.sharding.device_set != beside.device_set:
-            key = put(_shared(key, beside), beside)  # restored, or of another mesh
-        trained, buffers, frozen = arrays_of(program.trained), arrays_of(program.buffers), arrays_of(program.frozen)
-        on_device = self._device_batch(batch, beside)
-        try:
-            loss, key, trained, buffers, state = program.run(key, trained, buffers, state, frozen, further, on_device)
-        except (RuntimeError, ValueError):
-            raise_if_deleted({**self._params, **self._buffers})
-            raise
-        torchax_tensors.set_rng_key(key)
-        for name, array in trained.items():
-            torchax_tensors.set_array(self._params[name], array)
-        for name, array in buffers.items():
-            torchax_tensors.set_array(self._buffers[name], array)
-        self._update.set_state(state)
-        return torchax_modes.readable(loss)
-
-    def _gather(self) -> None:
-        """Find the live tensors, once: they keep their identity from here on."""
-        if on_meta := meta_tensors(self._model):
-            raise ConfigError(
-                f"{len(on_meta)} tensors of the model ({', '.join(on_meta[:3])}) are on meta and have no values yet. "
-                "Restore a checkpoint into it, or build it on the CPU"
-            )
-        place_(self._model, self._optimizer)
-        self._params = dict(self._model.named_parameters())
-        self._buffers = dict(self._model.named_buffers())
-        _unshare({**self._params, **self._buffers})
-        self._modules = list(self._model.modules())
-
-    def _program(self) -> _Program:
-        """The compiled step for everything that a trace turns into a constant."""
-        constants = (
-            tuple(param.requires_grad for param in self._params.values()),
-            tuple(module.training for module in self._modules),
-            tuple(torchax_tensors.array_of(param).sharding for param in self._params.values()),
-            self._update.constants(),
-        )
-        program = self._programs.get(constants)
-        if program is None:
-            if len(self._programs) == _MANY_PROGRAMS:
-                _logger.warning(
-                    "this training step has been compiled %d times: train/eval modes, requires_grad, layouts or "
-                    "hyperparameters other than lr keep changing",
-                    _MANY_PROGRAMS,
-                )
-            program = self._programs[constants] = self._new_program()
-        return program
-
-    def _new_program(self) -> _Program:
+    def _train(self, batch: Any) -> Any:
         trained = self._update.trained()
         if not trained:
             raise ConfigError("the optimizer has no parameter that requires a gradient, so there is nothing to train")
-        frozen = {name: param for name, param in self._params.items() if name not in trained}
         shardings = {name: torchax_tensors.array_of(param).sharding for name, param in trained.items()}
-        beside = _beside(shardings)
-        for tensor in (*frozen.values(), *self._buffers.values()):
+        beside = replicated(shardings.values())
+        on_device = device_batch(batch, self._batch_sharding, beside)
+        state, further = self._update.inputs(shardings)
+        parts = self._parts(shardings, on_device)
+        program = self._programs.get(parts)
+        if program is not None and self._live.still_live(program.inputs):
+            return self._set(program, *self._run(program, beside, state, further, on_device))
+        inputs = self._live.first_inputs()
+        while True:
+            program = self._new_program(trained, shardings, inputs)
+            try:
+                outputs = self._run(program, beside, state, further, on_device)
+                break
+            except MoreInputs as more:
+                inputs = self._live.with_more(inputs, more, beside)
+        self._live.after_trace()
+        self._programs.put(self._parts(shardings, on_device), program)
+        return self._set(program, *outputs)
+
+    def _parts(self, shardings: Mapping[str, Sharding], batch: Any) -> list[Part]:
+        """Everything that a trace makes constants of."""
+        names = tuple(shardings)
+        return [
+            Part("requires_grad", names),
+            Part("the layout of parameters", tuple(shardings.values()), names),
+            *self._update.constants(),
+            self._live.part(),
+            Part("the shape of the batch", signature(batch)),
+        ]
+
+    def _new_program(
+        self, trained: dict[str, torch.Tensor], shardings: dict[str, Sharding], inputs: LiveInputs
+    ) -> _Program:
+        frozen = {name: param for name, param in self._live.params.items() if name not in trained}
+        buffers = dict(self._live.buffers)
+        beside = replicated(shardings.values())
+        for tensor in (*frozen.values(), *buffers.values()):
             array = torchax_tensors.array_of(tensor)
             if array.sharding.device_set != beside.device_set:
                 torchax_tensors.set_array(tensor, put(array, beside))
-        step = self._traceable(trained, self._buffers, frozen, shardings)
+        outputs = Outputs()
+        step = self._traceable(trained, buffers, frozen, shardings, inputs, outputs)
         run = jax.jit(step, donate_argnums=(1, 2, 3) if self._donate else ())
-        return _Program(trained, self._buffers, frozen, shardings, run)
+        return _Program(trained, buffers, frozen, inputs, outputs, self._live.surroundings.held(), run)
 
     def _traceable(
         self,
-        trained: Mapping[str, torch.Tensor],
-        buffers: Mapping[str, torch.Tensor],
-        frozen: Mapping[str, torch.Tensor],
-        shardings: Mapping[str, Sharding],
+        trained: dict[str, torch.Tensor],
+        buffers: dict[str, torch.Tensor],
+        frozen: dict[str, torch.Tensor],
+        shardings: dict[str, Sharding],
+        inputs: LiveInputs,
+        outputs: Outputs,
     ) -> Callable[..., Any]:
         """The whole step as a function of arrays."""
         buffer_shardings = {name: torchax_tensors.array_of(buffer).sharding for name, buffer in buffers.items()}
+        tensors = {**trained, **buffers, **frozen}
 
-        def loss_of(params: Arrays, old_buffers: Arrays, constants: Arrays, key: jax.Array, batch: Any) -> Any:
-            held = {**params, **old_buffers, **constants}
-            with (
-                holding({**trained, **buffers, **frozen}, held),
-                torchax_modes.no_custom_gradients(),
-                torchax_modes.modes(key) as key_now,
-            ):
-                with keeping_buffers(self._model):
-                    loss = _scalar(self._loss_fn(self._model, jax.tree.map(torchax_tensors.wrap, batch)))
-                return loss, (arrays_of(buffers), key_now())
+        def loss_of(params: Arrays, held: Arrays, values: Values, key: jax.Array, batch: Any) -> Any:
+            result, now, key, written = self._live.trace(
+                tensors, {**params, **held}, inputs, values, key, batch, functools.partial(_loss_and_rest, outputs)
+            )
+            loss, rest = result
+            return loss, (rest, {name: now[name] for name in buffers}, key, written)
 
         def step(
-            key: jax.Array, params: Arrays, old_buffers: Arrays, state: Any, constants: Arrays, further: Any, batch: Any
+            key: jax.Array,
+            params: Arrays,
+            old_buffers: Arrays,
+            state: Any,
+            constants: Arrays,
+            values: Values,
+            further: Any,
+            batch: Any,
         ) -> Any:
-            value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, (new_buffers, key)), grads = value_and_grad(params, old_buffers, constants, key, batch)
+            (loss, (rest, new_buffers, key, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+                params, {**old_buffers, **constants}, values, key, batch
+            )
             new_params, state = self._update.apply(params, grads, state, further, shardings)
             return (
-                loss,
-                laid_out(key, _beside(shardings)),
+                (loss, rest),
+                laid_out(key, replicated(shardings.values())),
                 {name: settled(new_params[name], params[name], shardings[name]) for name in params},
                 {name: settled(new_buffers[name], old_buffers[name], buffer_shardings[name]) for name in old_buffers},
                 state,
+                settled_values(written, values),
             )
 
         return step
 
-    def _device_batch(self, batch: Any, beside: Sharding) -> Any:
-        sharding = self._batch_sharding
-        if isinstance(sharding, PartitionSpec):
-            if not isinstance(beside, NamedSharding):
-                raise ConfigError(
-                    f"batch_sharding={sharding} needs parameters on a mesh; place the model with shardings"
-                )
-            sharding = NamedSharding(beside.mesh, sharding)
-        if sharding is None and not beside.is_fully_addressable:
-            sharding = beside  # every process has the whole batch
-        flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-        return jax.tree.unflatten(structure, [_batch_leaf(leaf_name(path), leaf, sharding) for path, leaf in flat])
+    def _run(self, program: _Program, beside: Sharding, state: Any, further: Any, batch: Any) -> Any:
+        trained, buffers = arrays_of(program.trained), arrays_of(program.buffers)
+        if self._donate:
+            unshare(program.inputs.tensors, (*trained.values(), *buffers.values()))
+        values = self._live.values(program.inputs, beside)
+        try:
+            return program.run(
+                key_beside(beside), trained, buffers, state, arrays_of(program.frozen), values, further, batch
+            )
+        except (RuntimeError, ValueError):
+            self._live.check_deleted(program.inputs)
+            raise
+
+    def _set(
+        self,
+        program: _Program,
+        results: tuple[jax.Array, Any],
+        key: jax.Array,
+        trained: Arrays,
+        buffers: Arrays,
+        state: Any,
+        written: Values,
+    ) -> Any:
+        """Put what a step has computed into the live objects; returns what the caller gets."""
+        torchax_tensors.set_rng_key(key)
+        for name, array in trained.items():
+            torchax_tensors.set_array(program.trained[name], array)
+        for name, array in buffers.items():
+            torchax_tensors.set_array(program.buffers[name], array)
+        self._update.set_state(state)
+        self._live.set_written(program.inputs, written)
+        loss, rest = results
+        in_flight.limit(loss)
+        readable = torchax_modes.readable(loss)
+        return readable if rest is None else (readable, program.outputs.unflatten(rest))
 
 
-def _shared(key: jax.Array, beside: Sharding) -> jax.Array:
-    """Process 0's key, for a step over several processes: each may have seeded its own, and JAX takes them for one.
-
-    What is replicated would be something else in every process from then on. A device collective.
-    """
-    if beside.is_fully_addressable:
-        return key
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    words: jax.Array = multihost_utils.broadcast_one_to_all(jax.random.key_data(key) if typed else key)
-    return jax.random.wrap_key_data(words, impl=str(jax.random.key_impl(key))) if typed else words
-
-
-def _beside(shardings: Mapping[str, Sharding]) -> Sharding:
-    """Where things go that belong to no parameter: replicated over the parameters' devices."""
-    return replicated_like(next(iter(shardings.values())))
-
-
-def _scalar(loss: Any) -> jax.Array:
-    if not torchax_tensors.is_torchax(loss):
-        raise ConfigError(
-            f"loss_fn must return a scalar tensor computed from the model's output, not a {type(loss).__name__}"
-        )
-    array = torchax_tensors.array_of(loss)
-    if array.size != 1 or not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ConfigError(
-            f"loss_fn must return a real scalar, not {array.dtype}{tuple(array.shape)}; take a mean or a sum"
-        )
-    return array.reshape(())
-
-
-def _unshare(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give every tensor an array of its own: one buffer cannot be donated twice."""
-    seen: set[int] = set()
-    for tensor in tensors.values():
-        array = torchax_tensors.array_of(tensor)
-        if id(array) in seen:
-            torchax_tensors.set_array(tensor, jnp.copy(array))
-        seen.add(id(array))
-
-
-def _batch_leaf(name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
-    if isinstance(leaf, bool | int | float | complex):
-        leaf = np.asarray(leaf)
-    if not isinstance(leaf, torch.Tensor | np.ndarray | np.generic | jax.Array):
-        raise UnsupportedLeafError(
-            f"batch.{name}" if name else "batch", f"a {type(leaf).__name__} is neither a tensor, an array nor a number"
-        )
-    held = live_array(f"batch.{name}" if name else "batch", leaf)
-    array = held if isinstance(held, jax.Array) else host_copy(held)
-    if array.dtype == np.int64 and isinstance(array, np.ndarray):
-        array = array.astype(device_dtype(f"batch.{name}" if name else "batch", array.dtype, array), copy=False)
-    try:
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            return array if sharding is None else jax.device_put(array, sharding)
-        whole = array.ndim or (sharding is not None and not sharding.is_fully_addressable)
-        return put(array, sharding if whole else None)
-    except ValueError as error:
-        raise ConfigError(
-            f"{f'batch.{name}' if name else 'batch'} of shape {array.shape} cannot be laid out by {sharding}: {error}"
-        ) from error
+def _loss_and_rest(outputs: Outputs, result: Any) -> tuple[jax.Array, Any]:
+    """The loss, and what `loss_fn` returns beside it; None if that is nothing."""
+    if isinstance(result, tuple) and len(result) == 2:
+        return scalar(result[0]), outputs.flatten("loss_fn", result[1])
+    return scalar(result), None

@@ -1,0 +1,316 @@
+"""What a function reaches besides its arguments: found by walking its closure, globals and attributes.
+
+A trace turns whatever it reads into a constant. So a compiled function has to know what its code can reach: tensors,
+which become inputs and get their names for messages from here; and numbers, modules and functions, whose change means
+that the function must be traced again.
+
+The walk follows only names that the code mentions. A trainer's `self.loss` that reads `self.beta` is traced again when
+`beta` changes, and not when the trainer counts its steps.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import operator
+import sys
+import sysconfig
+import types
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sized
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
+_LONGEST = 1000
+"""Longer lists and dicts are data sets and vocabularies, not what a loss is computed with."""
+
+_LARGEST_BYTES = 1 << 20
+"""Larger numpy arrays are not compared at each call; see `Surroundings.large_arrays`."""
+
+_FOREIGN = {"torch", "torchax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax", "torchorbax"}
+_OWN_USE = {"argparse", "types", "collections", "functools"}
+"""Standard modules whose objects carry a program's own settings."""
+
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+class Slot:
+    """One place that holds a value: an entry of a dict, list or deque, or a closure's variable."""
+
+    def __init__(self, name: str, holder: Any, key: Any) -> None:
+        self.name = name
+        self.holder = holder
+        self.key = key
+
+    @property
+    def place(self) -> tuple[int, Any]:
+        """Tells it from all others."""
+        return id(self.holder), self.key
+
+    @property
+    def settable(self) -> bool:
+        """Can another value be put in its place?"""
+        return not isinstance(self.holder, types.MappingProxyType)
+
+    def get(self) -> Any:
+        """The value, or None if there is none any more."""
+        if isinstance(self.holder, types.CellType):
+            try:
+                return self.holder.cell_contents
+            except ValueError:  # a variable that is not set
+                return None
+        if isinstance(self.holder, list | deque):
+            return self.holder[self.key] if self.key < len(self.holder) else None
+        return self.holder.get(self.key)
+
+    def set(self, value: Any) -> None:
+        """Put another value in its place."""
+        if isinstance(self.holder, types.CellType):
+            self.holder.cell_contents = value
+        else:
+            self.holder[self.key] = value
+
+
+class Surroundings:
+    """What `roots` reach at the moment.
+
+    Args:
+        roots: functions, modules and other objects by the name that messages give them; "" for a root whose parts go by
+            their own names.
+        ignored: the places of slots to leave out: those that traced code itself changes.
+
+    Attributes:
+        slots: where the values that were found are held, `jax.Array`s aside.
+        arrays: where `jax.Array`s are held, alone or in tuples.
+        modules: the modules among them, by name.
+        names: the names of tensors, by id.
+        large_arrays: the names of numpy arrays too large to be compared at each call; of these, only that another array
+            has taken their place is noticed.
+    """
+
+    def __init__(self, roots: Mapping[str, Any], ignored: Collection[tuple[int, Any]] = ()) -> None:
+        self.slots: list[Slot] = []
+        self.arrays: list[Slot] = []
+        self.modules: dict[str, torch.nn.Module] = {}
+        self.names: dict[int, str] = {}
+        self.large_arrays: list[str] = []
+        self._numpy: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._sized: list[Sized] = []
+        self._seen: dict[int, Any] = {}
+        self._objects: list[tuple[str, Any, set[str]]] = []
+        self._ignored = ignored
+        self._attributes = {"forward", "training"}
+        self._analysed: set[int] = set()
+        for name, root in roots.items():
+            self._visit(name, root)
+        self._follow_attributes()
+        self._getters = [_getter(slot) for slot in self.slots]
+        self._values = self._read()
+        self._sizes = list(map(len, self._sized))
+
+    def unchanged(self) -> bool:
+        """Does every slot hold the very object that it held?"""
+        return all(map(operator.is_, self._read(), self._values)) and self._same_contents()
+
+    def token(self) -> tuple[Any, ...]:
+        """Equal tokens mean that a trace would meet the same objects and numbers; hashable."""
+        tokens = [value if isinstance(value, _NUMBERS) else id(value) for value in self._values]
+        return (*tokens, *((array.shape, array.tobytes()) for _, _, array in self._numpy))
+
+    def held(self) -> list[Any]:
+        """The objects whose identities a token consists of."""
+        return self._values
+
+    def labels(self) -> list[str]:
+        """What the parts of the token are, for messages."""
+        return [*(slot.name for slot in self.slots), *(name for name, _, _ in self._numpy)]
+
+    def changed(self) -> list[Slot]:
+        """The slots that hold something else than they did."""
+        return [slot for slot, old, new in zip(self.slots, self._values, self._read(), strict=True) if old is not new]
+
+    def _read(self) -> list[Any]:
+        return [get(key) for get, key in self._getters]
+
+    def _same_contents(self) -> bool:
+        same_sizes = all(map(operator.eq, map(len, self._sized), self._sizes))
+        return same_sizes and all(np.array_equal(live, copy, equal_nan=False) for _, live, copy in self._numpy)
+
+    def _visit(self, name: str, value: Any) -> None:
+        if isinstance(value, _NUMBERS) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            self.names[id(value)] = name
+        elif isinstance(value, torch.nn.Module):
+            self._module(name, value)
+        elif isinstance(value, np.ndarray):
+            self._array(name, value)
+        elif isinstance(value, types.FunctionType):
+            self._function(name, value)
+        elif isinstance(value, types.MethodType):
+            self._visit("self", value.__self__)
+            self._visit(name, value.__func__)
+        elif isinstance(value, functools.partial):
+            self._visit(name, value.func)
+            self._entries(name, value.keywords)
+            for index, one in enumerate(value.args):
+                self._visit(f"{name}[{index}]", one)
+        elif isinstance(value, dict | list | deque | tuple):
+            self._entries(name, value)
+        elif _is_own(value):
+            self._objects.append((name, value, set()))
+
+    def _slot(self, name: str, holder: Any, key: Any) -> None:
+        slot = Slot(name, holder, key)
+        value = slot.get()
+        if _is_library(value):
+            return
+        if _has_arrays(value):
+            if slot.settable:
+                self.arrays.append(slot)
+            return
+        if slot.place not in self._ignored:
+            self.slots.append(slot)
+        self._visit(name, value)
+
+    def _entries(self, name: str, value: dict[Any, Any] | list[Any] | deque[Any] | tuple[Any, ...]) -> None:
+        if len(value) > _LONGEST:
+            return
+        if isinstance(value, tuple):  # which nobody can change
+            for index, one in enumerate(value):
+                self._visit(f"{name}[{index}]", one)
+            return
+        self._sized.append(value)
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            self._slot(f"{name}[{key!r}]", value, key)
+
+    def _array(self, name: str, array: np.ndarray) -> None:
+        if array.nbytes > _LARGEST_BYTES or array.dtype.hasobject:
+            self.large_arrays.append(name)
+        else:
+            self._numpy.append((name, array, array.copy()))
+
+    def _module(self, name: str, module: torch.nn.Module) -> None:
+        self.modules[name] = module
+        prefix = f"{name}." if name else ""
+        for held in (module._parameters, module._buffers, module._modules):
+            self._sized.append(held)
+            for key in list(held):
+                self._slot(f"{prefix}{key}", held, key)
+        self._objects.append((name, module, {"_parameters", "_buffers", "_modules"}))
+
+    def _function(self, name: str, function: types.FunctionType) -> None:
+        self._analyse(function)
+        code = function.__code__
+        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            self._slot(variable, cell, None)
+        for index, one in enumerate(function.__defaults__ or ()):
+            self._visit(f"{name}'s default {index}", one)
+        if function.__kwdefaults__:
+            self._entries(name, function.__kwdefaults__)
+        if not _is_installed(code):
+            for variable in _loaded(code, "LOAD_GLOBAL"):
+                if variable in function.__globals__:
+                    self._slot(variable, function.__globals__, variable)
+
+    def _analyse(self, function: types.FunctionType) -> None:
+        if id(function.__code__) not in self._analysed:
+            self._analysed.add(id(function.__code__))
+            self._attributes |= _loaded(function.__code__, "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
+
+    def _follow_attributes(self) -> None:
+        """Visit what objects hold under names that code mentions, until no new name turns up."""
+        before = -1
+        while before != (before := len(self._attributes) + len(self._objects)):
+            for name, owner, done in list(self._objects):
+                held = _attributes_of(owner)
+                for key in sorted(self._attributes - done):
+                    done.add(key)
+                    for function in _methods(type(owner), key):  # type: ignore[arg-type]  # mypy: types have no hash
+                        self._method(name, function)
+                    if key in held or (key == "forward" and isinstance(owner, torch.nn.Module)):
+                        self._slot(f"{name}.{key}" if name else key, held, key)
+
+    def _method(self, name: str, function: types.FunctionType) -> None:
+        if _is_installed(function.__code__):
+            self._analyse(function)
+        else:
+            self._visit(name, function)
+
+
+def _getter(slot: Slot) -> tuple[Callable[[Any], Any], Any]:
+    holder = slot.holder
+    if isinstance(holder, types.CellType | list | deque):
+        return (lambda _: slot.get()), None
+    return holder.get, slot.key
+
+
+def _attributes_of(owner: Any) -> Mapping[str, Any]:
+    held: Mapping[str, Any] = vars(owner)
+    return held
+
+
+@functools.cache
+def _methods(cls: type, name: str) -> tuple[types.FunctionType, ...]:
+    """The functions that `name` may mean on an object of this class: a method, or a property's getter."""
+    for base in cls.__mro__:
+        if base in (object, torch.nn.Module):
+            continue
+        found = base.__dict__.get(name)
+        if isinstance(found, property):
+            found = found.fget
+        elif isinstance(found, staticmethod | classmethod):
+            found = found.__func__
+        found = getattr(found, "__wrapped__", found)  # the decorated function
+        if isinstance(found, types.FunctionType):
+            return (found,)
+    return ()
+
+
+@functools.cache
+def _loaded(code: types.CodeType, *instructions: str) -> frozenset[str]:
+    """The names that code, and the functions defined in it, use by these instructions."""
+    names = {one.argval for one in dis.get_instructions(code) if one.opname in instructions}
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    return frozenset(names.union(*(_loaded(one, *instructions) for one in inner)))
+
+
+@functools.cache
+def _is_installed(code: types.CodeType) -> bool:
+    """Is this the code of an installed library, whose globals are its own affair?"""
+    return code.co_filename.startswith((*_LIBRARIES, "<frozen"))
+
+
+def _is_library(value: Any) -> bool:
+    """Is this a module, class or function of a library? Nobody exchanges those."""
+    if isinstance(value, types.BuiltinFunctionType):
+        return True
+    if isinstance(value, types.FunctionType):
+        return _is_installed(value.__code__)
+    if isinstance(value, type):
+        return not _is_own(value)
+    return isinstance(value, types.ModuleType) and not _is_own(value)
+
+
+def _is_own(value: Any) -> bool:
+    """Is this an object, a class or a module of the program itself, in whose attributes settings may lie?"""
+    if not hasattr(value, "__dict__"):
+        return False
+    if isinstance(value, types.ModuleType):
+        path = getattr(value, "__file__", None)
+        return value.__name__ == "__main__" or (path is not None and not path.startswith(_LIBRARIES))
+    owner = (value if isinstance(value, type) else type(value)).__module__.partition(".")[0]
+    if owner in _FOREIGN:
+        return False
+    return owner in _OWN_USE or owner not in sys.stdlib_module_names
+
+
+def _has_arrays(value: Any) -> bool:
+    if isinstance(value, jax.Array):
+        return True
+    return isinstance(value, tuple) and any(isinstance(one, jax.Array) for one in jax.tree.leaves(value))
