@@ -14,6 +14,8 @@ MOST_LINES = 600
 TESTED_ELSEWHERE = {
     "arrays/leaves": ("tensors/test_live", "a few lines that every test of live tensors runs"),
     "distributed/failures": ("save/test_writer", "errors travel between processes, of which there are several there"),
+    "format/decode": ("format/test_values", "the way back"),
+    "format/encode": ("format/test_values", "the way there"),
     "format/per_process": ("storage/test_storage", "written and read by a storage; several processes have more of it"),
     "run/saves": ("run/test_background_save", "the saves of one tier; run/test_tier has those of two"),
     "save/contribution": ("save/test_writer", "what processes compare before they write"),
@@ -54,6 +56,7 @@ ACROSS_MODULES = {
     "state/test_growing": "state that has grown since the run was opened, of every kind",
     "state/test_law": "the law, with generated states: what save accepts comes back",
     "state/test_module_tensors": "which tensors of a module are saved, whatever its state_dict says",
+    "state/test_old_steps": "steps that earlier versions have written",
     "state/test_optimizers": "optimizers with odd state, of torch and optax",
     "state/test_places": "where things are after a restore",
     "state/test_refusals": "what cannot be saved, of every kind, and what to do",
