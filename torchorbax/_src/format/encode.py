@@ -25,6 +25,7 @@ from torchorbax._src.format.values import (
     Path,
     Tensors,
     key_name,
+    text_of,
 )
 from torchorbax.errors import UnsupportedLeafError
 
@@ -108,7 +109,7 @@ class _Encoder:
             factory = {"factory": self._factory(value, path)} if kind is defaultdict else {}
             return {"$": MAPPINGS[kind], "keys": keys, "values": values, **factory}
         if kind in SEQUENCES:
-            ordered = sorted(value, key=_text) if kind in (set, frozenset) else value
+            ordered = sorted(value, key=text_of) if kind in (set, frozenset) else value
             return {
                 "$": SEQUENCES[kind],
                 "values": [self.json(one, (*path, str(index))) for index, one in enumerate(ordered)],
@@ -172,17 +173,6 @@ class _Encoder:
         if name is None:
             name = self._names[id(value)] = add_leaf(self._name_of(path), value, self._leaves)
         return {"$": "leaf", "name": name, "as": kind}
-
-
-def _text(value: object) -> str:
-    """As `repr`, but the same for equal sets, and for integers of any size."""
-    if type(value) is frozenset:
-        return f"frozenset({{{', '.join(sorted(map(_text, value)))}}})"
-    if type(value) is tuple:
-        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
-    if type(value) is int and value.bit_length() > LARGEST_BITS:
-        return hex(value)
-    return str(value) if isinstance(value, np.generic) else repr(value)
 
 
 def _cure(value: object) -> str:

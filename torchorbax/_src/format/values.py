@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from torchorbax._src.arrays.leaves import Array
@@ -75,9 +76,20 @@ class Tensors(Protocol):
         """A new tensor as one that can be read anywhere."""
 
 
+def text_of(value: object) -> str:
+    """As `repr`, but the same for equal sets, and for integers of any size."""
+    if type(value) is frozenset:
+        return f"frozenset({{{', '.join(sorted(map(text_of, value)))}}})"
+    if type(value) is tuple:
+        return f"({', '.join(map(text_of, value))}{',' if len(value) == 1 else ''})"
+    if type(value) is int and value.bit_length() > LARGEST_BITS:
+        return hex(value)
+    return str(value) if isinstance(value, np.generic) else repr(value)
+
+
 def key_name(key: object) -> str:
     """What a key of a mapping is called in the names of leaves; the same in all processes."""
-    return key if type(key) is str else _text(key)
+    return key if type(key) is str else text_of(key)
 
 
 def built(how: Json, value: Json) -> Json:
