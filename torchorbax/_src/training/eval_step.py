@@ -135,14 +135,15 @@ class EvalStep:
 
         return _Program(tensors, inputs, outputs, self._live.surroundings.held(), jax.jit(evaluate))
 
-    def _run(self, program: _Program, beside: Sharding, batch: Any) -> Any:
+    def _run(self, program: _Program, beside: Sharding, batch: Any) -> list[Any]:
         values = self._live.values(program.inputs, beside)
         call = put(np.asarray(next(self._calls) % 2**32, np.uint32), beside)
         try:
-            return program.run(key_beside(beside), call, arrays_of(program.tensors), values, batch)
+            arrays: list[Any] = program.run(key_beside(beside), call, arrays_of(program.tensors), values, batch)
         except (RuntimeError, ValueError):
             self._live.check_deleted(program.inputs)
             raise
+        return arrays
 
     def _result(self, program: _Program, arrays: list[Any]) -> Any:
         first = next((array for array in arrays if array is not None), None)
