@@ -110,7 +110,9 @@ def test_a_layer_replaced_or_removed_after_the_first_step() -> None:
     step = torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, x: m(x).sum())
     step(torch.ones(2, 3))
     model[1] = nn.Linear(3, 3)
-    with pytest.raises(ConfigError, match=r"2 of the optimizer's 4 .*\(1\.weight, 1\.bias, which the model had before\)"):
+    with pytest.raises(
+        ConfigError, match=r"2 of the optimizer's 4 .*\(1\.weight, 1\.bias, which the model had before\)"
+    ):
         step(torch.ones(2, 3))
     del model[1]
     with pytest.raises(ConfigError, match="after layers were replaced"):
