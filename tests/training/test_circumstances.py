@@ -43,7 +43,7 @@ def test_the_first_call_may_come_in_any_thread() -> None:
 
 
 def test_a_fresh_program_trains_with_adamw(run_python: RunPython) -> None:
-    """torchax makes its key when it is first asked for one, which must not be within a trace."""
+    """Torchax makes its key when it is first asked for one, which must not be within a trace."""
     run_python(
         """
         import torch, torchorbax

@@ -19,6 +19,6 @@ def refuse_torch_processes() -> None:
     if processes > 1 and jax.process_count() == 1:
         raise ConfigError(
             f"torch.distributed has {processes} processes, and JAX takes each of them for a program of its own. Start "
-            "them with jax.distributed.initialize() and let a mesh over all devices do what DDP or FSDP did, or run one "
-            "process"
+            "them with jax.distributed.initialize() and let a mesh over all devices do what DDP or FSDP did, or run "
+            "one process"
         )

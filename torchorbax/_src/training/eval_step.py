@@ -135,7 +135,7 @@ class EvalStep:
 
         return _Program(tensors, inputs, outputs, self._live.surroundings.held(), jax.jit(evaluate))
 
-    def _run(self, program: _Program, beside: Sharding, batch: Any) -> list[Any]:
+    def _run(self, program: _Program, beside: Sharding, batch: Any) -> Any:
         values = self._live.values(program.inputs, beside)
         call = put(np.asarray(next(self._calls) % 2**32, np.uint32), beside)
         try:

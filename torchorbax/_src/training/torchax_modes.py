@@ -90,8 +90,9 @@ def _refuse_autocast() -> None:
     for device in ("cpu", "cuda", torch._C._get_privateuse1_backend_name()):
         if torch.is_autocast_enabled(device):
             raise ConfigError(
-                f"torch.autocast({device!r}) has no effect on torchax tensors: everything would be computed in the dtype "
-                "of the weights. Leave it out, and train in bfloat16 by model.bfloat16(), or by casting in loss_fn"
+                f"torch.autocast({device!r}) has no effect on torchax tensors: everything would be computed in the "
+                "dtype of the weights. Leave it out, and train in bfloat16 by model.bfloat16(), or by casting in "
+                "loss_fn"
             )
     if torchax.default_env().param.autocast_dtype is not None:
         raise ConfigError(
@@ -141,7 +142,7 @@ def no_custom_gradients() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cumulative_averages() -> Iterator[None]:
-    """Inside, `BatchNorm(momentum=None)` can be traced: its momentum is 1 / (batches seen), which torch reads as a number.
+    """Inside, `BatchNorm(momentum=None)` can be traced: torch reads its momentum, 1 / (batches seen), as a number.
 
     The number given to torchax has no effect there; `_update_running_statistics` gets the tensor.
     """
@@ -158,11 +159,11 @@ def cumulative_averages() -> Iterator[None]:
         _update_running_statistics(input, self.running_mean, self.running_var, True, momentum=momentum)
         return functional.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
-    norm.forward = forward
+    setattr(norm, "forward", forward)  # noqa: B010  # to mypy, a method is for ever
     try:
         yield
     finally:
-        norm.forward = original
+        setattr(norm, "forward", original)  # noqa: B010
 
 
 _KEEP_STATISTICS = {func: inspect.signature(func) for func in (functional.batch_norm, functional.instance_norm)}

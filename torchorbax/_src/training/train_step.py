@@ -44,8 +44,8 @@ def train_step(
     the new values, in the same tensor objects, so `state_dict`, `Checkpointer` and learning-rate schedulers work as in
     torch. No torchax mode need be on. A module on the CPU is moved to the default jax device by the first call.
 
-    Whatever else `loss_fn` reads is read anew at each call: other modules (a partner network, a teacher; on the CPU, they
-    are moved to the devices as well), tensors and arrays of its closure. What it writes into them is set back. What
+    Whatever else `loss_fn` reads is read anew at each call: other modules (a partner network, a teacher; those on the
+    CPU are moved to the devices as well), tensors and arrays of its closure. What it writes into them is set back. What
     Python code does besides computing happens when it is traced, not at every step. It is traced again when train/eval
     modes, `requires_grad`, layers, numbers that the code mentions, shapes or layouts change.
 
