@@ -6,6 +6,7 @@ and are called between training steps, where no torchax mode is on.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,10 +39,13 @@ class Detached(Tensor):  # type: ignore[misc]  # torchax is untyped
         self._source._elem = array
 
 
-def _detach(self: Any) -> Detached:
+def _detach(self: Any) -> Any:
+    if sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__:  # which insists on the tensor's own type
+        return _plain_detach(self)
     return Detached(self._source if type(self) is Detached else self)
 
 
+_plain_detach: Callable[[Any], Any] = Tensor.detach
 _within_modes: Callable[..., Any] = Tensor.__torch_dispatch__
 
 

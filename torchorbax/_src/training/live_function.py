@@ -66,12 +66,12 @@ class LiveFunction:
         self._surroundings: Surroundings | None = None
         self._ignored: set[tuple[int, Any]] = set()
 
-    def refresh(self) -> None:
-        """Find the live tensors, unless they are those of the call before."""
+    def refresh(self) -> bool:
+        """Find the live tensors, unless they are those of the call before; were they looked for?"""
         refuse_torch_processes()
         torchax_tensors.rng_key()  # made now if this thread has none yet: in a trace, it would be a tracer
         if self._surroundings is not None and self._surroundings.unchanged():
-            return
+            return False
         if on_meta := meta_tensors(self.model):
             raise ConfigError(
                 f"{len(on_meta)} tensors of the model ({', '.join(on_meta[:3])}) are on meta and have no values yet. "
@@ -82,6 +82,7 @@ class LiveFunction:
         self.buffers = dict(self.model.named_buffers())
         unshare([*self.params.values(), *self.buffers.values()])
         self._surroundings = Surroundings({self._what: self._fn, "": self.model}, self._ignored)
+        return True
 
     @property
     def surroundings(self) -> Surroundings:

@@ -53,6 +53,7 @@ class TorchUpdate:
         self._model = model
         self._optimizer = optimizer
         self._names: dict[int, str] = {}
+        self._looks_again = True
         self._stateless = False
         self._exact: set[int] = set()
         self._derived: dict[Any, list[Derived]] = {}
@@ -60,8 +61,9 @@ class TorchUpdate:
 
     def trained(self) -> dict[str, torch.Tensor]:
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
-        named = dict(self._model.named_parameters())
-        names = {id(param): name for name, param in named.items()}
+        names = self._names
+        if self._looks_again or any(id(param) not in names for param in params):
+            names = {id(param): name for name, param in self._model.named_parameters()}
         if strangers := [param for param in params if id(param) not in names]:
             gone = [self._names[id(param)] for param in strangers if id(param) in self._names]
             of = f" ({', '.join(gone[:3])}, which the model had before)" if gone else ""
@@ -69,8 +71,11 @@ class TorchUpdate:
                 f"{len(strangers)} of the optimizer's {len(params)} parameters are not the model's{of}; build it from "
                 "model.parameters(), after model.to('jax') if you call that, and after layers were replaced"
             )
-        self._names = names
+        self._names, self._looks_again = names, False
         return {names[id(param)]: param for param in params if param.requires_grad}
+
+    def look_again(self) -> None:
+        self._looks_again = True
 
     def constants(self) -> list[Part]:
         values: list[Any] = []

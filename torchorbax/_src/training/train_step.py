@@ -110,7 +110,8 @@ class TrainStep:
 
     def __call__(self, batch: Any) -> Any:
         """Train on one batch; see `train_step`."""
-        self._live.refresh()
+        if self._live.refresh():
+            self._update.look_again()
         with training_context(self._live.devices()):
             return self._train(batch)
 
