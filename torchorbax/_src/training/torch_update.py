@@ -18,7 +18,7 @@ from torchorbax._src.arrays.sharding_rules import replicated_like, state_shardin
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import host_copy
 from torchorbax._src.training import torchax_modes
-from torchorbax._src.training.hyperparameters import Feeding, Hyperparameter, floats_in
+from torchorbax._src.training.hyperparameters import Feeding, Hyperparameter, check_groups, constant, floats_in, sign
 from torchorbax._src.training.programs import Part
 from torchorbax._src.training.traced_state import TracedState, entry_array
 from torchorbax._src.training.tracing import Arrays, arrays_of, holding, laid_out, settled
@@ -90,9 +90,9 @@ class TorchUpdate:
                 if key in inputs:
                     indices = range(index, index := index + len(inputs[key]))
                     known = zip(inputs[key], indices, strict=True)
-                    values.append(tuple(one if at in self._exact else _sign(one) for one, at in known))
+                    values.append(tuple(one if at in self._exact else sign(one) for one, at in known))
                 else:
-                    values.append(_constant(key, value))
+                    values.append(constant(key, value))
         return [Part("hyperparameters", tuple(values), tuple(labels))]
 
     def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[dict[str, Arrays], Further]:
@@ -338,7 +338,7 @@ class TorchUpdate:
                 given = further.derived[owner] if further.derived else None
                 undo.enter_context(Feeding(_feed(derived[owner], given)))
             yield
-            _check_groups(before, traced)
+            check_groups(before, traced)
 
 
 def _of_one(
@@ -391,30 +391,9 @@ def _feed(derived: Derived, given: Sequence[Any] | None) -> Callable[[Hyperparam
     return feed
 
 
-def _check_groups(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
-    for old, new in zip(before, after, strict=True):
-        changed = [key for key in new if key not in old or new[key] is not old[key]]
-        if changed:
-            raise ConfigError(
-                f"the step of the optimizer changes {changed[0]!r} in its param_groups, which a compiled step cannot "
-                "do; use an optimizer that keeps what changes in its state, or optax"
-            )
-
-
-def _sign(number: float) -> int:
-    return (number > 0) - (number < 0)
-
-
 def _on_device(entries: dict[str, Any], key: str, beside: Sharding) -> jax.Array:
     """The array of an entry of the live state; moved beside its parameter if on the CPU (Adam's counter)."""
     value = entries[key]
     if isinstance(value, torch.Tensor) and not torchax_tensors.is_torchax(value):
         value = entries[key] = torchax_tensors.wrap(put(host_copy(value), replicated_like(beside)))
     return entry_array(key, value)
-
-
-def _constant(key: str, value: Any) -> Any:
-    parts = value if isinstance(value, tuple | list) else (value,)
-    if any(isinstance(part, torch.Tensor) for part in parts):
-        raise ConfigError(f"hyperparameter {key!r} is a tensor; only lr may be one, make the others numbers")
-    return tuple(value) if isinstance(value, list) else value
