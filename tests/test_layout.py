@@ -14,6 +14,7 @@ MOST_LINES = 600
 TESTED_ELSEWHERE = {
     "arrays/leaves": ("tensors/test_live", "a few lines that every test of live tensors runs"),
     "distributed/failures": ("save/test_writer", "errors travel between processes, of which there are several there"),
+    "distributed/torch_processes": ("training/test_circumstances", "processes that JAX does not know of are refused"),
     "format/decode": ("format/test_values", "the way back"),
     "format/encode": ("format/test_values", "the way there"),
     "format/per_process": ("storage/test_storage", "written and read by a storage; several processes have more of it"),
@@ -33,6 +34,7 @@ TESTED_ELSEWHERE = {
     "storage/orbax_storage": ("storage/test_storage", "one of the two storages that must do the same"),
     "storage/traffic": ("run/test_options", "limits that are checked once, as options of a run"),
     "storage/zarr": ("storage/test_array_writer", "one layout for writer and reader"),
+    "tensors/torchax_lowerings": ("training/test_averages", "operations that averages of weights need"),
     "tensors/torchax_tensors": ("tensors/test_live", "the few facts about torchax that live tensors stand on"),
     "training/batches": ("training/test_train_step", "batches of any kind"),
     "training/host_tensors": ("training/test_live_values", "CPU tensors that a loss reads"),
@@ -60,6 +62,8 @@ ACROSS_MODULES = {
     "state/test_optimizers": "optimizers with odd state, of torch and optax",
     "state/test_places": "where things are after a restore",
     "state/test_refusals": "what cannot be saved, of every kind, and what to do",
+    "training/test_averages": "averages of weights of torch and timm, inside and outside the step",
+    "training/test_circumstances": "threads, transfer guards, changed layers, other keys, autocast",
     "training/test_live_values": "whatever a loss reads besides model and batch: partners, teachers, queues, numbers",
     "storage/test_offloaded": "arrays in the memory of the host, all the way from a save to a restore",
 }
