@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchorbax import UnsupportedLeafError, to_jax
-from torchorbax._src.format.values import add_leaf
+from torchorbax._src.format.encode import add_leaf
 from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors import torchax_tensors as _torchax
 from torchorbax._src.tensors.live import live_array

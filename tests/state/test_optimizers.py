@@ -195,6 +195,17 @@ def test_what_could_not_be_restored_is_refused(tmp_path: Path) -> None:
             run.save(0, force=True)
 
 
+def test_a_parameter_in_the_state_is_refused_and_a_clone_is_not(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with resume(model, optimizer, tmp_path, save=None) as run:
+        optimizer.state[model.weight]["anchor"] = model.weight
+        with pytest.raises(ConfigError, match=r"weight\.anchor is a parameter of the model itself.* keep a clone"):
+            run.save(0, force=True)
+        optimizer.state[model.weight]["anchor"] = model.weight.detach().clone()
+        run.save(0, force=True)
+
+
 # --------------------------------------------------------------------------------------------------------------- optax
 
 

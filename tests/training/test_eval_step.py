@@ -15,7 +15,8 @@ from torch import nn
 from torchorbax import ConfigError, to_jax
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
-from tests.models import RULES, batch_of, bits, loss_fn, seeded
+from tests.helpers.models import RULES, batch_of, loss_fn, seeded
+from tests.helpers.tensors import bits
 
 
 def scores(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 from torchorbax import ConfigError, to_jax
 from torchorbax._src.training.hyperparameters import Hyperparameter
 
-from tests.models import batch_of, loss_fn, seeded
+from tests.helpers.models import batch_of, loss_fn, seeded
 
 CHANGES: dict[str, tuple[Callable[[Any], torch.optim.Optimizer], dict[str, list[Any]]]] = {
     "SGD": (

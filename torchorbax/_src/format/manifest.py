@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torchorbax._src.arrays.dtypes import BY_NAME
-from torchorbax._src.format.values import Json, decode
+from torchorbax._src.format.decode import decode
+from torchorbax._src.format.values import Json
 
 Key = tuple[str, str]
 """The key of a leaf in a step: the name of the item, and the name of the leaf within the item."""

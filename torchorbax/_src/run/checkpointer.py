@@ -12,6 +12,7 @@ from typing import Any, Unpack
 
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.distributed.torch_processes import refuse_torch_processes
 from torchorbax._src.run import at_exit
 from torchorbax._src.run.loop import StepInput, run_steps
 from torchorbax._src.run.options import (
@@ -64,6 +65,7 @@ class Checkpointer:
     @takes_run_options
     def __init__(self, path: str | os.PathLike[str], state: Mapping[str, Any], **options: Unpack[RunKeywords]) -> None:
         settings = run_options(Checkpointer, options)
+        refuse_torch_processes()
         self._processes = Processes(settings.barrier_timeout_s)
         self._preemption = PreemptionNotice()
         # The live objects by name, and as items.

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from torchorbax._src.arrays.leaves import Array, is_key, without_key_type
 from torchorbax._src.arrays.sharding_rules import ShardingRules
+from torchorbax._src.format.encode import add_leaf
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import Json, LayoutError, add_leaf, built, how_built
+from torchorbax._src.format.values import Json, LayoutError, built, how_built
 from torchorbax._src.state.compare import compare_leaves
 from torchorbax._src.state.item import Captured, ItemPlan
 from torchorbax._src.state.live_leaves import as_typed, default_device

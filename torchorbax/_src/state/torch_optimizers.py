@@ -178,6 +178,11 @@ class TorchOptimizerItem:
         }
         leaves: dict[str, Any] = {}
         values = encode(tree, leaves, short_name, (self._name,))
+        if own := [name for name, leaf in leaves.items() if id(leaf) in names]:
+            raise ConfigError(
+                f"{self._name}: {own[0]} is a parameter of the model itself, and would come back apart from it; "
+                "keep a clone in the optimizer's state"
+            )
         return Captured(self.kind, leaves, values=built(self._groups_at_start, values))
 
     # --------------------------------------------------------------------------------------------------------- restore

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from torchorbax._src.arrays.leaves import ARRAY_TYPES, is_key, leaf_name
+from torchorbax._src.format.encode import add_leaf
 from torchorbax._src.format.manifest import LeafMeta
-from torchorbax._src.format.values import MAPPINGS, Json, Node, add_leaf, key_name
+from torchorbax._src.format.values import MAPPINGS, Json, Node, key_name
 from torchorbax._src.state.live_leaves import array_meta
 from torchorbax._src.tensors.live import array_in, tensor_of
 

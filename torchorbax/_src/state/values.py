@@ -1,4 +1,4 @@
-"""Plain values with tensors in them as JSON, and back: `format.values` for the tensors of this stack."""
+"""Plain values with tensors in them as JSON, and back: `format`'s encoding for the tensors of this stack."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 
 from torchorbax._src.arrays.leaves import Array
-from torchorbax._src.format import values
+from torchorbax._src.format import decode as decoding
+from torchorbax._src.format import encode as encoding
 from torchorbax._src.format.values import Json, Node, Path
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import as_parameter, as_readable, tensor_of
 
 
 class _LiveTensors:
-    """CPU tensors and torchax tensors; see `values.Tensors`."""
+    """CPU tensors and torchax tensors; see `format.values.Tensors`."""
 
     def kind(self, tensor: torch.Tensor) -> Literal["tensor", "parameter", "readable"] | None:
         if isinstance(tensor, torchax_tensors.Readable):
@@ -44,10 +45,10 @@ def encode(
     path: Path = (),
     node_of: Callable[[Any, Path], Node | None] = lambda value, path: None,
 ) -> Json:
-    """`value` as JSON, with its arrays and tensors added to `leaves`; see `values.encode`."""
-    return values.encode(value, leaves, name_of, path, node_of, tensors=_TENSORS)
+    """`value` as JSON, with its arrays and tensors added to `leaves`; see `format.encode`."""
+    return encoding.encode(value, leaves, name_of, path, node_of, tensors=_TENSORS)
 
 
 def decode(json: Json, leaves: Mapping[str, Any]) -> Any:
     """The value that `encode` took apart: a CPU tensor for a numpy array, a torchax tensor for a `jax.Array`."""
-    return values.decode(json, leaves, _TENSORS)
+    return decoding.decode(json, leaves, _TENSORS)

@@ -37,6 +37,8 @@ def device_batch(batch: Any, batch_sharding: BatchSharding, beside: Sharding) ->
         sharding = beside  # every process has the whole batch
     flat, structure = jax.tree_util.tree_flatten_with_path(batch)
     leaves = [device_leaf(_name(path), leaf, sharding) for path, leaf in flat]
+    if len(beside.device_set) > 1:  # said here, because a transfer guard refuses it where a program does it by itself
+        leaves = [put(leaf, beside) if len(leaf.sharding.device_set) == 1 else leaf for leaf in leaves]
     return jax.tree.unflatten(structure, leaves)
 
 

@@ -122,7 +122,7 @@ class EvalStep:
             typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
             own = jax.random.fold_in(key if typed else jax.random.wrap_key_data(key), call)
             with torch.no_grad():
-                results, _, _, written = self._live.trace(
+                found, _, _, written = self._live.trace(
                     tensors, arrays, inputs, values, own, batch, functools.partial(outputs.flatten, "fn")
                 )
             changed = [one for one, new in zip(inputs.tensors, written.tensors, strict=True) if new is not None]
@@ -131,19 +131,20 @@ class EvalStep:
                 raise ConfigError(
                     f"fn writes into {names}; an evaluation changes nothing. Return the new values instead"
                 )
-            found: list[Any] = results
-            return found
+            results: list[Any] = found
+            return results
 
         return _Program(tensors, inputs, outputs, self._live.surroundings.held(), jax.jit(evaluate))
 
-    def _run(self, program: _Program, beside: Sharding, batch: Any) -> Any:
+    def _run(self, program: _Program, beside: Sharding, batch: Any) -> list[Any]:
         values = self._live.values(program.inputs, beside)
         call = put(np.asarray(next(self._calls) % 2**32, np.uint32), beside)
         try:
-            return program.run(key_beside(beside), call, arrays_of(program.tensors), values, batch)
+            arrays: list[Any] = program.run(key_beside(beside), call, arrays_of(program.tensors), values, batch)
         except (RuntimeError, ValueError):
             self._live.check_deleted(program.inputs)
             raise
+        return arrays
 
     def _result(self, program: _Program, arrays: list[Any]) -> Any:
         first = next((array for array in arrays if array is not None), None)

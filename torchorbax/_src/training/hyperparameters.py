@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from torchorbax.errors import ConfigError
+
 Values = Sequence[float]
 
 
@@ -131,3 +133,27 @@ def floats_in(group: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
         if key not in ("params", "lr", "initial_lr") and numbers and all(type(one) is float for one in numbers):
             found[key] = tuple(numbers)
     return found
+
+
+def check_groups(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a `ConfigError` if a step has changed its groups."""
+    for old, new in zip(before, after, strict=True):
+        changed = [key for key in new if key not in old or new[key] is not old[key]]
+        if changed:
+            raise ConfigError(
+                f"the step of the optimizer changes {changed[0]!r} in its param_groups, which a compiled step cannot "
+                "do; use an optimizer that keeps what changes in its state, or optax"
+            )
+
+
+def constant(key: str, value: Any) -> Any:
+    """A hyperparameter in a hashable form; a `ConfigError` for a tensor."""
+    parts = value if isinstance(value, tuple | list) else (value,)
+    if any(isinstance(part, torch.Tensor) for part in parts):
+        raise ConfigError(f"hyperparameter {key!r} is a tensor; only lr may be one, make the others numbers")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def sign(number: float) -> int:
+    """-1, 0 or 1."""
+    return (number > 0) - (number < 0)

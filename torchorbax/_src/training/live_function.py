@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from torchorbax._src.arrays.leaves import put
 from torchorbax._src.arrays.sharding_rules import replicated_like
+from torchorbax._src.distributed.torch_processes import refuse_torch_processes
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import host_copy, raise_if_deleted, settle
 from torchorbax._src.tensors.optimizers import Optimizer
@@ -65,10 +66,12 @@ class LiveFunction:
         self._surroundings: Surroundings | None = None
         self._ignored: set[tuple[int, Any]] = set()
 
-    def refresh(self) -> None:
-        """Find the live tensors, unless they are those of the call before."""
+    def refresh(self) -> bool:
+        """Find the live tensors, unless they are those of the call before; were they looked for?"""
+        refuse_torch_processes()
+        torchax_tensors.rng_key()  # made now if this thread has none yet: in a trace, it would be a tracer
         if self._surroundings is not None and self._surroundings.unchanged():
-            return
+            return False
         if on_meta := meta_tensors(self.model):
             raise ConfigError(
                 f"{len(on_meta)} tensors of the model ({', '.join(on_meta[:3])}) are on meta and have no values yet. "
@@ -79,6 +82,7 @@ class LiveFunction:
         self.buffers = dict(self.model.named_buffers())
         unshare([*self.params.values(), *self.buffers.values()])
         self._surroundings = Surroundings({self._what: self._fn, "": self.model}, self._ignored)
+        return True
 
     @property
     def surroundings(self) -> Surroundings:
@@ -220,6 +224,7 @@ class LiveFunction:
                 noticing_draws() as drew,
                 _int32_for_int64(),
                 torchax_modes.no_custom_gradients(),
+                torchax_modes.cumulative_averages(),
                 torchax_modes.modes(key, watch) as key_now,
             ):
                 result = use(self._fn(self.model, jax.tree.map(torchax_tensors.wrap, batch)))

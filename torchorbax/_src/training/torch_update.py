@@ -18,7 +18,7 @@ from torchorbax._src.arrays.sharding_rules import replicated_like, state_shardin
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import host_copy
 from torchorbax._src.training import torchax_modes
-from torchorbax._src.training.hyperparameters import Feeding, Hyperparameter, floats_in
+from torchorbax._src.training.hyperparameters import Feeding, Hyperparameter, check_groups, constant, floats_in, sign
 from torchorbax._src.training.programs import Part
 from torchorbax._src.training.traced_state import TracedState, entry_array
 from torchorbax._src.training.tracing import Arrays, arrays_of, holding, laid_out, settled
@@ -53,6 +53,7 @@ class TorchUpdate:
         self._model = model
         self._optimizer = optimizer
         self._names: dict[int, str] = {}
+        self._looks_again = True
         self._stateless = False
         self._exact: set[int] = set()
         self._derived: dict[Any, list[Derived]] = {}
@@ -60,8 +61,9 @@ class TorchUpdate:
 
     def trained(self) -> dict[str, torch.Tensor]:
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
-        named = dict(self._model.named_parameters())
-        names = {id(param): name for name, param in named.items()}
+        names = self._names
+        if self._looks_again or any(id(param) not in names for param in params):
+            names = {id(param): name for name, param in self._model.named_parameters()}
         if strangers := [param for param in params if id(param) not in names]:
             gone = [self._names[id(param)] for param in strangers if id(param) in self._names]
             of = f" ({', '.join(gone[:3])}, which the model had before)" if gone else ""
@@ -69,8 +71,11 @@ class TorchUpdate:
                 f"{len(strangers)} of the optimizer's {len(params)} parameters are not the model's{of}; build it from "
                 "model.parameters(), after model.to('jax') if you call that, and after layers were replaced"
             )
-        self._names = names
+        self._names, self._looks_again = names, False
         return {names[id(param)]: param for param in params if param.requires_grad}
+
+    def look_again(self) -> None:
+        self._looks_again = True
 
     def constants(self) -> list[Part]:
         values: list[Any] = []
@@ -85,9 +90,9 @@ class TorchUpdate:
                 if key in inputs:
                     indices = range(index, index := index + len(inputs[key]))
                     known = zip(inputs[key], indices, strict=True)
-                    values.append(tuple(one if at in self._exact else _sign(one) for one, at in known))
+                    values.append(tuple(one if at in self._exact else sign(one) for one, at in known))
                 else:
-                    values.append(_constant(key, value))
+                    values.append(constant(key, value))
         return [Part("hyperparameters", tuple(values), tuple(labels))]
 
     def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[dict[str, Arrays], Further]:
@@ -333,7 +338,7 @@ class TorchUpdate:
                 given = further.derived[owner] if further.derived else None
                 undo.enter_context(Feeding(_feed(derived[owner], given)))
             yield
-            _check_groups(before, traced)
+            check_groups(before, traced)
 
 
 def _of_one(
@@ -386,30 +391,9 @@ def _feed(derived: Derived, given: Sequence[Any] | None) -> Callable[[Hyperparam
     return feed
 
 
-def _check_groups(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
-    for old, new in zip(before, after, strict=True):
-        changed = [key for key in new if key not in old or new[key] is not old[key]]
-        if changed:
-            raise ConfigError(
-                f"the step of the optimizer changes {changed[0]!r} in its param_groups, which a compiled step cannot "
-                "do; use an optimizer that keeps what changes in its state, or optax"
-            )
-
-
-def _sign(number: float) -> int:
-    return (number > 0) - (number < 0)
-
-
 def _on_device(entries: dict[str, Any], key: str, beside: Sharding) -> jax.Array:
     """The array of an entry of the live state; moved beside its parameter if on the CPU (Adam's counter)."""
     value = entries[key]
     if isinstance(value, torch.Tensor) and not torchax_tensors.is_torchax(value):
         value = entries[key] = torchax_tensors.wrap(put(host_copy(value), replicated_like(beside)))
     return entry_array(key, value)
-
-
-def _constant(key: str, value: Any) -> Any:
-    parts = value if isinstance(value, tuple | list) else (value,)
-    if any(isinstance(part, torch.Tensor) for part in parts):
-        raise ConfigError(f"hyperparameter {key!r} is a tensor; only lr may be one, make the others numbers")
-    return tuple(value) if isinstance(value, list) else value

@@ -20,6 +20,7 @@ from torchorbax._src.tensors.torchax_tensors import array_of, is_torchax, rng_ke
 from torchorbax._src.tensors.torchax_tensors import readable as readable
 from torchorbax._src.training.host_tensors import HostTensors
 from torchorbax._src.training.live_inputs import Watch
+from torchorbax.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -49,10 +50,26 @@ class _Mended(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        _refuse_autocast()
         result = _call(func, args, kwargs) if self._host is None else self._host.call(_call, func, args, kwargs)
         if not torch.is_grad_enabled():  # which JAX does not know of: it differentiates whatever is computed
             jax.tree.map(lambda leaf: _stop_gradient(leaf, args), result)
         return result
+
+
+def _refuse_autocast() -> None:
+    for device in ("cpu", "cuda", torch._C._get_privateuse1_backend_name()):
+        if torch.is_autocast_enabled(device):
+            raise ConfigError(
+                f"torch.autocast({device!r}) has no effect on torchax tensors: everything would be computed in the "
+                "dtype of the weights. Leave it out, and train in bfloat16 by model.bfloat16(), or by casting in "
+                "loss_fn"
+            )
+    if torchax.default_env().param.autocast_dtype is not None:
+        raise ConfigError(
+            "torchax.amp.autocast leaves out linear layers and most other functions, so it would compute partly in "
+            "float32. Leave it out, and train in bfloat16 by model.bfloat16(), or by casting in loss_fn"
+        )
 
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,6 +111,32 @@ def no_custom_gradients() -> Iterator[None]:
         setattr(torch.autograd.Function, "apply", original)  # noqa: B010
 
 
+@contextlib.contextmanager
+def cumulative_averages() -> Iterator[None]:
+    """Inside, `BatchNorm(momentum=None)` can be traced: torch reads its momentum, 1 / (batches seen), as a number.
+
+    The number given to torchax has no effect there; `_update_running_statistics` gets the tensor.
+    """
+    norm = torch.nn.modules.batchnorm._BatchNorm
+    original = norm.forward
+
+    def forward(self: Any, input: Any) -> Any:
+        counted = self.training and self.track_running_stats and self.num_batches_tracked is not None
+        if self.momentum is not None or not counted or not is_torchax(self.num_batches_tracked):
+            return original(self, input)
+        self._check_input_dim(input)
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / array_of(self.num_batches_tracked).astype(jnp.float32)
+        _update_running_statistics(input, self.running_mean, self.running_var, True, momentum=momentum)
+        return functional.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+    setattr(norm, "forward", forward)  # noqa: B010  # to mypy, a method is for ever
+    try:
+        yield
+    finally:
+        setattr(norm, "forward", original)  # noqa: B010
+
+
 _KEEP_STATISTICS = {func: inspect.signature(func) for func in (functional.batch_norm, functional.instance_norm)}
 
 
@@ -103,7 +146,7 @@ def _update_running_statistics(
     running_var: Any = None,
     training: bool | None = None,
     use_input_stats: bool = True,
-    momentum: float = 0.1,
+    momentum: Any = 0.1,
     **others: Any,
 ) -> None:
     """The side effect of batch and instance normalisation in training: torchax computes their output only.

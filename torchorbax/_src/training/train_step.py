@@ -44,13 +44,16 @@ def train_step(
     the new values, in the same tensor objects, so `state_dict`, `Checkpointer` and learning-rate schedulers work as in
     torch. No torchax mode need be on. A module on the CPU is moved to the default jax device by the first call.
 
-    What Python code does in `loss_fn` and `forward` besides computing happens when it is traced, not at every step. It
-    is traced again when train/eval modes, `requires_grad`, hyperparameters other than `lr`, shapes or layouts change.
+    Whatever else `loss_fn` reads is read anew at each call: other modules (a partner network, a teacher; those on the
+    CPU are moved to the devices as well), tensors and arrays of its closure. What it writes into them is set back. What
+    Python code does besides computing happens when it is traced, not at every step. It is traced again when train/eval
+    modes, `requires_grad`, layers, numbers that the code mentions, shapes or layouts change.
 
     Args:
         model: the module; it may still be on the CPU or on meta now, and be placed or restored before the first call.
         optimizer: a `torch.optim` optimizer that can be captured (SGD, Adam, AdamW and others), or an `OptaxOptimizer`.
-        loss_fn: `(model, batch) -> scalar tensor`; runs under torchax.
+        loss_fn: `(model, batch) -> scalar tensor`, or `-> (scalar tensor, outputs)` with any pytree of tensors and
+            numbers; runs under torchax.
         batch_sharding: how to lay out the batch: a `Sharding`, or a `PartitionSpec` on the parameters' mesh. None
             leaves it to JAX (replicated, unless the batch is sharded already). Scalars are replicated.
         donate: give the old values' memory to the new ones. With False, old arrays stay valid while they are
@@ -59,7 +62,8 @@ def train_step(
     Returns:
         `step(batch)`: the batch is any pytree of torch tensors, numpy arrays or Python numbers; `loss_fn` gets torchax
         tensors (float64 is rounded to float32 while `jax_enable_x64` is off, as everywhere in JAX). The loss is a 0-d
-        torchax tensor that `float`, `.item()` and formatting can read anywhere; reading it waits for the device.
+        torchax tensor that `float`, `.item()` and formatting can read anywhere; reading it waits for the device. With
+        further outputs, `step` returns `(loss, outputs)`. On several CPU devices it waits for the step 16 calls ago.
 
     Raises:
         ConfigError: an argument of another type, or an optimizer of another model; (when called) the model is on meta,
@@ -106,7 +110,8 @@ class TrainStep:
 
     def __call__(self, batch: Any) -> Any:
         """Train on one batch; see `train_step`."""
-        self._live.refresh()
+        if self._live.refresh():
+            self._update.look_again()
         with training_context(self._live.devices()):
             return self._train(batch)
 

@@ -22,6 +22,9 @@ class Update(Protocol):
     def trained(self) -> dict[str, torch.Tensor]:
         """The parameters that it updates, by name."""
 
+    def look_again(self) -> None:
+        """The model's parameters may be others than before."""
+
     def constants(self) -> list[Part]:
         """What a trace of `apply` turns into constants."""
 
@@ -60,6 +63,9 @@ class OptaxUpdate:
                     "changed since it was made? Use optax.multi_transform or optax.masked to freeze some"
                 )
         return params
+
+    def look_again(self) -> None:
+        """Its parameters are looked for at every call."""
 
     def constants(self) -> list[Part]:
         return []

@@ -1,0 +1,126 @@
+"""Values from JSON, with the arrays put back; see `values`."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from torchorbax._src.format.values import BY_NAME, FACTORIES, MAPPINGS, Json, LayoutError, Node, Tensors
+
+
+def decode(json: Json, leaves: Mapping[str, Any], tensors: Tensors | None = None) -> Any:
+    """The value that `encode` took apart, with the arrays that `leaves` has under their names.
+
+    What was a tensor is one again, made by `tensors`; without it, arrays stay arrays. Other objects in `leaves`, such
+    as names, come back as they are.
+
+    Raises:
+        LayoutError: not what `encode` writes.
+    """
+    try:
+        return _Decoder(leaves, tensors).value(json)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise LayoutError(f"damaged values: {type(error).__name__}: {error}") from error
+
+
+class _Decoder:
+    def __init__(self, leaves: Mapping[str, Any], tensors: Tensors | None) -> None:
+        self._leaves = leaves
+        self._tensors = tensors
+        self._rebuilt: dict[str, Any] = {}
+        self._typed: set[str] = set()  # the names of those tensors that have been made parameters or readable
+        self._containers: list[Any] = []  # the mutable ones, in the order in which the encoder has met them
+
+    def value(self, json: Json) -> Any:
+        if isinstance(json, list):
+            return self._numbered(lambda: [self.value(one) for one in json])
+        if not isinstance(json, dict):
+            return json
+        kind = json["$"]
+        if kind == "leaf":
+            return self._leaf(json["name"], json["as"])
+        if kind == "built":
+            return self.value(json["value"])
+        if kind == "same":
+            return self._containers[json["number"]]
+        if BY_NAME.get(kind) in MAPPINGS:
+            return self._numbered(lambda: self._mapping(BY_NAME[kind], json))
+        if kind == "set":
+            return self._numbered(lambda: set(map(self.value, json["values"])))
+        if kind in BY_NAME:
+            return BY_NAME[kind](map(self.value, json["values"]))
+        if kind == "node":
+            return Node(json["type"], dict(zip(json["keys"], map(self.value, json["values"]), strict=True)))
+        if kind in ("key", "parameter", "readable"):
+            return self._wrapped(kind, json)
+        return _plain(kind, json)
+
+    def _numbered(self, build: Callable[[], Any]) -> Any:
+        number = len(self._containers)
+        self._containers.append(None)
+        self._containers[number] = built = build()
+        return built
+
+    def _mapping(self, kind: Any, json: Mapping[str, Json]) -> Any:
+        keys = [self.value(key) for key in json["keys"]]
+        pairs = zip(keys, [self.value(one) for one in json["values"]], strict=True)
+        if kind is defaultdict:
+            if "factory" not in json:  # as steps had it that did not know the factory
+                return dict(pairs)
+            factory = json["factory"]
+            return defaultdict(None if factory is None else FACTORIES[factory], pairs)
+        return Counter(dict(pairs)) if kind is Counter else kind(pairs)
+
+    def _leaf(self, name: str, kind: str) -> Any:
+        if kind not in ("torch", "array", "scalar"):
+            raise ValueError(f"unknown kind of array {kind!r}; written by a newer torchorbax?")
+        if name not in self._rebuilt:
+            array = self._leaves[name]
+            if kind == "torch" and _is_array(array) and self._tensors is not None:
+                array = self._tensors.tensor(array)
+            self._rebuilt[name] = array[()] if kind == "scalar" and isinstance(array, np.ndarray) else array
+        return self._rebuilt[name]
+
+    def _wrapped(self, kind: str, json: Mapping[str, Json]) -> Any:
+        data = self.value(json["data"])
+        if kind == "key":
+            return jax.random.wrap_key_data(jnp.asarray(data), impl=json["impl"]) if _is_array(data) else data
+        name = json["data"]["name"]
+        if self._tensors is None or not isinstance(data, torch.Tensor) or name in self._typed:
+            return data
+        self._typed.add(name)
+        if kind == "readable":
+            self._rebuilt[name] = self._tensors.readable(data)
+        else:
+            self._rebuilt[name] = self._tensors.parameter(data, requires_grad=json["requires_grad"])
+        return self._rebuilt[name]
+
+
+def _is_array(value: Any) -> bool:
+    """Is it an array, and not a name that stands for one?"""
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def _plain(kind: str, json: Mapping[str, Json]) -> Any:
+    value = json.get("value")
+    if kind == "int":
+        return int(value, 16)  # type: ignore[arg-type]  # decode tells what is no text
+    if kind == "float":
+        return float(json["value"])
+    if kind == "bytes":
+        return base64.b64decode(json["value"], validate=True)
+    if kind == "complex":
+        return complex(*map(float, json["value"]))
+    if kind == "torch.dtype":
+        dtype = getattr(torch, json["value"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value!r} is no torch dtype")
+        return dtype
+    raise ValueError(f"unknown kind of value {kind!r}; written by a newer torchorbax?")

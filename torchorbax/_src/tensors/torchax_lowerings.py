@@ -1,0 +1,117 @@
+"""What torchax's tensors lack to be averaged as torch's are: shared memory, multi-tensor functions, use anywhere.
+
+torch's `AveragedModel` and timm's `ModelEma` write through `detach()` and `state_dict()`, use `torch._foreach_lerp_`,
+and are called between training steps, where no torchax mode is on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+from torchorbax._src.tensors.torchax_import import Tensor, View, torchax
+
+
+class Detached(Tensor):  # type: ignore[misc]  # torchax is untyped
+    """A tensor's values without its gradient. What is written into them reaches the tensor, as in torch."""
+
+    @staticmethod
+    def __new__(cls: type[Detached], source: Any) -> Detached:
+        made: Detached = Tensor.__new__(cls, source._elem, source._env)
+        return made
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._env = source._env
+
+    @property
+    def _elem(self) -> Any:
+        array = self._source._elem
+        return jax.lax.stop_gradient(array) if isinstance(array, jax.core.Tracer) else array
+
+    @_elem.setter
+    def _elem(self, array: Any) -> None:
+        self._source._elem = array
+
+
+def _detach(self: Any) -> Any:
+    if sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__:  # which insists on the tensor's own type
+        return _plain_detach(self)
+    return Detached(self._source if type(self) is Detached else self)
+
+
+_plain_detach: Callable[[Any], Any] = Tensor.detach
+_within_modes: Callable[..., Any] = Tensor.__torch_dispatch__
+
+
+def _anywhere(
+    cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> Any:
+    """Computes outside torchax's modes, too, where no gradient is asked for."""
+    tensors = [one for one in jax.tree.leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+    env = torchax.default_env()
+    asks = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    if asks or env.enabled or getattr(func, "namespace", "") != "aten":
+        return _within_modes(func, types, args, kwargs)
+    with env:
+        return env.dispatch(func, types, args, kwargs or {})
+
+
+def _foreach(name: str) -> Callable[..., Any]:
+    """`torch._foreach_<name>`, one tensor after the other."""
+    in_place = name.endswith("_")
+    method = getattr(torch.Tensor, name, None) or getattr(torch.Tensor, name.rstrip("_"), None) or getattr(torch, name)
+
+    def lowering(tensors: list[torch.Tensor], *others: Any, **options: Any) -> list[torch.Tensor] | None:
+        results = []
+        for index, tensor in enumerate(tensors):
+            mine = [one[index] if isinstance(one, list | tuple) else one for one in others]
+            result = method(tensor, *mine, **options)
+            if in_place and result is not tensor:
+                tensor.copy_(result)
+            results.append(result)
+        return None if in_place else results
+
+    return lowering
+
+
+def _own_memory(copy: Callable[..., Any]) -> Callable[..., Any]:
+    """`copy_` that shares no array: a training step would donate one, and with it the copy."""
+
+    def copy_(target: Any, source: Any, *others: Any, **options: Any) -> Any:
+        result = copy(target, source, *others, env=torchax.default_env(), **options)
+        both = type(target) in (Tensor, Detached) and isinstance(source, Tensor | View)
+        if both and not isinstance(target._elem, jax.core.Tracer):
+            target._elem = jnp.copy(target._elem)
+        return result
+
+    return copy_
+
+
+def _install() -> None:
+    """Register all this with torchax, whose environment is not made yet: it would draw its key from the seed of now."""
+    Tensor.detach = _detach
+    Tensor.__torch_dispatch__ = classmethod(_anywhere)
+    registry = torchax.ops.ops_registry
+    lowerings: dict[Any, Callable[..., Any]] = {}
+    for schema in torch._C._jit_get_all_schemas():
+        name = schema.name.removeprefix("aten::_foreach_")
+        if name != schema.name and (hasattr(torch.Tensor, name.rstrip("_")) or hasattr(torch, name.rstrip("_"))):
+            lowerings[getattr(torch.ops.aten, f"_foreach_{name}")] = _foreach(name)
+    copy = torch.ops.aten.copy_
+    lowerings[copy] = _own_memory(registry.all_aten_ops[copy].func)
+    for function, lowering in lowerings.items():
+        operator = registry.Operator(
+            function, lowering, is_jax_function=False, is_user_defined=True, needs_env=False, is_view_op=True
+        )
+        registry.all_aten_ops[function] = operator
+        if torchax._env is not None:  # made before torchorbax was imported
+            torchax._env._ops[function] = operator
+
+
+_install()
