@@ -13,6 +13,7 @@ from torchorbax._src.format import encode as encoding
 from torchorbax._src.format.values import Json, Node, Path
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import as_parameter, as_readable, tensor_of
+from torchorbax._src.tensors.torchax_lowerings import Detached
 
 
 class _LiveTensors:
@@ -23,7 +24,7 @@ class _LiveTensors:
             return "readable"
         if isinstance(tensor, torch.nn.Parameter):
             return "parameter" if type(tensor) in (torch.nn.Parameter, *torchax_tensors.TENSORS) else None
-        return "tensor" if type(tensor) in (torch.Tensor, *torchax_tensors.TENSORS) else None
+        return "tensor" if type(tensor) in (torch.Tensor, *torchax_tensors.TENSORS, Detached) else None
 
     def tensor(self, array: Array) -> torch.Tensor:
         return tensor_of(array)

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -118,11 +119,23 @@ class Feeding(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args = tuple(self._fed(one) for one in args)
-        return func(*args, **{key: self._fed(one) for key, one in (kwargs or {}).items()})
+        options = kwargs or {}
+        given = [one for one in (*args, *options.values()) if isinstance(one, Hyperparameter)]
+        if not given:
+            return func(*args, **options)
+        try:
+            return func(*map(self._fed, args), **{key: self._fed(one) for key, one in options.items()})
+        except jax.errors.ConcretizationTypeError:  # a lowering of torchax that takes only numbers, such as addmm's
+            for number in given:
+                number.exact |= number.of
+            return func(*map(_plain, args), **{key: _plain(one) for key, one in options.items()})
 
     def _fed(self, value: Any) -> Any:
         return self._feed(value) if isinstance(value, Hyperparameter) else value
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, Hyperparameter) else value
 
 
 def floats_in(group: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
