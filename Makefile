@@ -23,7 +23,7 @@ demo: setup  ## Train, kill, resume on other chips, compare
 	$(BIN)/python examples/demo.py
 
 test: setup  ## All tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2
 
 lint: setup  ## Formatter, linter and type checker, changing nothing
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -30,6 +31,7 @@ from tests.helpers.memory_storage import MemoryStorage
 from tests.helpers.models import RULES, batch_of, loss_fn, objects, seeded
 from tests.helpers.programs import RunPython, run_program, with_devices
 from tests.helpers.several import Ended, PortTakenError, Running, RunProcesses
+from tests.helpers.side_by_side import ByUnit, place_of
 
 for _profile, _examples in (("usual", 50), ("thorough", 2000)):  # pytest --hypothesis-profile=thorough
     hypothesis.settings.register_profile(
@@ -47,25 +49,16 @@ hypothesis.settings.load_profile("usual")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-SEVERAL_PROCESSES = "several processes"
-"""The group of tests that start several busy processes, which would keep each other waiting."""
-
-LONGEST_FIRST = ("campaigns", "examples", "storage", "run", "helpers")
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`-n 2 --dist loadgroup`), modules are kept together, and so are tests of several processes."""
+    """Long modules come first, or one worker would end long after the other."""
+    items.sort(key=lambda item: place_of(item.path))
 
-    def module(item: pytest.Item) -> Path:
-        return item.path.relative_to(Path(__file__).parent).with_suffix("")
 
-    order = {folder: place for place, folder in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(module(item).parts[0], len(order)))
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            several = "run_processes" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group(SEVERAL_PROCESSES if several else str(module(item))))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByUnit:
+    """What `-n 2` runs side by side."""
+    config.option.loadscopereorder = False  # the order is that of the collection
+    return ByUnit(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,6 @@ import pytest
 
 from tests.campaigns.matrix import DOES_NOT_TRAIN, PAGE, Combination, both_parts, combinations, page
 
-pytestmark = pytest.mark.xdist_group("several processes")
-
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[Combination, str]:

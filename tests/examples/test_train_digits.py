@@ -11,8 +11,6 @@ import pytest
 from tests.helpers import gcs_server
 from tests.helpers.programs import run_program
 
-pytestmark = pytest.mark.xdist_group("several processes")
-
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_digits.py"
 
 

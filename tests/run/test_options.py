@@ -152,8 +152,8 @@ def test_every_word_about_storage_is_heeded(**options: Any) -> None:
     traffic = traffic_of(RunOptions(**options))
     assert traffic.compressed == (options["compression"] == "zstd")
     assert traffic.max_host_bytes == options["max_host_bytes"]
-    assert traffic.all_write == (options["replicas"] == "all")
-    assert traffic.one_reads == options["single_replica_restore"]
+    assert traffic.all_replicas_write == (options["replicas"] == "all")
+    assert traffic.first_replica_reads == options["single_replica_restore"]
     assert traffic.timeout_s == options["storage_timeout_s"]
 
 

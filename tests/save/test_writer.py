@@ -238,6 +238,10 @@ MID_SAVE = """
 
     started = time.monotonic()
     note(ended=outcome(both), after_s=time.monotonic() - started, there=run.all_steps())
+    if index == 0:  # runs the service, without which JAX ends the other at once
+        service.blocking_key_value_get("the other has noted it", 60_000)
+    else:
+        service.key_value_set("the other has noted it", "")
     end()
 """
 

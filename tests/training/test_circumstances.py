@@ -19,7 +19,7 @@ from torchorbax._src.tensors import torchax_tensors as _torchax
 from torchorbax._src.training import in_flight
 
 from tests.helpers.models import RULES, batch_of, loss_fn, seeded
-from tests.helpers.tensors import RunPython
+from tests.helpers.programs import RunPython
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,3 +77,21 @@ def signature(batch: Any) -> tuple[Any, ...]:
     """What a program is compiled for: the structure, shapes, dtypes and layouts of a batch on the devices."""
     leaves, structure = jax.tree.flatten(batch)
     return structure, *((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+
+
+def number_on_devices(number: float, sharding: Sharding) -> jax.Array:
+    """A number on the devices of a replicated sharding, weakly typed as Python's are.
+
+    Over several processes `device_put` would compare what they have with a collective; a program takes it as it is.
+    """
+    if sharding.is_fully_addressable:
+        placed: jax.Array = jax.device_put(number, sharding if len(sharding.device_set) > 1 else None)
+        return placed
+    with jax.transfer_guard("allow"):
+        placed = _as_it_is(sharding)(number)
+    return placed
+
+
+@functools.cache
+def _as_it_is(sharding: Sharding) -> Callable[[float], jax.Array]:
+    return jax.jit(lambda number: number, out_shardings=sharding)

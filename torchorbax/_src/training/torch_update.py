@@ -18,6 +18,7 @@ from torchorbax._src.arrays.sharding_rules import replicated_like, state_shardin
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import host_copy
 from torchorbax._src.training import torchax_modes
+from torchorbax._src.training.batches import number_on_devices
 from torchorbax._src.training.hyperparameters import Feeding, Hyperparameter, check_groups, constant, floats_in, sign
 from torchorbax._src.training.programs import Part
 from torchorbax._src.training.traced_state import TracedState, entry_array
@@ -278,7 +279,7 @@ class TorchUpdate:
         number = float(value)
         known = self._on_device.get(where)
         if known is None or known[0] != (number, beside):
-            placed: jax.Array = jax.device_put(number, beside if len(beside.device_set) > 1 else None)
+            placed = number_on_devices(number, beside)
             known = self._on_device[where] = (number, beside), placed
         return known[1]
 

@@ -52,12 +52,19 @@ class OptaxUpdate:
         if optimizer.model is not model:
             raise ConfigError("the OptaxOptimizer was built for another model (or for a part of this one)")
         self._optimizer = optimizer
+        self._params: dict[str, torch.Tensor] = {}
+        self._expected: tuple[tuple[str, ...], Any] | None = None  # trained names, and the structure of their state
 
     def trained(self) -> dict[str, torch.Tensor]:
-        params, state = self._optimizer.params(), self._optimizer.state
+        # Walking the modules and tracing the transformation take milliseconds, so both are done when something changes.
+        if not self._params:
+            self._params = dict(self._optimizer.model.named_parameters())
+        params = {name: param for name, param in self._params.items() if param.requires_grad}
+        state = self._optimizer.state
         if params and state is not None:
-            expected: Any = jax.tree.structure(self._optimizer.abstract_state())
-            if jax.tree.structure(state) != expected:
+            if self._expected is None or self._expected[0] != tuple(params):
+                self._expected = tuple(params), jax.tree.structure(self._optimizer.abstract_state())
+            if jax.tree.structure(state) != self._expected[1]:
                 raise ConfigError(
                     "the state of the OptaxOptimizer does not fit the parameters that require a gradient; have they "
                     "changed since it was made? Use optax.multi_transform or optax.masked to freeze some"
@@ -65,7 +72,7 @@ class OptaxUpdate:
         return params
 
     def look_again(self) -> None:
-        """Its parameters are looked for at every call."""
+        self._params, self._expected = {}, None
 
     def constants(self) -> list[Part]:
         return []
