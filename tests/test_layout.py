@@ -64,6 +64,7 @@ ACROSS_MODULES = {
     "state/test_refusals": "what cannot be saved, of every kind, and what to do",
     "training/test_averages": "averages of weights of torch and timm, inside and outside the step",
     "training/test_circumstances": "threads, transfer guards, changed layers, other keys, autocast",
+    "training/test_hidden_state": "what a loss reads and writes in less visible places",
     "training/test_live_values": "whatever a loss reads besides model and batch: partners, teachers, queues, numbers",
     "storage/test_offloaded": "arrays in the memory of the host, all the way from a save to a restore",
 }

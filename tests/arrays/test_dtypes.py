@@ -99,3 +99,9 @@ def test_conjugated_and_negated_views_are_resolved() -> None:
     values = torch.tensor([1 + 2j, -3 - 4j], dtype=torch.complex64)
     assert torch_to_host(values.conj()).tolist() == [1 - 2j, -3 + 4j]
     assert torch_to_host(values.conj().imag).tolist() == [-2.0, 4.0]
+
+
+@pytest.mark.parametrize("stride", [0, 2, 5])
+def test_one_value_of_a_larger_tensor_keeps_its_bits(stride: int) -> None:
+    one = torch.arange(6.0).as_strided((1,), (stride,))  # torch calls it contiguous, whatever its stride
+    assert torch_to_host(one).tolist() == [0.0]

@@ -229,3 +229,11 @@ def test_a_generator_of_another_kind_is_a_mismatch(tmp_path: Path) -> None:
             pytest.raises(Exception, match=r"rng_of_data: placement: expected a state that Generator takes"),
         ):
             run.restore()
+
+
+@pytest.mark.parametrize("beside", [[], [random.Random(0)]], ids=["values", "objects"])
+def test_a_list_that_contains_itself_is_refused_by_name(tmp_path: Path, beside: list[Any]) -> None:
+    endless: list[Any] = [*beside]
+    endless.append(endless)
+    with pytest.raises(UnsupportedLeafError, match=r"endless.*contains itself"):
+        resume(nn.Linear(1, 1), None, tmp_path, state={"endless": endless})

@@ -47,6 +47,6 @@ def host_to_torch(array: np.ndarray) -> torch.Tensor:
 
 def torch_to_host(tensor: torch.Tensor) -> np.ndarray:
     """A numpy array with the values, shape and dtype of a CPU torch tensor, in memory of its own."""
-    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    bits = dense.reshape(-1).view(torch.uint8).numpy().copy()
+    dense = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    bits = dense.reshape(-1).view(torch.uint8).numpy()
     return bits.view(TORCH_TO_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))

@@ -25,7 +25,7 @@ from torchorbax._src.state.torchmetrics import Metrics, is_metric
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import live_array
 from torchorbax._src.tensors.optimizers import OptaxOptimizer
-from torchorbax.errors import ConfigError
+from torchorbax.errors import ConfigError, UnsupportedLeafError
 
 _RESERVED = ("manifest", "metrics", "default", "_CHECKPOINT_METADATA", "commit_success.txt", RNG)
 
@@ -159,6 +159,8 @@ def _entries(slot: Any, prefix: str = "", above: tuple[_Place, ...] = ()) -> Ite
                 f"{_RESERVED}"
             )
         places = (*above, _Place(slot, key))
+        if any(value is place.slot for place in places):
+            raise UnsupportedLeafError(name, f"a {type(value).__qualname__} contains itself")
         for one, found in _entries(value, f"{name}.", places) if _holds_objects(value) else [(name, places)]:
             if one in seen:
                 raise ConfigError(f"two entries of the state would both be called {one!r}")
@@ -166,11 +168,11 @@ def _entries(slot: Any, prefix: str = "", above: tuple[_Place, ...] = ()) -> Ite
             yield one, found
 
 
-def _holds_objects(value: Any) -> bool:
-    if not isinstance(value, dict | list | tuple):
+def _holds_objects(value: Any, above: tuple[Any, ...] = ()) -> bool:
+    if not isinstance(value, dict | list | tuple) or any(value is one for one in above):
         return False
     entries = value.values() if isinstance(value, dict) else value
-    return any(_is_object(entry) or _holds_objects(entry) for entry in entries)
+    return any(_is_object(entry) or _holds_objects(entry, (*above, value)) for entry in entries)
 
 
 def _is_object(value: Any) -> bool:

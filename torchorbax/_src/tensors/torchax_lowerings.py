@@ -45,6 +45,23 @@ def _detach(self: Any) -> Any:
     return Detached(self._source if type(self) is Detached else self)
 
 
+def _data(self: Any) -> Any:
+    """A tensor's `data`, which has no gradient either: torchax gives the tensor itself."""
+    return Detached(self) if isinstance(self._elem, jax.core.Tracer) else self
+
+
+def _detach_view(view: Any) -> Any:
+    """A view of the same memory without its gradient, which torchax's own `detach` would keep."""
+    parent = view.parent
+    return View(_detach_view(parent) if isinstance(parent, View) else _detach(parent), view.view_info, view._env)
+
+
+def _set_data(self: Any, other: Any) -> None:
+    if not isinstance(other, Tensor):
+        raise TypeError(f"the data of a tensor on 'jax' must be one as well, not a {type(other).__name__} on the CPU")
+    self._elem = other._elem
+
+
 _plain_detach: Callable[[Any], Any] = Tensor.detach
 _within_modes: Callable[..., Any] = Tensor.__torch_dispatch__
 
@@ -96,6 +113,9 @@ def _own_memory(copy: Callable[..., Any]) -> Callable[..., Any]:
 def _install() -> None:
     """Register all this with torchax, whose environment is not made yet: it would draw its key from the seed of now."""
     Tensor.detach = _detach
+    Tensor.data = property(_data, _set_data)
+    View.detach = _detach_view
+    View.data = property(_detach_view)
     Tensor.__torch_dispatch__ = classmethod(_anywhere)
     registry = torchax.ops.ops_registry
     lowerings: dict[Any, Callable[..., Any]] = {}

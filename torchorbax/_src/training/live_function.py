@@ -77,6 +77,8 @@ class LiveFunction:
                 f"{len(on_meta)} tensors of the model ({', '.join(on_meta[:3])}) are on meta and have no values yet. "
                 "Restore a checkpoint into it, or build it on the CPU"
             )
+        if self._optimizer is not None:
+            _check_hooks(self.model)
         place_(self.model, self._optimizer)
         self.params = dict(self.model.named_parameters())
         self.buffers = dict(self.model.named_buffers())
@@ -182,6 +184,16 @@ class LiveFunction:
                 self._what,
                 ", ".join(numbers[:5]),
             )
+        before = {slot.place for slot in self.surroundings.slots} - {slot.place for slot in changed}
+        now = Surroundings({self._what: self._fn, "": self.model}, self._ignored)
+        kept = [one.name for one in now.slots if isinstance(one.get(), torch.Tensor) and one.place not in before]
+        if kept:
+            _logger.warning(
+                "%s puts a tensor into %s when it is traced, and not at every step. If a step is to see what the step "
+                "before has put there, put a tensor of the same shape there before the first one",
+                self._what,
+                ", ".join(kept[:5]),
+            )
         self._ignored |= {slot.place for slot in changed}
         self._surroundings = Surroundings({self._what: self._fn, "": self.model}, self._ignored)
 
@@ -246,6 +258,21 @@ def _int32_for_int64() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Explicitly requested dtype (int64|uint64)", UserWarning)
         yield
+
+
+def _check_hooks(model: torch.nn.Module) -> None:
+    """Raise a `ConfigError` for hooks on gradients: JAX computes them, and calls no hook."""
+    hooked = [name for name, param in model.named_parameters() if _has_gradient_hooks(param)]
+    hooked += [name for name, part in model.named_modules() if part._backward_hooks or part._backward_pre_hooks]
+    if hooked:
+        raise ConfigError(
+            f"{hooked[0] or 'the model'} has a hook on its gradient, which a compiled step does not call. Remove it; "
+            "to change gradients, use optimizer.register_step_pre_hook, or an optax transformation"
+        )
+
+
+def _has_gradient_hooks(param: torch.Tensor) -> bool:
+    return bool(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None))
 
 
 def check_function(model: object, fn: object, says: str, batch_sharding: object) -> None:

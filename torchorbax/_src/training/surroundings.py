@@ -35,7 +35,26 @@ _FOREIGN = {"torch", "torchax", "jax", "jaxlib", "numpy", "optax", "flax", "orba
 _OWN_USE = {"argparse", "types", "collections", "functools"}
 """Standard modules whose objects carry a program's own settings."""
 
+_IMPLIED = {"__call__", "__enter__", "__getattr__", "__getitem__", "__iter__"}
+"""Methods that code uses without mentioning their names."""
+
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+class _Slotted:
+    """The attributes of an object whose class has `__slots__`, as `vars` gives those of others."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __contains__(self, key: str) -> bool:
+        return key in _slots(self.owner) and hasattr(self.owner, key)
+
+    def get(self, key: str) -> Any:
+        return getattr(self.owner, key, None)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        object.__setattr__(self.owner, key, value)  # a frozen dataclass gets back what it held
 
 
 class Slot:
@@ -49,7 +68,7 @@ class Slot:
     @property
     def place(self) -> tuple[int, Any]:
         """Tells it from all others."""
-        return id(self.holder), self.key
+        return id(self.holder.owner if isinstance(self.holder, _Slotted) else self.holder), self.key
 
     @property
     def settable(self) -> bool:
@@ -99,11 +118,12 @@ class Surroundings:
         self.names: dict[int, str] = {}
         self.large_arrays: list[str] = []
         self._numpy: list[tuple[str, np.ndarray, np.ndarray]] = []
+        self._sets: list[tuple[str, set[Any], frozenset[Any]]] = []
         self._sized: list[Sized] = []
         self._seen: dict[int, Any] = {}
         self._objects: list[tuple[str, Any, set[str]]] = []
         self._ignored = ignored
-        self._attributes = {"forward", "training"}
+        self._attributes = {"forward", "training", *_IMPLIED}
         self._analysed: set[int] = set()
         for name, root in roots.items():
             self._visit(name, root)
@@ -119,7 +139,8 @@ class Surroundings:
     def token(self) -> tuple[Any, ...]:
         """Equal tokens mean that a trace would meet the same objects and numbers; hashable."""
         tokens = [value if isinstance(value, _NUMBERS) else id(value) for value in self._values]
-        return (*tokens, *((array.shape, array.tobytes()) for _, _, array in self._numpy))
+        arrays = ((array.shape, array.tobytes()) for _, _, array in self._numpy)
+        return (*tokens, *arrays, *(content for _, _, content in self._sets))
 
     def held(self) -> list[Any]:
         """The objects whose identities a token consists of."""
@@ -127,7 +148,8 @@ class Surroundings:
 
     def labels(self) -> list[str]:
         """What the parts of the token are, for messages."""
-        return [*(slot.name for slot in self.slots), *(name for name, _, _ in self._numpy)]
+        contents = [name for name, _, _ in (*self._numpy, *self._sets)]
+        return [*(slot.name for slot in self.slots), *contents]
 
     def changed(self) -> list[Slot]:
         """The slots that hold something else than they did."""
@@ -138,7 +160,12 @@ class Surroundings:
 
     def _same_contents(self) -> bool:
         same_sizes = all(map(operator.eq, map(len, self._sized), self._sizes))
-        return same_sizes and all(np.array_equal(live, copy, equal_nan=False) for _, live, copy in self._numpy)
+        same_sets = all(live == copy for _, live, copy in self._sets)
+        return (
+            same_sizes
+            and same_sets
+            and all(np.array_equal(live, copy, equal_nan=False) for _, live, copy in self._numpy)
+        )
 
     def _visit(self, name: str, value: Any) -> None:
         if isinstance(value, _NUMBERS) or id(value) in self._seen:
@@ -162,6 +189,8 @@ class Surroundings:
                 self._visit(f"{name}[{index}]", one)
         elif isinstance(value, dict | list | deque | tuple):
             self._entries(name, value)
+        elif isinstance(value, set):
+            self._set(name, value)
         elif _is_own(value):
             self._objects.append((name, value, set()))
 
@@ -189,6 +218,10 @@ class Surroundings:
         for key in list(value) if isinstance(value, dict) else range(len(value)):
             self._slot(f"{name}[{key!r}]", value, key)
 
+    def _set(self, name: str, value: set[Any]) -> None:
+        if len(value) <= _LONGEST:
+            self._sets.append((name, value, frozenset(value)))
+
     def _array(self, name: str, array: np.ndarray) -> None:
         if array.nbytes > _LARGEST_BYTES or array.dtype.hasobject:
             self.large_arrays.append(name)
@@ -202,6 +235,8 @@ class Surroundings:
             self._sized.append(held)
             for key in list(held):
                 self._slot(f"{prefix}{key}", held, key)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            self._entries(f"{prefix}forward hooks", hooks)
         self._objects.append((name, module, {"_parameters", "_buffers", "_modules"}))
 
     def _function(self, name: str, function: types.FunctionType) -> None:
@@ -222,6 +257,8 @@ class Surroundings:
         if id(function.__code__) not in self._analysed:
             self._analysed.add(id(function.__code__))
             self._attributes |= _loaded(function.__code__, "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
+            if not _is_installed(function.__code__) and _loaded(function.__code__, "LOAD_GLOBAL") & {"getattr", "vars"}:
+                self._attributes |= _strings(function.__code__)
 
     def _follow_attributes(self) -> None:
         """Visit what objects hold under names that code mentions, until no new name turns up."""
@@ -233,8 +270,9 @@ class Surroundings:
                     done.add(key)
                     for function in _methods(type(owner), key):  # type: ignore[arg-type]  # mypy: types have no hash
                         self._method(name, function)
-                    if key in held or (key == "forward" and isinstance(owner, torch.nn.Module)):
-                        self._slot(f"{name}.{key}" if name else key, held, key)
+                    for attributes in held:
+                        if key in attributes or (key == "forward" and isinstance(owner, torch.nn.Module)):
+                            self._slot(f"{name}.{key}" if name else key, attributes, key)
 
     def _method(self, name: str, function: types.FunctionType) -> None:
         if _is_installed(function.__code__):
@@ -250,9 +288,25 @@ def _getter(slot: Slot) -> tuple[Callable[[Any], Any], Any]:
     return holder.get, slot.key
 
 
-def _attributes_of(owner: Any) -> Mapping[str, Any]:
-    held: Mapping[str, Any] = vars(owner)
-    return held
+def _attributes_of(owner: Any) -> tuple[Any, ...]:
+    """Where an object holds its attributes: mappings by name."""
+    return (
+        *((vars(owner),) if hasattr(owner, "__dict__") else ()),
+        *((_Slotted(owner),) if _slots(owner) else ()),
+    )
+
+
+def _slots(owner: Any) -> frozenset[str]:
+    """The attributes that an object may hold in `__slots__`."""
+    cls: Any = type(owner)
+    return _slots_of_class(cls)
+
+
+@functools.cache
+def _slots_of_class(cls: type) -> frozenset[str]:
+    found = (vars(base).get("__slots__", ()) for base in cls.__mro__)
+    names = (one for slots in found for one in ((slots,) if isinstance(slots, str) else slots))
+    return frozenset(names) - {"__dict__", "__weakref__"}
 
 
 @functools.cache
@@ -281,6 +335,14 @@ def _loaded(code: types.CodeType, *instructions: str) -> frozenset[str]:
 
 
 @functools.cache
+def _strings(code: types.CodeType) -> frozenset[str]:
+    """The strings that code, and the functions defined in it, writes out: what `getattr` may be asked for."""
+    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
+    own = {one for one in code.co_consts if isinstance(one, str)}
+    return frozenset(own.union(*(_strings(one) for one in inner)))
+
+
+@functools.cache
 def _is_installed(code: types.CodeType) -> bool:
     """Is this the code of an installed library, whose globals are its own affair?"""
     return code.co_filename.startswith((*_LIBRARIES, "<frozen"))
@@ -299,8 +361,10 @@ def _is_library(value: Any) -> bool:
 
 def _is_own(value: Any) -> bool:
     """Is this an object, a class or a module of the program itself, in whose attributes settings may lie?"""
-    if not hasattr(value, "__dict__"):
+    if not hasattr(value, "__dict__") and not _slots(value):
         return False
+    if isinstance(value, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler):
+        return True
     if isinstance(value, types.ModuleType):
         path = getattr(value, "__file__", None)
         return value.__name__ == "__main__" or (path is not None and not path.startswith(_LIBRARIES))

@@ -15,7 +15,7 @@ import torch._ops
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from torchorbax._src.tensors.torchax_import import Tensor, torchax
+from torchorbax._src.tensors.torchax_import import Tensor, View, torchax
 from torchorbax._src.tensors.torchax_tensors import array_of, is_torchax, rng_key, set_array
 from torchorbax._src.tensors.torchax_tensors import readable as readable
 from torchorbax._src.training.host_tensors import HostTensors
@@ -86,7 +86,11 @@ def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _stop_gradient(result: Any, inputs: tuple[Any, ...]) -> None:
     """Make a constant of a new tensor; one that an in-place operation has changed stays what it was."""
-    if isinstance(result, Tensor) and not any(result is one for one in inputs):
+    if any(result is one for one in inputs):
+        return
+    if isinstance(result, View):
+        result.parent = result.parent.detach()
+    elif isinstance(result, Tensor):
         result._elem = jax.lax.stop_gradient(result._elem)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,15 +175,19 @@ class TrainStep:
         outputs: Outputs,
     ) -> Callable[..., Any]:
         """The whole step as a function of arrays."""
-        buffer_shardings = {name: torchax_tensors.array_of(buffer).sharding for name, buffer in buffers.items()}
+        held_shardings = {name: array.sharding for name, array in arrays_of({**buffers, **frozen}).items()}
         tensors = {**trained, **buffers, **frozen}
 
         def loss_of(params: Arrays, held: Arrays, values: Values, key: jax.Array, batch: Any) -> Any:
+            given = {**params, **held}
             result, now, key, written = self._live.trace(
-                tensors, {**params, **held}, inputs, values, key, batch, functools.partial(_loss_and_rest, outputs)
+                tensors, given, inputs, values, key, batch, functools.partial(_loss_and_rest, outputs)
             )
             loss, rest = result
-            return loss, (rest, {name: now[name] for name in buffers}, key, written)
+            changed = {name: now[name] for name in tensors if now[name] is not given[name]}
+            _check_trained(trained.keys() & changed.keys())
+            kept = {name: changed.get(name) for name in frozen}  # None for those left alone, which cost nothing
+            return loss, (rest, {name: now[name] for name in buffers}, kept, key, written)
 
         def step(
             key: jax.Array,
@@ -195,7 +199,7 @@ class TrainStep:
             further: Any,
             batch: Any,
         ) -> Any:
-            (loss, (rest, new_buffers, key, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            (loss, (rest, new_buffers, kept, key, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(
                 params, {**old_buffers, **constants}, values, key, batch
             )
             new_params, state = self._update.apply(params, grads, state, further, shardings)
@@ -203,7 +207,12 @@ class TrainStep:
                 (loss, rest),
                 laid_out(key, replicated(shardings.values())),
                 {name: settled(new_params[name], params[name], shardings[name]) for name in params},
-                {name: settled(new_buffers[name], old_buffers[name], buffer_shardings[name]) for name in old_buffers},
+                {name: settled(new_buffers[name], old_buffers[name], held_shardings[name]) for name in old_buffers},
+                {
+                    name: settled(array, constants[name], held_shardings[name])
+                    for name, array in kept.items()
+                    if array is not None
+                },
                 state,
                 settled_values(written, values),
             )
@@ -230,6 +239,7 @@ class TrainStep:
         key: jax.Array,
         trained: Arrays,
         buffers: Arrays,
+        frozen: Arrays,
         state: Any,
         written: Values,
     ) -> Any:
@@ -239,12 +249,24 @@ class TrainStep:
             torchax_tensors.set_array(program.trained[name], array)
         for name, array in buffers.items():
             torchax_tensors.set_array(program.buffers[name], array)
+        for name, array in frozen.items():
+            torchax_tensors.set_array(program.frozen[name], array)
         self._update.set_state(state)
         self._live.set_written(program.inputs, written)
         loss, rest = results
         in_flight.limit(loss)
         readable = torchax_modes.readable(loss)
         return readable if rest is None else (readable, program.outputs.unflatten(rest))
+
+
+def _check_trained(written: Collection[str]) -> None:
+    """Raise a `ConfigError` if the loss has written into parameters that the optimizer trains: JAX would differentiate
+    through the writing, and the update would start from the values before it."""
+    if written:
+        raise ConfigError(
+            f"loss_fn writes into {', '.join(sorted(written)[:3])}, which the optimizer trains. Change parameters "
+            "between two steps, under torch.no_grad() and torchax.default_env()"
+        )
 
 
 def _loss_and_rest(outputs: Outputs, result: Any) -> tuple[jax.Array, Any]:
