@@ -15,7 +15,7 @@ import pytest
 import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import Checkpointer, OptaxOptimizer, place_, train_step, verify
+from torchorbax import Checkpointer, OptaxOptimizer, load, place_, train_step, verify
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.helpers.models import RULES, TiedNet, batch_of, loss_fn
@@ -150,3 +150,25 @@ SEVERAL = """
 
 def test_a_mesh_of_several_processes(tmp_path: Path, run_processes: RunProcesses) -> None:
     run_processes(SEVERAL, tmp_path, processes=2, devices=4, timeout=170)
+
+
+@pytest.mark.parametrize("staging", ["auto", "device", "host", "reference"])
+def test_a_transfer_guard_of_the_loop_stops_no_save_and_no_restore(
+    staging: Any, mesh: jax.sharding.Mesh, tmp_path: Path
+) -> None:
+    """The guard is there to find transfers in the loop; saving and restoring are transfers."""
+    sharding = NamedSharding(mesh, P("fsdp"))
+    tree = {"large": jax.device_put(np.ones((1024, 64), np.float32), sharding), "small": jnp.arange(3.0)}
+    expected = {name: bits(array) for name, array in tree.items()}
+    jax.config.update("jax_transfer_guard", "disallow")  # in all threads
+    try:
+        with Checkpointer(tmp_path, {"tree": tree}, staging=staging) as run:
+            run.save(0)
+            run.wait()
+            assert verify(tmp_path) == [0]
+            loaded = load(tmp_path, item="tree")
+            assert run.restore() == 0
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert {name: bits(array) for name, array in loaded.items()} == expected
+    assert {name: bits(array) for name, array in tree.items()} == expected

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import jax
 from jax.sharding import Mesh
+
+
+def transfers_allowed() -> AbstractContextManager[None]:
+    """Saving and restoring move arrays between host and devices, whatever `jax_transfer_guard` says of the loop."""
+    return jax.transfer_guard("allow")
 
 
 @contextmanager
@@ -16,7 +21,7 @@ def own_context() -> Iterator[None]:
     They take arrays of any mesh, of a single device, and of 64 bits. A mesh that the caller has set with `jax.set_mesh`
     would be taken for the mesh of those arrays.
     """
-    with jax.set_mesh(None), jax.enable_x64(True):
+    with jax.set_mesh(None), jax.enable_x64(True), transfers_allowed():
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
+from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules, Shardings
 from torchorbax._src.distributed.channel import Channel
@@ -78,7 +79,8 @@ def load(
     # Read and compare.
     reader = CheckedReader(storage, manifest, verify=verify, channel=channel)
     wanted = {(item, name): targets.get(name) for name in meta.leaves}
-    read = reader.read(wanted) if channel is None else channel.attempt("read", lambda: reader.read(wanted))
-    reader.check(read)
+    with transfers_allowed():
+        read = reader.read(wanted) if channel is None else channel.attempt("read", lambda: reader.read(wanted))
+        reader.check(read)
     arrays = {name: array for (_, name), array in read.items()}
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}

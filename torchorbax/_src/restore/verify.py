@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.restore.checked_read import CheckedReader, leaf_batches
 from torchorbax._src.storage.opening import open_storage
 from torchorbax._src.storage.storage import Storage
@@ -32,7 +33,8 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
     reasons: dict[int, str] = {}
     for candidate in steps:
         try:
-            _verify_step(storage, candidate)
+            with transfers_allowed():
+                _verify_step(storage, candidate)
         except CorruptCheckpointError as error:
             reasons.update(error.reasons)
     if reasons:

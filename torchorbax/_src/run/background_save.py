@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.run import at_exit
 from torchorbax._src.save.save import Committed, Save, SaveRecord
 from torchorbax._src.save.writer import Writer
@@ -114,7 +115,8 @@ class BackgroundSaver:
             self._committed = committed
 
         try:
-            self._writer.write(save, when_committed)
+            with transfers_allowed():
+                self._writer.write(save, when_committed)
         except SaveError as error:
             record.error = error
         except Exception as error:  # it is raised on the caller's thread

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.run.options import RunOptions
@@ -67,7 +68,8 @@ class Saves:
 
         def save_for(tier: Tier) -> Save:
             numbers = checked(metrics)
-            return Save(step, now, numbers, started_s, tier.take(capture(), self._staging))
+            with transfers_allowed():
+                return Save(step, now, numbers, started_s, tier.take(capture(), self._staging))
 
         due = self._due(step, now, force)
         for tier in due:
@@ -93,7 +95,8 @@ class Saves:
         for tier in self._tiers:
             tier.saver.prepare()
         try:
-            captured = self._capture({})
+            with transfers_allowed():
+                captured = self._capture({})
         except TorchorbaxError as error:  # lazy, or not placed yet; a save reports it if that has not changed by then
             _logger.debug("%s: nothing is prepared: %s", self._main.storage.path, error)
             return

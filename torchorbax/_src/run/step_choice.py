@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 
+from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.restore.in_place import Restore, Restored
@@ -120,7 +121,8 @@ class Restorer:
                 source = open_step(self._local.storage, step, having, self._channel, verify=verify)
                 verify = False  # it verifies itself what is on this host
         restore = Restore(source, step, self._items, self._rules, wanted, verify=verify, channel=self._channel)
-        restored = restore.run()
+        with transfers_allowed():
+            restored = restore.run()
         for tier in (self._main, self._local):
             if tier is not None and tier.storage is source:
                 tier.note_restored(restored, self._items)
