@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchorbax
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchorbax import to_jax
 
 from tests.helpers.models import batch_of, loss_fn, seeded
@@ -128,3 +129,22 @@ def test_a_custom_gradient_is_refused_instead_of_ignored() -> None:
     on_cpu = torch.full((2,), 0.7, requires_grad=True)
     StraightThrough.apply(on_cpu).sum().backward()
     assert on_cpu.grad is not None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_torch_s_checkpoint_warns_that_it_has_no_effect(use_reentrant: bool) -> None:
+    def train(recompute: bool) -> list[float]:
+        torch.manual_seed(0)
+        inner, outer = nn.Linear(4, 4), nn.Linear(4, 1)
+        model = nn.Sequential(inner, outer)
+
+        def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            hidden = checkpoint(inner, batch, use_reentrant=use_reentrant) if recompute else inner(batch)
+            return (outer(hidden) ** 2).mean()
+
+        step = torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
+        return [float(step(torch.ones(2, 4))) for _ in range(3)]
+
+    with pytest.warns(UserWarning, match=r"torch\.utils\.checkpoint has no effect in a compiled step"):
+        found = train(recompute=True)
+    assert found == train(recompute=False)

@@ -236,6 +236,7 @@ class LiveFunction:
                 noticing_draws() as drew,
                 _int32_for_int64(),
                 torchax_modes.no_custom_gradients(),
+                torchax_modes.checkpoints_are_reported(),
                 torchax_modes.cumulative_averages(),
                 torchax_modes.modes(key, watch) as key_now,
             ):

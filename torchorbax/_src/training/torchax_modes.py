@@ -6,12 +6,14 @@ import contextlib
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import torch._ops
+import torch.utils.checkpoint
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -113,6 +115,37 @@ def no_custom_gradients() -> Iterator[None]:
         yield
     finally:
         setattr(torch.autograd.Function, "apply", original)  # noqa: B010
+
+
+@contextlib.contextmanager
+def checkpoints_are_reported() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint` warns that it has no effect: JAX stores the activations all the same."""
+    kept_apart = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    recomputed = torch.utils.checkpoint.CheckpointFunction
+
+    def without_reentrant(*args: Any, **kwargs: Any) -> Any:
+        _warn_of_checkpoint()
+        return kept_apart(*args, **kwargs)
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            _warn_of_checkpoint()
+            return function(*args)
+
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = without_reentrant
+    torch.utils.checkpoint.CheckpointFunction = Plain  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = kept_apart
+        torch.utils.checkpoint.CheckpointFunction = recomputed  # type: ignore[misc]
+
+
+def _warn_of_checkpoint() -> None:
+    warnings.warn(
+        "torch.utils.checkpoint has no effect in a compiled step: the activations are stored all the same", stacklevel=3
+    )
 
 
 @contextlib.contextmanager
