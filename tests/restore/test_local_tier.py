@@ -76,7 +76,7 @@ TRAIN = """
     ) as run:
         before = whole(torchorbax.to_jax(model)) if run.step is not None else None
         position = loader.position
-        for i in run.steps(stop):
+        for i in run.steps(stop, save_last=False):
             loader.position += 1
             float(step(batch_of(i)))
         run.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import optax
 import pytest
 import torchorbax
 from torch import nn
-from torchorbax import Checkpointer, ConfigError
+from torchorbax import Checkpointer, ConfigError, policies
 
 from tests.helpers.fake_runs import fake_run, weights
 from tests.helpers.memory_storage import MemoryStorage
@@ -93,8 +94,27 @@ def test_breaking_out_of_the_loop_saves_no_half_step(storage: MemoryStorage) -> 
 
 def test_a_last_step_that_was_not_due_is_told(storage: MemoryStorage, caplog: pytest.LogCaptureFixture) -> None:
     with fake_run(storage, save=5) as run:
-        assert len(list(run.steps(8))) == 8
+        assert len(list(run.steps(8, save_last=False))) == 8
         assert "the last step, 7, was not due and is not saved; the newest saved is 5" in caplog.text
         caplog.clear()
-        assert list(run.steps(11)) == [8, 9, 10]
+        assert list(run.steps(11, save_last=False)) == [8, 9, 10]
         assert not caplog.records
+
+
+@pytest.mark.parametrize("saves_itself", [False, True])
+@pytest.mark.parametrize("policy", [5, policies.SpecificStepsPolicy([0, 3]), datetime.timedelta(hours=1)], ids=repr)
+def test_the_last_step_is_saved_whatever_the_policy(policy: Any, saves_itself: bool, storage: MemoryStorage) -> None:
+    with fake_run(storage, save=policy, keep=None) as run:
+        for step in run.steps(8):
+            if saves_itself:
+                run.save(step, {"w": weights(step + 1.0)}, metrics={"loss": step})
+    assert storage.steps()[-1] == 7
+    if saves_itself:
+        assert storage.committed[7].metrics == {"loss": 7.0}
+        assert float(storage.read(7, storage.manifest(7).leaves, {("w", "w"): None})["w", "w"][0]) == 8.0
+
+
+def test_a_run_that_saves_nothing_by_itself_does_not_save_its_last_step(storage: MemoryStorage) -> None:
+    with fake_run(storage, save=None) as run:
+        assert len(list(run.steps(3))) == 3
+    assert storage.steps() == []

@@ -216,17 +216,18 @@ class Checkpointer:
         wanted = request(only, strict, rename, cast)
         return restore_from(self, self._main.storage, None if step is None else step_number(step), wanted)
 
-    def steps(self, stop: int, *, progress: bool | None = None) -> Iterator[int]:
+    def steps(self, stop: int, *, progress: bool | None = None, save_last: bool = True) -> Iterator[int]:
         """The steps from `next_step` to `stop - 1`, with a save after each body when the policy says so.
 
-        A body that calls `save` itself is left to it. A continuous run saves its last step as well. SIGTERM ends the
-        loop after the body that it arrived in, with that step saved and committed.
+        A body that calls `save` itself is left to it. The last step is saved whatever the policy, unless `save` is
+        None. SIGTERM ends the loop after the body that it arrived in, with that step saved and committed.
 
         Args:
             stop: the number of steps of the whole run.
             progress: show a progress bar; None shows one on a terminal only.
+            save_last: save the last step also if it is not due.
         """
-        return run_steps(self, self._given, self._main, stop, progress)
+        return run_steps(self, self._given, self._main, stop, progress=progress, save_last=save_last)
 
     def log(self, **metrics: Any) -> None:
         """Metrics of the current step, for the bar, the manifest and `best_step`. Never waits for the device."""

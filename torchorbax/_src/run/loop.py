@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from torchorbax._src.run.step_metrics import ready
 from torchorbax._src.run.tier import Tier
-from torchorbax.policies import ContinuousPolicy, NeverPolicy
+from torchorbax.policies import NeverPolicy
 
 _logger = logging.getLogger(__name__)
 
@@ -62,8 +62,11 @@ class StepInput:
         self.metrics, self.state = {}, {}
 
 
-def run_steps(run: Run, given: StepInput, main: Tier, stop: int, progress: bool | None) -> Iterator[int]:
+def run_steps(
+    run: Run, given: StepInput, main: Tier, stop: int, *, progress: bool | None, save_last: bool
+) -> Iterator[int]:
     """What `Checkpointer.steps` does."""
+    save_last = save_last and not isinstance(main.policy, NeverPolicy)
     hidden = None if progress is None else not progress
     with _ProgressBar(total=stop, initial=min(run.next_step, stop), disable=hidden) as bar:
         for step in range(run.next_step, stop):
@@ -76,15 +79,15 @@ def run_steps(run: Run, given: StepInput, main: Tier, stop: int, progress: bool 
                 given.in_body = False
             # Its save, unless it has called `save` itself.
             metrics, state = given.metrics, given.state
+            last = step == stop - 1 and save_last
             if run.next_step <= step:
-                last = step == stop - 1 and isinstance(main.policy, ContinuousPolicy)
                 run.save(step, metrics=metrics, force=last)
             bar.update()
             bar.set_postfix(ready(metrics), refresh=False)
-            # Its end.
+            # The last step is saved though it was not due, or the signal came after `save` had looked.
+            if (last or run.preempted) and step not in main.steps.infos:
+                run.save(step, state, metrics=metrics, force=True)
             if run.preempted:
-                if step not in main.steps.infos:  # the signal came after `save` had looked
-                    run.save(step, state, metrics=metrics, force=True)
                 run.wait()
                 _logger.warning("stopped by SIGTERM. %s", main.standing())
                 return
