@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,31 @@ import torch.nn.functional as F
 import torchorbax  # noqa: F401  # makes torchax importable
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchax import interop
-from torchax.train import ScannedModule
 from torchorbax import OptaxOptimizer, place_, resume, to_jax, train_step
 from torchorbax._src.state.values import encode
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
-from tests.helpers.models import BATCH, TOKENS, WIDTH, TiedNet, batch_of, loss_fn
+from tests.campaigns.matrix_parts import (
+    DOES_NOT_TRAIN,
+    GENERATORS,
+    LOADERS,
+    MODELS,
+    OPTIMIZERS,
+    SCHEDULERS,
+    STEPS,
+    TORCH,
+    USUAL,
+    WeightDecaySchedule,
+    after_step,
+    batches,
+    state_of,
+)
+from tests.helpers.models import BATCH, TOKENS, batch_of, loss_fn
 from tests.helpers.programs import ROOT, start_program
 
 PAGE = ROOT / "docs" / "matrix.md"
-STEPS, SAVED, SHARES = 6, 2, 2
+SAVED, SHARES = 2, 2
 ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
@@ -62,252 +75,64 @@ class Combination:
         return "-".join((self.loop, self.model, self.optimizer, *self.state)).replace(" ", "_")
 
 
-# --------------------------------------------------------------------------------------------------------------- models
-
-
-class Tokens(nn.Module):
-    """`body` between an embedding and a head, with dropout."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.embed, self.body = nn.Embedding(TOKENS, WIDTH), body
-        self.dropout, self.head = nn.Dropout(0.5), nn.Linear(WIDTH, TOKENS)
-        self.register_buffer("scale", torch.full((WIDTH,), 0.5), persistent=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.dropout(self.body(self.embed(tokens) * self.scale)))
-
-
-class Listed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.listed = nn.ParameterList([torch.randn(WIDTH, WIDTH) / WIDTH for _ in range(2)])
-        self.named = nn.ParameterDict({"shift": torch.zeros(WIDTH)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.listed[0] @ self.listed[1] + self.named["shift"]
-
-
-def lazy() -> nn.Module:
-    model = Tokens(nn.LazyLinear(WIDTH))
-    model(torch.zeros(1, dtype=torch.long))
-    return model
-
-
-class Causal(nn.Module):
-    """A transformers model as a function of `[tokens]`."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        import transformers
-
-        if kind == "bert":
-            sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-            config: Any = transformers.BertConfig(vocab_size=TOKENS, max_position_embeddings=BATCH, **sizes)
-            self.inner = transformers.BertForMaskedLM(config)
-        else:
-            self.inner = transformers.LlamaForCausalLM(llama_config())
-        if kind == "lora":
-            import peft
-
-            lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
-            self.inner = peft.get_peft_model(self.inner, lora)
-            for name, param in self.named_parameters():
-                param.requires_grad_("lora_" in name)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.inner(input_ids=tokens[None], use_cache=False).logits[0]
-
-
-def llama_config() -> Any:
-    import transformers
-
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return transformers.LlamaConfig(vocab_size=TOKENS, attention_dropout=0.1, tie_word_embeddings=True, **sizes)
-
-
-def frozen() -> nn.Module:
-    model = TiedNet()
-    model.hidden.requires_grad_(False)
-    return model
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "dropout, BatchNorm, tied": TiedNet,
-    "dropout": lambda: Tokens(nn.Linear(WIDTH, WIDTH)),
-    "the same in bf16": lambda: TiedNet().to(torch.bfloat16),
-    "frozen layer": frozen,
-    "ParameterList, ParameterDict": lambda: Tokens(Listed()),
-    "weight_norm": lambda: Tokens(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))),
-    "orthogonal": lambda: Tokens(nn.utils.parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH))),
-    "spectral_norm": lambda: Tokens(nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))),
-    "LazyLinear after a dry run": lazy,
-    "ScannedModule": lambda: Tokens(ScannedModule([nn.Linear(WIDTH, WIDTH) for _ in range(3)])),
-    "weights only": lambda: nn.Sequential(nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, TOKENS, bias=False)),
-    "HF Llama": lambda: Causal("llama"),
-    "HF BERT": lambda: Causal("bert"),
-    "HF Llama with LoRA": lambda: Causal("lora"),
-}
-USUAL = "dropout, BatchNorm, tied"
-
-
-# ----------------------------------------------------------------------------------------------------------- optimizers
-
-
-def two_groups(model: nn.Module) -> torch.optim.Optimizer:
-    matrices = [param for param in model.parameters() if param.ndim > 1]
-    others = [param for param in model.parameters() if param.ndim <= 1]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "lr": 0.02}], lr=0.01)
-
-
-def multi_transform(model: nn.Module) -> OptaxOptimizer:
-    transforms = {"matrix": optax.adam(0.01), "other": optax.sgd(0.01, momentum=0.9)}
-    return OptaxOptimizer(
-        model,
-        optax.multi_transform(
-            transforms, lambda tree: jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "other", tree)
-        ),
-    )
-
-
-def masked(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.ndim > 1, tree)
-
-
-def _torch(kind: str, **options: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: getattr(torch.optim, kind)(model.parameters(), **options)
-
-
-def _optax(tx: Callable[[], Any]) -> Callable[[nn.Module], Any]:
-    return lambda model: OptaxOptimizer(model, tx())
-
-
-TORCH: dict[str, Callable[[nn.Module], Any]] = {
-    "SGD": _torch("SGD", lr=0.1),
-    "SGD momentum": _torch("SGD", lr=0.1, momentum=0.9, nesterov=True),
-    "SGD dampening": _torch("SGD", lr=0.1, momentum=0.9, dampening=0.5),
-    "Adam": _torch("Adam", lr=0.01),
-    "Adam amsgrad": _torch("Adam", lr=0.01, amsgrad=True, weight_decay=0.1),
-    "AdamW": _torch("AdamW", lr=0.01),
-    "AdamW, two groups": two_groups,
-    "Adamax": _torch("Adamax", lr=0.01),
-    "NAdam": _torch("NAdam", lr=0.01),
-    "RAdam": _torch("RAdam", lr=0.01),
-    "Adagrad": _torch("Adagrad", lr=0.01),
-    "Adadelta": _torch("Adadelta", lr=0.5),
-    "ASGD": _torch("ASGD", lr=0.01),
-    "RMSprop": _torch("RMSprop", lr=0.01, momentum=0.9, centered=True),
-    "Rprop": _torch("Rprop", lr=0.01),
-    "Adafactor": _torch("Adafactor", lr=0.01),
-    "Muon": _torch("Muon", lr=0.01),
-    "LBFGS": _torch("LBFGS", lr=0.01),
-    "SparseAdam": _torch("SparseAdam", lr=0.01),
-}
-OPTAX: dict[str, Callable[[nn.Module], Any]] = {
-    "optax adamw": _optax(lambda: optax.adamw(0.01)),
-    "optax chain": _optax(lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))),
-    "optax multi_transform": multi_transform,
-    "optax MultiSteps": _optax(lambda: optax.MultiSteps(optax.adam(0.01), 2)),
-    "optax inject_hyperparams": _optax(
-        lambda: optax.inject_hyperparams(optax.adam)(learning_rate=optax.cosine_decay_schedule(0.01, STEPS))
-    ),
-    "optax masked": _optax(lambda: optax.chain(optax.masked(optax.trace(0.9), masked), optax.scale(-0.1))),
-    "optax bf16 moments": _optax(lambda: optax.adam(0.01, mu_dtype=jnp.bfloat16)),
-    "optax lion": _optax(lambda: optax.lion(0.001)),
-    "optax adafactor": _optax(lambda: optax.adafactor(0.01, min_dim_size_to_factor=8)),
-}
-OPTIMIZERS = {**TORCH, **OPTAX}
-DOES_NOT_TRAIN = ("Adamax", "Adagrad", "ASGD", "Rprop", "Adafactor", "LBFGS", "SparseAdam")
-"""In at least one loop, whether or not there is a checkpoint."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- state
-
-
-def loader_of(workers: int) -> Any:
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    data = torch.arange(12 * BATCH) % TOKENS
-    return StatefulDataLoader(data, batch_size=2 * BATCH, shuffle=True, num_workers=workers)
-
-
-def plateau(optimizer: Any) -> Any:
-    return lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
-
-
-def sequential(optimizer: Any) -> Any:
-    parts = [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3), lr_scheduler.ExponentialLR(optimizer, 0.9)]
-    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
-
-
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 2, 0.5),
-    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
-    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, STEPS),
-    "CosineAnnealingWarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 2),
-    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=STEPS + 1),
-    "CyclicLR": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, step_size_up=2, cycle_momentum=False),
-    "SequentialLR": sequential,
-    "ReduceLROnPlateau": plateau,
-}
-LOADERS = {"loader": 0, "loader with 2 workers": 2}
-
-
-def state_of(names: tuple[str, ...], model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    import torchmetrics
-
-    makers: dict[str, Callable[[], Any]] = {
-        **{name: (lambda make=make: make(optimizer)) for name, make in SCHEDULERS.items()},
-        **{name: (lambda workers=workers: loader_of(workers)) for name, workers in LOADERS.items()},
-        "torchmetrics": lambda: torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.MaxMetric()]),
-        "EMA": lambda: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True),
-        "plain values": lambda: {"epoch": 0, "seen": [0.0], "name": "x"},
-    }
-    return {name.replace(" ", "_"): makers[name]() for name in names}
-
-
-def batches(extra: Mapping[str, Any], first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of the loader in mid-epoch and then of further epochs; without one, of the number of the step."""
-    loaders = [value for name, value in extra.items() if name.startswith("loader")]
-    if not loaders:
-        yield from (batch_of(step) for step in range(first, STEPS))
-    while loaders:
-        for tokens in loaders[0]:
-            yield tokens[:BATCH], tokens[BATCH:]
-
-
-def after_step(extra: Mapping[str, Any], model: nn.Module, loss: float) -> None:
-    """What a loop does with its other objects."""
-    for value in extra.values():
-        if isinstance(value, lr_scheduler.ReduceLROnPlateau):
-            value.step(loss)
-        elif isinstance(value, lr_scheduler.LRScheduler):
-            value.step()
-        elif isinstance(value, AveragedModel):
-            average(value, model)
-        elif isinstance(value, dict) and "epoch" in value:
-            value["epoch"] += 1
-            value["seen"][0] += loss
-        elif hasattr(value, "compute"):
-            value.update(loss)
-
-
-def average(ema: AveragedModel, model: nn.Module) -> None:
-    """Exponential average of torchax weights: `update_parameters` needs torchax's modes."""
-    for kept, new in zip(ema.module.parameters(), model.parameters(), strict=True):
-        _torchax.set_array(kept, _torchax.array_of(kept) * 0.5 + _torchax.array_of(new) * 0.5)
-
-
 # ---------------------------------------------------------------------------------------------------------------- loops
 
 
-def compiled(model: nn.Module, optimizer: Any) -> Callable[[Any], float]:
+def compiled(model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> Callable[[Any], float]:
     """`torchorbax.train_step`."""
     step = train_step(model, optimizer, loss_fn)
     return lambda batch: float(step(batch))
 
 
-def eager_update(model: nn.Module, optimizer: Any) -> Callable[[Any], float]:
+def gan(model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> Callable[[Any], float]:
+    """Two steps in turn: of a critic, with an optimizer of its own that has no state, and of the generator."""
+    critic = extra["critic"]
+    critic_step = train_step(
+        critic,
+        torch.optim.SGD(critic.parameters(), lr=0.1),
+        lambda critic, noise: critic(model(noise).detach()).mean() - critic(noise**2).mean(),
+    )
+    step = train_step(model, optimizer, lambda model, noise: -critic(model(noise)).mean())
+
+    def run(batch: Any) -> float:
+        noise = batch[0][:, None] / TOKENS
+        return float(critic_step(noise)) + float(step(noise))
+
+    return run
+
+
+def distillation(model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> Callable[[Any], float]:
+    """A teacher that the loss reads, in evaluation mode."""
+    teacher = extra["teacher"].eval()
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.no_grad():
+            expected = teacher(batch[0])
+        return F.mse_loss(model(batch[0]), expected) + loss_fn(model, batch)
+
+    step = train_step(model, optimizer, loss)
+    return lambda batch: float(step(batch))
+
+
+def contrastive(model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> Callable[[Any], float]:
+    """A queue and a momentum encoder, both updated within the loss."""
+    queue = extra["queue"]
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            for kept, new in zip(queue.encoder.parameters(), model.parameters(), strict=True):
+                kept.mul_(0.9).add_(new, alpha=0.1)
+            keys = queue.encoder(x)
+        found = (model(x) @ queue.keys.T).logsumexp(-1).mean() - (model(x) * keys).mean()
+        with torch.no_grad():
+            queue.keys.copy_(torch.cat([queue.keys[BATCH:], keys]))
+        return found
+
+    step = train_step(model, optimizer, loss)
+    return lambda batch: float(step(batch[0][:, None] / TOKENS))
+
+
+def eager_update(model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> Callable[[Any], float]:
     """Gradients by `jax_value_and_grad`, then the optimizer's own step, not compiled."""
     env = _torchax.torchax.default_env()
     place_(model, optimizer)
@@ -326,7 +151,7 @@ def eager_update(model: nn.Module, optimizer: Any) -> Callable[[Any], float]:
     return run
 
 
-def plain_torch(model: nn.Module, optimizer: Any) -> Callable[[Any], float]:
+def plain_torch(model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> Callable[[Any], float]:
     """Torch alone, on the CPU."""
 
     def run(batch: Any) -> float:
@@ -372,8 +197,11 @@ def functional(model: nn.Module, path: str, tx: Any, thread_key: bool) -> tuple[
         return losses, [weights, jax.tree.leaves(opt_state), jax.random.key_data(_torchax.rng_key())]
 
 
-LOOPS: dict[str, Callable[[nn.Module, Any], Callable[[Any], float]]] = {
+LOOPS: dict[str, Callable[[nn.Module, Any, Mapping[str, Any]], Callable[[Any], float]]] = {
     "train_step": compiled,
+    "GAN": gan,
+    "distillation": distillation,
+    "contrastive queue": contrastive,
     "eager update": eager_update,
     "plain torch": plain_torch,
 }
@@ -388,9 +216,19 @@ def combinations() -> list[Combination]:
         scheduler = None if name in DOES_NOT_TRAIN or name not in TORCH else next(schedulers)
         model = "weights only" if name in needs_matrices else USUAL
         found.append(Combination("train_step", model, name, (scheduler,) if scheduler else ()))
-    found += [Combination("train_step", model, "AdamW") for model in MODELS if model not in (USUAL, "weights only")]
+    found += [
+        Combination("train_step", model, "AdamW")
+        for model in MODELS
+        if model not in (USUAL, "weights only", "perceptron")
+    ]
     found += [Combination("train_step", USUAL, "AdamW", (name,)) for name in LOADERS]
     found += [Combination("train_step", USUAL, "AdamW", ("EMA", "StepLR", "loader", "torchmetrics", "plain values"))]
+    found += [
+        Combination("GAN", "perceptron", "Adam", ("critic",)),
+        Combination("distillation", "dropout", "AdamW", ("teacher",)),
+        Combination("contrastive queue", "perceptron", "AdamW", ("queue",)),
+        Combination("train_step", USUAL, "AdamW", ("weight decay schedule", *GENERATORS)),
+    ]
     eager = ("SGD", "AdamW", "Adamax", "NAdam", "Adagrad", "ASGD", "Rprop", "Adafactor")
     found += [Combination("eager update", "dropout", name) for name in eager]
     found += [Combination("plain torch", USUAL, name, ("StepLR",)) for name in ("SGD momentum", "AdamW", "Adafactor")]
@@ -422,12 +260,15 @@ def run_one(one: Combination, path: str, seed: int) -> dict[str, Any]:
         extra = state_of(one.state, model, optimizer)
         if "EMA" in extra:
             place_(extra["EMA"])
-        step = LOOPS[one.loop](model, optimizer)
+        step = LOOPS[one.loop](model, optimizer, extra)
         losses = []
         with resume(model, optimizer, path, state=extra, save=None) as run:
             source = batches(extra, run.next_step)
             for i in range(run.next_step, STEPS):
-                losses.append(step(next(source)))
+                drawn = [
+                    draw(extra[name.replace(" ", "_")]) for name, (_, draw) in GENERATORS.items() if name in one.state
+                ]
+                losses.append(step(next(source)) + sum(drawn))
                 after_step(extra, model, losses[-1])
                 run.save(i, force=i == SAVED)
         seen = [next(source).__repr__() for _ in range(2)] if any(name.startswith("loader") for name in extra) else []
@@ -446,7 +287,11 @@ def state(model: nn.Module, optimizer: Any, extra: Mapping[str, Any]) -> Any:
             {names[id(param)]: dict(entries) for param, entries in optimizer.state.items()},
             [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups],
         ]
-    others = [value.state_dict() for value in extra.values() if isinstance(value, lr_scheduler.LRScheduler | nn.Module)]
+    others = [
+        value.state_dict()
+        for value in extra.values()
+        if isinstance(value, lr_scheduler.LRScheduler | nn.Module | WeightDecaySchedule)
+    ]
     plain = [value for value in extra.values() if isinstance(value, dict)]
     computed = [value.compute() for value in extra.values() if hasattr(value, "compute")]
     generators = [jax.random.key_data(_torchax.rng_key()), torch.get_rng_state(), random.random(), np.random.random()]
