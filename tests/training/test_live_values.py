@@ -363,3 +363,29 @@ def test_a_counter_in_python_is_told_and_does_not_compile_again(
         step(torch.ones(1, 2))
     assert "loss_fn changes calls, which happens when it is traced" in caplog.text
     assert compilations.count("step") == 1
+
+
+def test_a_queue_on_the_cpu_that_is_read_transposed_and_written() -> None:
+    """`keys.T` is a view of the tensor that moves to the devices, and not another tensor."""
+    torch.manual_seed(0)
+    model, keys = nn.Linear(4, 4), torch.randn(6, 4)
+    other, expected = copy.deepcopy(model), keys.clone()
+
+    def loss_with(keys: torch.Tensor) -> Any:
+        def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            found = (model(x) @ keys.T.clone()).logsumexp(-1).mean()
+            with torch.no_grad():
+                keys.copy_(torch.cat([keys[2:], x]))
+            return found
+
+        return loss
+
+    step = torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_with(keys))
+    optimizer, loss = torch.optim.SGD(other.parameters(), lr=0.1), loss_with(expected)
+    for x in torch.randn(4, 2, 4):
+        optimizer.zero_grad()
+        value = loss(other, x)
+        value.backward()
+        optimizer.step()
+        assert float(step(x)) == pytest.approx(float(value.detach()), rel=1e-5)
+    np.testing.assert_allclose(np.asarray(to_jax(keys)), expected.numpy())

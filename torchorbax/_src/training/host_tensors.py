@@ -29,6 +29,9 @@ _DRAWS = {
 }
 
 
+_VIEWS = ("T", "mT", "H", "mH", "real", "imag")
+
+
 class HostTensors:
     """What one trace does with CPU tensors."""
 
@@ -58,10 +61,13 @@ class HostTensors:
         return result
 
     def _attribute(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Shape, dtype and device are a CPU tensor's own; `data` are values."""
+        """Shape, dtype and device are a CPU tensor's own; `data` and views such as `T` are values."""
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        if attribute == "data" and args and self._is_live(args[0]):
-            return self._watch.twin(args[0])
+        if args and self._is_live(args[0]):
+            if attribute == "data":
+                return self._watch.twin(args[0])
+            if attribute in _VIEWS:
+                return getattr(self._watch.twin(args[0]), attribute)
         return func(*args, **kwargs)
 
     def _is_live(self, value: Any) -> bool:
