@@ -50,7 +50,7 @@ class StepInput:
     Attributes:
         metrics: its numbers so far, from `log` and `save`.
         state: the trees that `save` was called with.
-        in_body: the step is the body of a loop over `steps`, so all this is kept until the body ends.
+        in_body: is the body of a loop over `steps` running? Then the input is kept until the body ends.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class StepInput:
     in_body: bool = False
 
     def clear(self) -> None:
-        """Forget it: the next step has its own."""
+        """Forget the input of this step: the next step has its own."""
         self.metrics, self.state = {}, {}
 
 
@@ -74,14 +74,14 @@ def run_steps(run: Run, given: StepInput, main: Tier, stop: int, progress: bool 
                 yield step
             finally:
                 given.in_body = False
-            # Its save, unless it has called `save` itself.
+            # The save of this step, unless the body has called `save` itself.
             metrics, state = given.metrics, given.state
             if run.next_step <= step:
                 last = step == stop - 1 and isinstance(main.policy, ContinuousPolicy)
                 run.save(step, metrics=metrics, force=last)
             bar.update()
             bar.set_postfix(ready(metrics), refresh=False)
-            # Its end.
+            # The end of the loop, if SIGTERM has arrived.
             if run.preempted:
                 if step not in main.steps.infos:  # the signal came after `save` had looked
                     run.save(step, state, metrics=metrics, force=True)
