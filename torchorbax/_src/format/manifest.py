@@ -141,8 +141,8 @@ class Manifest:
         }
         return Manifest(base, self.time, {}, {name: item for name, item in items.items() if item.leaves}, self.versions)
 
-    def stamped(self, fingerprints: Mapping[Key, str]) -> Manifest:
-        """The manifest with these fingerprints. All other leaves keep theirs."""
+    def with_fingerprints(self, fingerprints: Mapping[Key, str]) -> Manifest:
+        """The manifest with these fingerprints by key. All other leaves keep theirs."""
         items = {
             item: replace(
                 meta,

@@ -1,4 +1,4 @@
-"""Saves in the background, one at a time: written, committed, older steps let go, and errors kept for the caller."""
+"""Writes saves in the background, one at a time, and keeps their errors for the caller."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class Saves:
         prepare_snapshots(captured, self._staging)
 
     def collect(self) -> None:
-        """Wait for the saves in flight."""
+        """Wait for the saves in flight, and take note of how they ended."""
         for tier in self._tiers:
             tier.saver.collect()
 

@@ -229,7 +229,7 @@ class _StepWriting:
         try:
             self._write()
         except ProcessError as error:  # process 0 cannot be reached, so it cannot announce the outcome either
-            raise SaveError(self._step, self._storage.path, error_line(error)) from error
+            raise SaveError(self._step, self._storage.path, _error_line(error)) from error
         except Exception as error:  # `collect` has reported it to process 0, which announces the outcome
             failure = error
         try:
@@ -237,13 +237,13 @@ class _StepWriting:
         except ProcessError as error:
             unknown = (
                 "process 0 does not say how the save ended, so the step may have been saved all the same: "
-                f"{error_line(error)}"
+                f"{_error_line(error)}"
             )
             raise SaveError(self._step, self._storage.path, unknown) from (failure or error)
         except SaveError as error:
             raise error from (error.__cause__ if failure is None or isinstance(failure, SaveError) else failure)
         if failure is not None:
-            raise SaveError(self._step, self._storage.path, error_line(failure)) from failure
+            raise SaveError(self._step, self._storage.path, _error_line(failure)) from failure
         return outcome
 
     def _write(self) -> Manifest:
@@ -276,7 +276,7 @@ class _StepWriting:
             def fill(folders: Folders) -> Manifest:
                 announce(folders)
                 parts = self._channel.collect("write", lambda: self._write_part(storage, folders, arrays, own))
-                return stamped(manifest, parts or [])
+                return with_reports(manifest, parts or [])
 
             return storage.write(manifest.step, arrays, fill)
 
@@ -320,15 +320,15 @@ class _StepWriting:
             reason = error.reason
             raise SaveError(self._step, self._storage.path, reason, committed=error.committed) from error.__cause__
         except Exception as error:
-            raise SaveError(self._step, self._storage.path, error_line(error), committed=committed) from error
+            raise SaveError(self._step, self._storage.path, _error_line(error), committed=committed) from error
 
 
-def error_line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {error}"
 
 
-def stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
+def with_reports(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
     """The manifest with the fingerprints, from the processes' reports of what they have written (see `_write_part`)."""
     texts: dict[Key, list[str]] = {}
     for part in parts:
@@ -342,7 +342,7 @@ def stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
         for key, several in texts.items()
     }
     own = {str(process): part["own"] for process, part in enumerate(parts) if part["own"]}
-    return dataclasses.replace(manifest.stamped(fingerprints), processes=len(parts), own=own)
+    return dataclasses.replace(manifest.with_fingerprints(fingerprints), processes=len(parts), own=own)
 
 
 @functools.cache

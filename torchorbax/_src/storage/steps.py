@@ -1,4 +1,4 @@
-"""The steps of a run: what policies can ask about them, which are good, and which are deleted after a save."""
+"""The steps of a run: what policies are told about them, which are good, and which are deleted after a save."""
 
 from __future__ import annotations
 
