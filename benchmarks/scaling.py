@@ -214,7 +214,7 @@ def summing_a_save(processes: int, leaves: int) -> Found:
     manifest = Manifest(
         0, datetime.datetime.now(datetime.UTC), {}, {"model": ItemMeta("module", dict.fromkeys(sums, meta))}
     )
-    seconds = _processor_s(lambda: writer.stamped(manifest, [part] * processes))
+    seconds = _processor_s(lambda: writer.with_reports(manifest, [part] * processes))
     return {"seconds": seconds, "bytes": len(json.dumps(part)), "entries": processes * leaves}
 
 

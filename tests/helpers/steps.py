@@ -29,7 +29,7 @@ def write(folder: Path, arrays: dict[str, Any], traffic: Traffic | None = None, 
 
     def fill(folders: Folders) -> Manifest:
         sums = storage.write_arrays(folders, mine, 0)
-        return manifest.stamped({key: fingerprint.text(found) for key, found in sums.items()})
+        return manifest.with_fingerprints({key: fingerprint.text(found) for key, found in sums.items()})
 
     storage.write(step, mine, fill)
     return storage

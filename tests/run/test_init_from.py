@@ -183,7 +183,9 @@ def test_arguments_that_would_be_ignored_or_done_again(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match=r"with init_from=params\(...\), rename and cast are arguments of params"):
         torchorbax.resume(model, None, tmp_path, init_from=torchorbax.params("elsewhere"), cast=True)
-    with pytest.raises(ConfigError, match="rename takes and gives 'a', 'b', so resume would do it again"):
+    with pytest.raises(
+        ConfigError, match="rename has 'a', 'b' both as an old and as a new name, so resume would rename again"
+    ):
         torchorbax.resume(model, None, tmp_path, rename={"a": "b", "b": "a"})
 
 

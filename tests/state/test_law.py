@@ -48,7 +48,7 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
         return str(error)
     written = Manifest(0, datetime.datetime.now(datetime.UTC), {}, snapshot.items)
     prints = dict.fromkeys(written.leaves, "0" * 32)
-    manifest = Manifest.from_json(json.loads(json.dumps(written.stamped(prints).to_json())))
+    manifest = Manifest.from_json(json.loads(json.dumps(written.with_fingerprints(prints).to_json())))
     fresh = items_of(again, rng=False)
     arrays = snapshot.arrays
     plan = planned("a run", manifest, fresh, None, Request())

@@ -48,7 +48,9 @@ def write(storage: Storage, step: int, arrays: Mapping[Key, Any]) -> None:
     def fill(folders: Folders) -> Manifest:
         sums = storage.write_arrays(folders, mine, 0)
         assert not mine, "each array is taken out when it is written"
-        return manifest_of(step, arrays).stamped({key: fingerprint.text(found) for key, found in sums.items()})
+        return manifest_of(step, arrays).with_fingerprints(
+            {key: fingerprint.text(found) for key, found in sums.items()}
+        )
 
     storage.write(step, mine, fill)
 
@@ -132,7 +134,9 @@ def test_a_process_finds_what_it_has_for_itself(storage: Storage) -> None:
     def fill(folders: Folders) -> Manifest:
         storage.write_arrays(folders, mine, 0)
         digests["1"] = storage.write_process_items(folders, own, 1)
-        return dataclasses.replace(manifest_of(5, arrays).stamped(fingerprints(arrays)), processes=2, own=digests)
+        return dataclasses.replace(
+            manifest_of(5, arrays).with_fingerprints(fingerprints(arrays)), processes=2, own=digests
+        )
 
     storage.write(5, mine, fill)
     manifest = storage.manifest(5)

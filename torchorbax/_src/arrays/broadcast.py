@@ -2,9 +2,9 @@
 
 Over a mesh of several slices, parameters are often sharded within a slice and replicated over the slices. A restore
 would then read everything once for every slice. With `single_replica_restore`, only the devices of the first replica
-read from storage. The others receive the data over the network between the devices, which is faster than storage and
-costs nothing: as the sum over all replicas, of which all but the first are zero. The sum is taken of the bits as
-integers, so it changes none of them.
+read from storage. The others receive the data over the network between the devices, which is faster than storage.
+The data is sent as a sum over all replicas, of which all but the first are zero. The bits are summed as integers, so
+none of them changes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class FirstReplica:
 
 
 def is_shared(sharding: Sharding | None, dtype: np.dtype) -> bool:
-    """Is the array replicated along a mesh axis and spread over processes, and can `broadcast` sum its bits?"""
+    """Is an array replicated along a mesh axis and spread over several processes, and can `broadcast` sum its bits?"""
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_addressable or not is_on_device(sharding):
         return False
-    return math.prod(sharding.mesh.shape[axis] for axis in _free_axes(sharding)) > 1 and (
+    return math.prod(sharding.mesh.shape[axis] for axis in _replicated_axes(sharding)) > 1 and (
         dtype.itemsize in _WORDS and dtype.kind != "c"
     )
 
@@ -60,7 +60,7 @@ def is_shared(sharding: Sharding | None, dtype: np.dtype) -> bool:
 def first_devices(sharding: NamedSharding) -> frozenset[Any]:
     """The devices that hold the first replica."""
     axes = sharding.mesh.axis_names
-    index = tuple(0 if axis in _free_axes(sharding) else slice(None) for axis in axes)
+    index = tuple(0 if axis in _replicated_axes(sharding) else slice(None) for axis in axes)
     return frozenset(np.ravel(sharding.mesh.devices[index]).tolist())
 
 
@@ -94,8 +94,8 @@ def _broadcast_at_once(keys: Sequence[Key], arrays: Sequence[FirstReplica]) -> d
 def _stacked(array: FirstReplica) -> jax.Array:
     """The bits of all replicas, stacked along a new first axis; all but the first are zero."""
     sharding, word = array.sharding, _WORDS[array.dtype.itemsize]
-    free = _free_axes(sharding)
-    copies = math.prod(sharding.mesh.shape[axis] for axis in free)
+    replicated = _replicated_axes(sharding)
+    copies = math.prod(sharding.mesh.shape[axis] for axis in replicated)
     local_shape = (1, *sharding.shard_shape(array.shape))
     parts = [
         _as_words(array.shards[device])[None]
@@ -103,7 +103,7 @@ def _stacked(array: FirstReplica) -> jax.Array:
         else jax.device_put(np.zeros(local_shape, word), device)
         for device in sorted(sharding.addressable_devices, key=_number)
     ]
-    layout = NamedSharding(sharding.mesh, PartitionSpec(free, *sharding.spec))
+    layout = NamedSharding(sharding.mesh, PartitionSpec(replicated, *sharding.spec))
     return jax.make_array_from_single_device_arrays((copies, *array.shape), layout, parts)
 
 
@@ -129,7 +129,7 @@ def _sum(shardings: tuple[NamedSharding, ...], dtypes: tuple[np.dtype, ...]) -> 
     return jax.jit(added, out_shardings=list(shardings))
 
 
-def _free_axes(sharding: NamedSharding) -> tuple[str, ...]:
+def _replicated_axes(sharding: NamedSharding) -> tuple[str, ...]:
     """The mesh axes along which the array is replicated."""
     used = {axis for entry in sharding.spec for axis in (entry if isinstance(entry, tuple) else (entry,))}
     return tuple(axis for axis in sharding.mesh.axis_names if axis not in used)

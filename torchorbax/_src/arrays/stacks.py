@@ -1,6 +1,6 @@
-"""Stacks of small arrays: arrays of one layout, copied into one array on the devices and to the host together.
+"""Stacks of small arrays: arrays of one layout are copied into one array on the devices, and to the host together.
 
-To start a program and a transfer for each small array would take longer than to copy its data.
+Starting a program and a transfer for each small array would take longer than copying its data.
 """
 
 from __future__ import annotations

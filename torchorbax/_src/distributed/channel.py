@@ -283,7 +283,7 @@ class Channel:
 
 
 def _raise_failures(failures: list[Failure | None], phase: str) -> None:
-    """Raise the exception that stands for these failures, of which there is one entry a process; None is no failure."""
+    """Raise one exception for these failures. There is one entry for each process: None if it has not failed."""
     failed = {process: failure for process, failure in enumerate(failures) if failure is not None}
     if failed:
         raise combined(failed, phase)

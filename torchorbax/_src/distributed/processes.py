@@ -1,8 +1,9 @@
 """The processes of a run, and the notes that they leave for each other in the coordination service.
 
-They agree through the coordination service of `jax.distributed`, and process 0 decides (see `channel`). Nothing here
-touches a device, so a background thread may use it while the training loop runs device collectives. Every wait has a
-time limit, and the error names the process that did not come. Without `jax.distributed` there is a single process.
+The processes agree through the coordination service of `jax.distributed`, and process 0 decides (see `channel`).
+Nothing here touches a device, so a background thread may use it while the training loop runs device collectives. Every
+wait has a time limit, and the error names the process that did not come. Without `jax.distributed` there is a single
+process.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ class Processes:
         service: the coordination service; None takes that of `jax.distributed`.
         index: the number of this process; None takes `jax.process_index()`.
         count: the number of processes; None takes `jax.process_count()`.
-        name: what the keys of the run begin with in the coordination service, the same in all processes; None numbers
-            the runs of this process.
+        name: the prefix of the run's keys in the coordination service, the same in all processes. None makes it from
+            a count of the runs of this process.
 
     Attributes:
-        until_s: the time, by `time.monotonic()`, after which nothing is waited for any more.
+        until_s: the time, by `time.monotonic()`, after which this process waits for no other.
 
     Raises:
         ConfigError: there are several processes and no coordination service, or `timeout_s` is not positive.

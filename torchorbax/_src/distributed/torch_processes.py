@@ -1,4 +1,4 @@
-"""Several processes of torch.distributed, of which JAX does not know."""
+"""Refuses several processes of torch.distributed that JAX does not know of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values from JSON, with the arrays put back; see `values`."""
+"""Decodes values from JSON, and puts the arrays back; see `values`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from torchorbax._src.format.values import BY_NAME, FACTORIES, MAPPINGS, Json, La
 
 
 def decode(json: Json, leaves: Mapping[str, Any], tensors: Tensors | None = None) -> Any:
-    """The value that `encode` took apart, with the arrays that `leaves` has under their names.
+    """The value that `encode` took apart.
 
-    What was a tensor is one again, made by `tensors`; without it, arrays stay arrays. Other objects in `leaves`, such
-    as names, come back as they are.
+    Args:
+        json: what `encode` has returned.
+        leaves: the arrays by name. Objects of other types, such as names, are put in their places unchanged.
+        tensors: makes tensors of those arrays that were tensors; None leaves them arrays.
 
     Raises:
-        LayoutError: not what `encode` writes.
+        LayoutError: `json` is not what `encode` writes.
     """
     try:
         return _Decoder(leaves, tensors).value(json)
@@ -35,8 +37,8 @@ class _Decoder:
         self._leaves = leaves
         self._tensors = tensors
         self._rebuilt: dict[str, Any] = {}
-        self._typed: set[str] = set()  # the names of those tensors that have been made parameters or readable
-        self._containers: list[Any] = []  # the mutable ones, in the order in which the encoder has met them
+        self._typed: set[str] = set()  # the names of the tensors that have been made parameters or readable
+        self._containers: list[Any] = []  # the mutable ones, in the order in which the encoder met them
 
     def value(self, json: Json) -> Any:
         if isinstance(json, list):
@@ -72,7 +74,7 @@ class _Decoder:
         keys = [self.value(key) for key in json["keys"]]
         pairs = zip(keys, [self.value(one) for one in json["values"]], strict=True)
         if kind is defaultdict:
-            if "factory" not in json:  # as steps had it that did not know the factory
+            if "factory" not in json:  # written by a version that did not record factories
                 return dict(pairs)
             factory = json["factory"]
             return defaultdict(None if factory is None else FACTORIES[factory], pairs)
@@ -111,7 +113,7 @@ def _is_array(value: Any) -> bool:
 def _plain(kind: str, json: Mapping[str, Json]) -> Any:
     value = json.get("value")
     if kind == "int":
-        return int(value, 16)  # type: ignore[arg-type]  # decode tells what is no text
+        return int(value, 16)  # type: ignore[arg-type]  # `decode` reports a value that is not a text
     if kind == "float":
         return float(json["value"])
     if kind == "bytes":

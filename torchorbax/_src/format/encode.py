@@ -1,4 +1,4 @@
-"""Values into JSON, with the arrays taken out; see `values`."""
+"""Encodes values as JSON, and takes the arrays out; see `values`."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def encode(
 
     Args:
         value: what to encode.
-        leaves: gets the arrays.
-        name_of: makes their names of their paths; a name that is taken gets a suffix.
-        path: of `value`, for names and errors.
-        node_of: what is below a value of an unknown type, if that can be told.
-        tensors: tells kinds of tensors apart.
+        leaves: the arrays are added to it, by name.
+        name_of: makes the name of an array from its path. A name that is taken gets a suffix.
+        path: the path of `value`, for names and errors.
+        node_of: describes a value of a type that is not built in; None if such a value cannot be kept.
+        tensors: tells the kinds of tensors apart.
 
     Raises:
-        UnsupportedLeafError: a value of a type that could not be rebuilt, or one that contains itself; names it.
+        UnsupportedLeafError: a value has a type that could not be rebuilt, or contains itself. The error names it.
     """
     return _Encoder(leaves, name_of, node_of, tensors).json(value, path)
 
@@ -67,10 +67,11 @@ class _Encoder:
         self._tensors = tensors
         self._name_of = name_of
         self._node_of = node_of
-        self._names: dict[int, str] = {}  # of arrays that have been met, by id
-        self._numbers: dict[int, int] = {}  # of mutable containers that have been met, by id
-        self._open: set[int] = set()  # ids of the containers around the value at hand
-        self._met: list[Any] = []  # the containers themselves: the id of one that is gone would be given to another
+        # All ids are those of objects that have been met.
+        self._names: dict[int, str] = {}  # the names of arrays, by id
+        self._numbers: dict[int, int] = {}  # the numbers of mutable containers, by id
+        self._open: set[int] = set()  # the ids of the containers around the current value
+        self._met: list[Any] = []  # keeps the containers alive, because the id of a freed one may be given to another
 
     def json(self, value: Any, path: Path) -> Json:
         if value is None or type(value) in (bool, str):
@@ -124,12 +125,12 @@ class _Encoder:
             children = [self.json(child, (*path, name)) for name, child in node.children.items()]
             return {"$": "node", "type": node.type, "keys": list(node.children), "values": children}
         raise UnsupportedLeafError(
-            ".".join(path), f"a {kind.__qualname__} cannot be kept in a checkpoint; {_cure(value)}"
+            ".".join(path), f"a {kind.__qualname__} cannot be kept in a checkpoint; {_advice(value)}"
         )
 
     def _key(self, key: Any, path: Path) -> Json:
         if not _is_key_of_mapping(key):
-            # Found by its identity, which another process does not have.
+            # Such a key may be found by its identity alone, which differs in another process.
             raise UnsupportedLeafError(
                 ".".join(path), f"a {type(key).__qualname__} as a key of a mapping cannot be kept in a checkpoint"
             )
@@ -147,7 +148,7 @@ class _Encoder:
         return None if factory is None else factory.__name__
 
     def _array(self, value: Any, path: Path) -> Json:
-        if type(value) is torch.Tensor:  # most of them; to ask the other questions takes microseconds
+        if type(value) is torch.Tensor:  # most leaves; the other checks take microseconds
             return self._leaf(value, path, "torch")
         if is_key(value):
             data = self._array(without_key_type(value), path)
@@ -175,7 +176,7 @@ class _Encoder:
         return {"$": "leaf", "name": name, "as": kind}
 
 
-def _cure(value: object) -> str:
+def _advice(value: object) -> str:
     """What to do about a value that cannot be kept."""
     if isinstance(value, torch.utils.data.DataLoader):
         return "use torchdata.stateful_dataloader.StatefulDataLoader, which can say where it stands"
@@ -198,7 +199,7 @@ def _type_refused(value: object, path: Path) -> UnsupportedLeafError:
 def add_leaf(name: str, leaf: Any, leaves: dict[str, Any]) -> str:
     """Add `leaf` under `name`, or under a variation of it if that is taken; returns the name used."""
     unique, count = name, 1
-    while unique in leaves:  # {"a.b": x, "a": {"b": y}}: Orbax would store one value for both
+    while unique in leaves:  # as in {"a.b": x, "a": {"b": y}}, for which Orbax would store one value
         count += 1
         unique = f"{name}~{count}"
     leaves[unique] = leaf

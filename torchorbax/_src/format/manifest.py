@@ -24,8 +24,8 @@ ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 Residence = Literal["jax", "host"]
 
-_SELDOM = {"base": None, "weak_type": False}
-"""What most leaves have, and is not written."""
+_OMITTED = {"base": None, "weak_type": False}
+"""Values that are not written, because most leaves have them."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _MOST_DIMENSIONS = 64  # numpy's limit
 _MOST_BYTES = 1 << 62
@@ -86,7 +86,7 @@ class ItemMeta:
     def to_json(self) -> dict[str, Json]:
         """The JSON object of this item in the manifest."""
         leaves = {
-            name: {key: value for key, value in vars(leaf).items() if _SELDOM.get(key, ...) is not value}
+            name: {key: value for key, value in vars(leaf).items() if _OMITTED.get(key, ...) is not value}
             for name, leaf in self.leaves.items()
         }
         return {**vars(self), "leaves": leaves}
@@ -131,7 +131,7 @@ class Manifest:
         return {key: leaf for key, leaf in self.leaves.items() if leaf.base is not None}
 
     def of_base(self, base: int) -> Manifest:
-        """The manifest of a base that this step writes: the leaves that the base holds, as of a step of its number."""
+        """The manifest of a base that this step writes: that of a step, with only the leaves that the base holds."""
         items = {
             name: ItemMeta(
                 item.kind,
@@ -141,8 +141,8 @@ class Manifest:
         }
         return Manifest(base, self.time, {}, {name: item for name, item in items.items() if item.leaves}, self.versions)
 
-    def stamped(self, fingerprints: Mapping[Key, str]) -> Manifest:
-        """The manifest with these fingerprints. All other leaves keep theirs."""
+    def with_fingerprints(self, fingerprints: Mapping[Key, str]) -> Manifest:
+        """The manifest with these fingerprints by key. All other leaves keep theirs."""
         items = {
             item: replace(
                 meta,

@@ -29,18 +29,20 @@ MAPPINGS: dict[type, str] = {
     Counter: "Counter",
     defaultdict: "defaultdict",
 }
-"""Mappings that can be kept, and their names."""
+"""The mappings that can be kept, and their names in JSON."""
 SEQUENCES: dict[type, str] = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "torch.Size"}
+"""The other containers that can be kept, apart from lists, and their names in JSON."""
 MUTABLE = frozenset((list, set, *MAPPINGS))
+"""The containers that are numbered, so that one in two places comes back as one object."""
 BY_NAME: dict[str, type] = {name: kind for kind, name in (MAPPINGS | SEQUENCES).items()}
 FACTORIES: dict[str, Callable[[], Any]] = {
     kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict, OrderedDict, Counter)
 }
 """What a `defaultdict` may make its values with."""
 DEEPEST = 100
-"""Levels of nesting. Python's stack would overflow at some ten times as many, in saving or, worse, in restoring."""
+"""The most levels of nesting. Python's stack would overflow at about ten times as many, perhaps only in a restore."""
 LARGEST_BITS = 4096
-"""Integers beyond are written in hexadecimal: Python refuses to read thousands of decimal digits."""
+"""Integers with more bits are written in hexadecimal: Python refuses to read thousands of decimal digits."""
 
 
 class LayoutError(ValueError):
@@ -49,11 +51,11 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Node:
-    """Stands for a node of a tree whose type only the program knows: what is below it.
+    """Stands for a node of a tree whose type only the program knows.
 
     Attributes:
-        type: the name of its type.
-        children: by name.
+        type: the name of the node's type.
+        children: what is below the node, by name.
     """
 
     type: str
@@ -61,10 +63,10 @@ class Node:
 
 
 class Tensors(Protocol):
-    """The tensors of a stack: how they are told apart, and made of arrays."""
+    """How the kinds of tensors are told apart, and how tensors are made from arrays."""
 
     def kind(self, tensor: torch.Tensor) -> Literal["tensor", "parameter", "readable"] | None:
-        """What a tensor is to be again; None if its type cannot be kept."""
+        """The kind of tensor that a restore must make again; None if the tensor's type cannot be kept."""
 
     def tensor(self, array: Array) -> torch.Tensor:
         """A new tensor with the values of an array."""
@@ -77,7 +79,7 @@ class Tensors(Protocol):
 
 
 def text_of(value: object) -> str:
-    """As `repr`, but the same for equal sets, and for integers of any size."""
+    """Like `repr`, but equal for equal sets, and without a limit on the size of integers."""
     if type(value) is frozenset:
         return f"frozenset({{{', '.join(sorted(map(text_of, value)))}}})"
     if type(value) is tuple:
@@ -88,12 +90,12 @@ def text_of(value: object) -> str:
 
 
 def key_name(key: object) -> str:
-    """What a key of a mapping is called in the names of leaves; the same in all processes."""
+    """What stands for a key of a mapping in the names of leaves. It is the same in all processes."""
     return key if type(key) is str else text_of(key)
 
 
 def built(how: Json, value: Json) -> Json:
-    """An encoded value with a note, in JSON, on how the program had been built that saved it."""
+    """An encoded value with a note, as JSON, on how the saving program had built the live object."""
     return {"$": "built", "how": how, "value": value}
 
 
@@ -110,7 +112,7 @@ def how_built(json: Json) -> Json:
 
 
 def leaves_in(json: Json) -> Iterator[str]:
-    """The names of the arrays that an encoded value refers to, in order; one in two places twice."""
+    """The names of the arrays that an encoded value refers to, in order. An array in two places is named twice."""
     if isinstance(json, list):
         for one in json:
             yield from leaves_in(one)

@@ -93,16 +93,15 @@ def _shared_fingerprints(arrays: Mapping[Key, Any], channel: Channel) -> dict[Ke
             [*key, {first: fingerprint.text(sums) for first, sums in parts().items()}] for key, parts in started.items()
         ]
 
-    found = channel.agree("fingerprints", sums_here, added)
+    found = channel.agree("fingerprints", sums_here, _added)
     return {(item, name): text for item, name, text in found}
 
 
-def added(reports: Sequence[Sequence[Sequence[Any]]]) -> list[list[str]]:
-    """Item, name and fingerprint of leaves, as JSON.
+def _added(reports: Sequence[Sequence[Sequence[Any]]]) -> list[list[str]]:
+    """The fingerprints of shared leaves, from the sums of their parts: a list of `[item, name, fingerprint]`.
 
     Args:
-        reports: of each process, for each leaf: item, name, and the sums of the parts that the process holds, as text
-            by the index of the part's first element.
+        reports: from each process, a list of `[item, name, {index of a part's first element: sums as text}]`.
     """
     sums: dict[Key, dict[int, set[str]]] = {}
     for item, name, parts in (leaf for report in reports for leaf in report):

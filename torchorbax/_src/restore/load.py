@@ -22,10 +22,6 @@ _TIMEOUT_S = 600.0
 """How long `load` waits for other processes."""
 
 
-def _mesh_devices(shardings: Shardings) -> list[Any]:
-    return list(shardings[0].devices.flat) if isinstance(shardings, tuple) and shardings else []
-
-
 def load(
     path: str | os.PathLike[str],
     step: int | None = None,
@@ -56,10 +52,7 @@ def load(
     """
     # Which step.
     storage = open_storage(path)
-    several = shardings is not None and any(
-        device.process_index != jax.process_index() for device in _mesh_devices(shardings)
-    )
-    channel = Channel(Processes(_TIMEOUT_S), "load") if several else None
+    channel = Channel(Processes(_TIMEOUT_S), "load") if _spans_processes(shardings) else None
     if step is None:
         step = storage.existing_steps()[-1]
     manifest = storage.manifest(step)
@@ -84,3 +77,9 @@ def load(
         reader.check(read)
     arrays = {name: array for (_, name), array in read.items()}
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}
+
+
+def _spans_processes(shardings: Shardings | None) -> bool:
+    """Does the mesh have devices of other processes? False for a malformed value, which `ShardingRules` refuses."""
+    devices: list[Any] = list(shardings[0].devices.flat) if isinstance(shardings, tuple) and shardings else []
+    return any(device.process_index != jax.process_index() for device in devices)

@@ -1,4 +1,4 @@
-"""The local tier, as it is read: each process's part of the state, in a folder of its own host (`/dev/shm`, say).
+"""Reads the local tier: each process's part of the state, in a folder of its own host such as `/dev/shm`.
 
 With one process, a local tier is a run like any other. With several processes, each has written its own shards as
 `save.local_tier` describes. Such a step can be restored with the same shardings on the same processes, each of which
@@ -6,7 +6,7 @@ finds its shards on its own host. If some hosts have lost theirs, and the state 
 of one complete slice can send the data to the others.
 
 The model is Orbax's `experimental.emergency.CheckpointManager`. It is not used, because it needs a mesh with an axis of
-at least two slices, takes the structure of the state once and for all, and has no fingerprints (as of orbax-checkpoint
+at least two slices, fixes the structure of the state when it is created, and has no fingerprints (in orbax-checkpoint
 0.12.8).
 """
 

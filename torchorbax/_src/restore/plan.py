@@ -71,7 +71,7 @@ def planned(
             with _as_corrupt(path, manifest.step, name, meta):
                 plans[name] = live[name].plan(meta, rules, request)
             problems += plans[name].problems
-    # Is it enough for a restore?
+    # Raise, unless what fits may be restored.
     problems = with_suggestions(problems)
     nothing_fits = not any(plan.restores_something for name, plan in plans.items() if name != RNG)
     if problems and (request.strict or nothing_fits):
@@ -82,8 +82,10 @@ def planned(
 
 @contextmanager
 def _as_corrupt(path: str, step: int, name: str, meta: ItemMeta) -> Iterator[None]:
-    """Around the planning of one item. A manifest may be well-formed and still be that of no optimizer, say; that is a
-    `LayoutError`, and damage. Any other error is a fault of this code or the user's, and says nothing of the step."""
+    """Translate a `LayoutError` of the planning of one item: the manifest is well-formed, but the step is damaged.
+
+    Any other error is a fault in this library or in the user's objects. It says nothing about the step.
+    """
     try:
         yield
     except TorchorbaxError:
@@ -91,6 +93,6 @@ def _as_corrupt(path: str, step: int, name: str, meta: ItemMeta) -> Iterator[Non
     except LayoutError as error:
         reason = f"item {name} does not have what belongs to a {meta.kind}: {error}"
         raise CorruptCheckpointError(path, {step: reason[:300]}) from error
-    except Exception as error:  # passed on
+    except Exception as error:  # raised again, with a note
         error.add_note(f"{path}: step {step}: while item {name}, a {meta.kind}, was compared with the live one")
         raise

@@ -1,4 +1,4 @@
-"""Closes what a program leaves open when it ends, while the interpreter still has what a save in flight needs."""
+"""Closes the runs that a program leaves open when it ends, before the executors that a save needs refuse work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Closable(Protocol):
-    """What can be left open."""
+    """A run that can be left open."""
 
     def close(self) -> None:
         """Wait for the save in flight."""
@@ -72,7 +72,7 @@ def _close_all() -> None:
     wait_for_saves()
 
 
-# Orbax hands work to executors, which refuse it once `threading` shuts down. Functions of `atexit` run later than that,
-# so they would be too late. The callbacks of `threading` run in reverse order: this one runs before that of
+# Orbax hands work to executors, which refuse it once `threading` shuts down. Functions of `atexit` run only after that.
+# The callbacks of `threading` run in reverse order: this one runs before that of
 # concurrent.futures, which has been imported above.
 threading._register_atexit(_close_all)  # type: ignore[attr-defined]

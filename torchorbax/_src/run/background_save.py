@@ -1,4 +1,4 @@
-"""Saves in the background, one at a time: written, committed, older steps let go, and errors kept for the caller."""
+"""Writes saves in the background, one at a time, and keeps their errors for the caller."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class BackgroundSaver:
     """Writes one save after another on a thread of its own.
 
     Args:
-        path: of the run, for messages.
-        steps: the steps there are.
+        path: the path of the run, for messages.
+        steps: the steps of the run.
         writer: writes a save.
-        raises: errors are kept for the caller; else they are only logged.
+        raises: keep errors for the caller; otherwise they are only logged.
     """
 
     def __init__(self, path: str, steps: Steps, writer: Writer, *, raises: bool = True) -> None:
@@ -40,7 +40,7 @@ class BackgroundSaver:
         self._pid = os.getpid()
         self._in_flight: tuple[SaveRecord, Future[None]] | None = None
         self._unreported: SaveError | None = None
-        # An error nobody has been told of yet, from the moment it happens. It is logged if the run is dropped.
+        # The last error, from when it happens until the caller is told. It is logged if the run is dropped before.
         self._unheard: list[SaveError] = []
         weakref.finalize(self, _log_unheard, self._unheard, self._pid)
         self._committed: Committed | None = None
@@ -83,7 +83,7 @@ class BackgroundSaver:
         if not error.committed:
             self._steps.drop(error.step)
         if self._unreported is not None:
-            _logger.error("%s", self._unreported)  # the caller has never asked for it
+            _logger.error("%s", self._unreported)  # the caller has not asked for it, and now gets a newer one
         if self._raises:
             self._unreported = error
         else:
@@ -119,7 +119,7 @@ class BackgroundSaver:
                 self._writer.write(save, when_committed)
         except SaveError as error:
             record.error = error
-        except Exception as error:  # it is raised on the caller's thread
+        except Exception as error:  # the caller's thread raises it later
             reason = f"{type(error).__name__}: {error}"
             record.error = SaveError(record.step, self._path, reason, committed=record.commit_s is not None)
             record.error.__cause__ = error

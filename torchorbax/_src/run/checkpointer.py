@@ -103,7 +103,7 @@ class Checkpointer:
 
     @property
     def history(self) -> list[SaveRecord]:
-        """A record of every save that this process has started, in order."""
+        """A record of every save that this checkpointer has started in this process, in order."""
         return self._saves.history
 
     def all_steps(self) -> list[int]:
@@ -210,7 +210,7 @@ class Checkpointer:
             CheckpointNotFoundError: there is no such step.
             CorruptCheckpointError: the step asked for, or each of them, is damaged.
             MismatchError: the checkpoint does not fit the live objects; never skipped. `.problems` has all of them.
-            ConfigError: `only` or `rename` names what nobody has.
+            ConfigError: `only` or `rename` has a name that neither the step nor the live objects have.
         """
         self._saves.collect()
         wanted = request(only, strict, rename, cast)
@@ -250,7 +250,8 @@ class Checkpointer:
         except SaveError:
             self._end()
             raise
-        self._end()  # not after Ctrl-C: then the save is waited for at exit
+        # After Ctrl-C in `wait`, this is not reached: the run stays open, and the save is waited for at exit.
+        self._end()
 
     def _end(self) -> None:
         at_exit.closed(self)
@@ -276,13 +277,13 @@ class Checkpointer:
             if exc is None:
                 raise
             exc.add_note(f"Besides: {error}")
-        if isinstance(exc, SystemExit):  # nobody prints its notes
+        if isinstance(exc, SystemExit):  # the interpreter does not print its notes
             _logger.warning("%s", self._main.standing())
         elif exc is not None:
             exc.add_note(self._main.standing())
 
 
-# What `resume` does with a run, and users do not.
+# What only `resume` does with a run.
 
 
 def restore_from(run: Checkpointer, storage: Storage, step: int | None, wanted: Request) -> int | None:
@@ -290,7 +291,7 @@ def restore_from(run: Checkpointer, storage: Storage, step: int | None, wanted: 
     found = run._restorer.restore(storage, step, wanted)
     if found is None:
         return None
-    run._saves.drop_unsaved()  # it is not what is live any more
+    run._saves.drop_unsaved()  # the last complete step is no longer what is live
     run.left_out = found.left_out
     if wanted.only is None:
         run.step = found.manifest.step
@@ -299,7 +300,7 @@ def restore_from(run: Checkpointer, storage: Storage, step: int | None, wanted: 
 
 
 def get_ready(run: Checkpointer) -> None:
-    """Do ahead of the loop what its first save would otherwise wait for, as far as the state is on devices by now.
+    """Prepare the first save before the loop starts, as far as the state is on devices by now.
 
     Raises:
         ConfigError: the checkpointer is closed.

@@ -72,7 +72,7 @@ def _request(wanted: Params) -> Request:
     return request(wanted.only, wanted.strict, wanted.rename, wanted.cast)
 
 
-def origin(
+def starting_point(
     init_from: str | os.PathLike[str] | Params, model: object, wanted: Request
 ) -> tuple[Storage, int | None, Request]:
     """The run to start from, its step (None for the newest good one), and what to restore of it.
@@ -80,7 +80,7 @@ def origin(
     Args:
         init_from: a path for the full state, or `params(path)`.
         model: the live model.
-        wanted: what to ask for with a path.
+        wanted: what to restore if `init_from` is a path.
 
     Raises:
         ConfigError: there is no checkpoint, or `init_from` is something else, such as both.
@@ -92,7 +92,7 @@ def origin(
             wanted.rename = wanted.rename or (lambda name: aliases.get(name, name))
             wanted.optional = adapters
         init_from = init_from.path
-    # The path is that of a run; or else of a step in the folder above.
+    # The path is that of a run, or that of a step; then the run is the folder above.
     path, step = os.fspath(init_from), None
     storage = open_storage(path)
     if not storage.steps():
@@ -114,10 +114,15 @@ def check_init_from(init_from: object) -> None:
 
 
 _WRAPPERS = (".base_layer.", ".original_module.")
+"""What PEFT adds to the name of a wrapped tensor."""
 
 
 def _adapted_names(model: torch.nn.Module) -> tuple[dict[str, str], frozenset[str]] | None:
-    """For a PEFT model: live names by the names in the model that it wraps; and the live names of its adapters."""
+    """The names of a PEFT model's tensors; None for any other model.
+
+    Returns:
+        The live names by the names that the tensors have in the wrapped model, and the live names of the adapters.
+    """
     if not hasattr(model, "peft_config"):
         return None
     prefixes = tuple(

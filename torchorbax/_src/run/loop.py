@@ -50,7 +50,7 @@ class StepInput:
     Attributes:
         metrics: its numbers so far, from `log` and `save`.
         state: the trees that `save` was called with.
-        in_body: the step is the body of a loop over `steps`, so all this is kept until the body ends.
+        in_body: is the body of a loop over `steps` running? Then the input is kept until the body ends.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class StepInput:
     in_body: bool = False
 
     def clear(self) -> None:
-        """Forget it: the next step has its own."""
+        """Forget the input of this step: the next step has its own."""
         self.metrics, self.state = {}, {}
 
 
@@ -77,7 +77,7 @@ def run_steps(
                 yield step
             finally:
                 given.in_body = False
-            # Its save, unless it has called `save` itself.
+            # The save of this step, unless the body has called `save` itself.
             metrics, state = given.metrics, given.state
             last = step == stop - 1 and save_last
             if run.next_step <= step:
@@ -87,6 +87,7 @@ def run_steps(
             # The last step is saved though it was not due, or the signal came after `save` had looked.
             if (last or run.preempted) and step not in main.steps.infos:
                 run.save(step, state, metrics=metrics, force=True)
+            # The end of the loop, if SIGTERM has arrived.
             if run.preempted:
                 run.wait()
                 _logger.warning("stopped by SIGTERM. %s", main.standing())

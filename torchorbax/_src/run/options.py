@@ -43,15 +43,15 @@ class RunOptions:
         max_host_bytes: bytes of host memory for arrays on their way to storage or back; at least 64 MiB.
         save_on_exception: save the last complete step when an exception leaves the `with` block. This takes a snapshot
             at every call of `save`, which costs the loop what a save costs it, and the memory of one snapshot.
-        replicas: who writes an array that several devices hold: `"first"`, the first of them (over a mesh with an axis
-            of slices, those of the first slice), or `"all"`, each of them its share.
+        replicas: which devices write a shard that several of them hold. `"first"`: the first of them (over a mesh with
+            an axis of slices, the one in the first slice). `"all"`: each of them writes an equal share.
         single_replica_restore: read what several processes hold only once, by the processes of the first replica, and
             send it to the others over the network between the devices.
         storage_timeout_s: seconds for which requests to `gs://` are tried again before a save or a restore fails.
         barrier_timeout_s: seconds to wait for the other processes in one phase, before an error that names them.
         local: a fast folder on each host, such as `/dev/shm/run`, for saves that are more frequent than those under
             the path. Every process uses a folder of its own below it. A restore takes the newest step that is complete
-            on all hosts, or on one whole slice, whose hosts then send it to the others, or under the path.
+            under the path, on all hosts, or on all hosts of one slice, which then send it to the other slices.
         local_save: as `save`, for `local`. Forced saves and those on SIGTERM go to the path.
         local_keep: as `keep`, for `local`.
 

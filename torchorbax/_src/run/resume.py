@@ -1,4 +1,4 @@
-"""`resume`: a checkpointer around an existing loop."""
+"""`resume`: opens a run and restores its newest step into live objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 
 from torchorbax._src.run.checkpointer import Checkpointer, get_ready, listen_for_preemption, restore_from
-from torchorbax._src.run.init_from import Params, check_init_from, origin
+from torchorbax._src.run.init_from import Params, check_init_from, starting_point
 from torchorbax._src.run.options import RunKeywords, run_options, takes_run_options
 from torchorbax._src.state.registry import objects_in
 from torchorbax._src.state.request import Rename, request
@@ -73,12 +73,12 @@ def resume(
         if shardings is not None:
             for module in modules:
                 check_placeable(module, shardings)
-        # Values: from this run, or from another one.
+        # Restore from this run, or else from another one.
         restored = run.restore(strict=strict, rename=rename, cast=cast)
         if restored is None and init_from is not None:
-            restored = restore_from(run, *origin(init_from, model, request(None, strict, rename, cast)))
+            restored = restore_from(run, *starting_point(init_from, model, request(None, strict, rename, cast)))
         _check_meta(modules, run, restored)
-        # What has not been restored is placed, too.
+        # Place what has not been restored.
         if shardings is not None:
             for module in modules:
                 place_(module, None, shardings, skip=meta_tensors(module))
@@ -93,11 +93,11 @@ def resume(
 
 
 def _check_rename(rename: Rename | None, cast: bool, init_from: object) -> None:
-    """Raise ConfigError for a renaming that would be ignored, or undone at the next start."""
+    """Raise ConfigError for a renaming that would be ignored, or applied again at the next start."""
     if isinstance(rename, Mapping) and (both := set(rename) & set(rename.values())):
         raise ConfigError(
-            f"rename takes and gives {', '.join(map(repr, sorted(both)))}, so resume would do it again at every start; "
-            "do it once, with Checkpointer(...).restore(rename=...) and a save"
+            f"rename has {', '.join(map(repr, sorted(both)))} both as an old and as a new name, so resume would rename "
+            "again at every start; do it once, with Checkpointer(...).restore(rename=...) and a save"
         )
     if isinstance(init_from, Params) and (rename is not None or cast):
         raise ConfigError("with init_from=params(...), rename and cast are arguments of params")

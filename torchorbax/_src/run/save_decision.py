@@ -63,23 +63,24 @@ class Decider:
 
     Args:
         processes: all processes of the run; each must call `due` equally often.
-        name: names the decision; different for each policy.
-        policy: the save policy, of which only the kind matters here: what it looks at.
-        notice: of SIGTERM in this process.
+        name: the name of the decision in messages between the processes; each policy needs a name of its own.
+        policy: the save policy. Only its type is used here; `due` is given the function that asks it.
+        notice: says whether SIGTERM has arrived in this process.
     """
 
     def __init__(self, processes: Processes, name: str, policy: object, notice: PreemptionNotice) -> None:
         self._processes = processes
         self._channel = Channel(processes, name)
         self._notice = notice
-        self._announced = False
+        self._announced = False  # whether this process has told the others of its SIGTERM
         self._preempted = False
-        self._everywhere = knows_step_alone(policy)
-        self._each_call = not self._everywhere and not knows_time_alone(policy)
+        self._asked_everywhere = looks_at_steps_only(policy)
+        self._asked_at_each_call = not self._asked_everywhere and not looks_at_time_only(policy)
+        # Process 0 publishes at the call `_next`. The lease is the number of calls from one message to the next.
         self._calls = 0
         self._next = 1
         self._lease = 1
-        self._since = 0.0
+        self._lease_began = 0.0
         self._rounds = 0
 
     @property
@@ -99,7 +100,7 @@ class Decider:
         if self._processes.count == 1:
             return ask()
         self._calls += 1
-        mine = self._everywhere and ask()
+        mine = self._asked_everywhere and ask()
         if self._calls < self._next:
             return mine
         if self._notice.received and not self._announced:
@@ -116,7 +117,7 @@ class Decider:
         """Ask the policy, in process 0, and look whether SIGTERM has arrived or a process has left."""
         notes = self._processes.told()
         preempted = self._preempted or _PREEMPTED in notes
-        due, next_call = not self._everywhere and ask(), self._calls + self._next_lease()
+        due, next_call = not self._asked_everywhere and ask(), self._calls + self._next_lease()
         try:
             self._processes.check_failures("decide", notes)
         except ProcessError as error:
@@ -124,15 +125,15 @@ class Decider:
         return _Answer(due, next_call, preempted)
 
     def _next_lease(self) -> int:
-        """The number of calls that take about `_LEASE_S`, judged by the last ones.
+        """The number of calls that take about `_LEASE_S`, estimated from the previous lease.
 
-        It grows slowly, because a loop may run ahead of its devices at first.
+        It doubles at most, because the first calls may be fast only because the loop runs ahead of its devices.
         """
         now = time.monotonic()
-        if self._each_call:
+        if self._asked_at_each_call:
             return 1
-        per_call_s = (now - self._since) / self._lease if self._since else _LEASE_S
-        self._since = now
+        per_call_s = (now - self._lease_began) / self._lease if self._lease_began else _LEASE_S
+        self._lease_began = now
         self._lease = max(1, min(2 * self._lease, int(_LEASE_S / max(per_call_s, 1e-9)), _MOST_CALLS))
         return self._lease
 
@@ -158,12 +159,12 @@ _TIME_POLICIES = (
 )
 
 
-def knows_step_alone(policy: object) -> bool:
+def looks_at_steps_only(policy: object) -> bool:
     """Does the policy look at step numbers alone, so that every process comes to the same decision?"""
     return _consists_of(policy, _STEP_POLICIES)
 
 
-def knows_time_alone(policy: object) -> bool:
+def looks_at_time_only(policy: object) -> bool:
     """Does the policy look at the time and at earlier saves alone, so that it can be asked a few steps later?"""
     return _consists_of(policy, _TIME_POLICIES)
 
@@ -175,7 +176,7 @@ def _consists_of(policy: Any, kinds: tuple[type, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ProposedStep:
     """The step that a save policy decides about."""
 
     step: int

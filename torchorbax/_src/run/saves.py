@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Saves:
-    """Starts the saves of a run, and collects them.
+    """Starts the saves of a run, and collects their outcomes.
 
     Args:
         tiers: where the run is saved; the first is the run's path.
@@ -78,7 +78,7 @@ class Saves:
             try:
                 save = save_for(tier)
             except Exception as error:
-                if self._processes.count > 1:  # the others have started to save this step and must learn of the error
+                if self._processes.count > 1:  # the others have started this save, and learn of the error through it
                     self._start(tier, Save(step, now, {}, started_s, error))
                 raise
             self._start(tier, save)
@@ -103,7 +103,7 @@ class Saves:
         prepare_snapshots(captured, self._staging)
 
     def collect(self) -> None:
-        """Wait for the saves in flight."""
+        """Wait for the saves in flight, and take note of how they ended."""
         for tier in self._tiers:
             tier.saver.collect()
 
@@ -140,7 +140,7 @@ class Saves:
         due = [tier for tier in self._tiers if (force and tier is self._main) or tier.due(step, now)]
         if self._main.decider.preempted and not self._preemption_saved and self._main not in due:
             due.insert(0, self._main)
-        # A step that the local tier has already may be offered again, to be saved under the path after all.
+        # A step may be offered twice: it may be in the local tier already, and now be saved under the path as well.
         return [tier for tier in due if tier is self._main or step > tier.newest]
 
     def _check(self, tier: Tier, step: int, state: Mapping[str, Any]) -> None:

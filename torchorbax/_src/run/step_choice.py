@@ -1,10 +1,11 @@
-"""Which step is restored, and from which tier: the newest that is good."""
+"""Which step is restored, and from which tier: the newest step that can be restored."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.arrays.sharding_rules import ShardingRules
@@ -19,8 +20,17 @@ from torchorbax.errors import CorruptCheckpointError
 
 _logger = logging.getLogger(__name__)
 
-Candidate = tuple[int, frozenset[int] | None]
-"""A step, and the processes that have it in their local tiers; None for the one under the run's path."""
+
+class Candidate(NamedTuple):
+    """A step that may be restored, in one of the tiers.
+
+    Attributes:
+        step: the number of the step.
+        holders: the processes that have it in their local tiers; None if it is the step under the run's path.
+    """
+
+    step: int
+    holders: frozenset[int] | None
 
 
 class Restorer:
@@ -28,7 +38,7 @@ class Restorer:
 
     Args:
         items: the live objects.
-        rules: where they go.
+        rules: the sharding rules; None keeps every live tensor's sharding.
         main: the run's path.
         local: the fast tier, if there is one.
         channel: to the other processes.
@@ -59,7 +69,7 @@ class Restorer:
         Args:
             storage: the run's path, or that of another run.
             step: which one; None for the newest good one, damaged ones being skipped with a warning.
-            wanted: what of it.
+            wanted: what to restore of the step.
 
         Returns:
             What has been restored; None if there is no step.
@@ -71,55 +81,58 @@ class Restorer:
         self._channel.begin(f"restore{self._restores}")
         candidates = self._candidates(storage)
         if step is not None:
-            candidates = [one for one in candidates if one[0] == step] or [(step, None)]
-        reasons: dict[int, str] = {}
-        unusable: dict[int, str] = {}
-        for attempt, (candidate, having) in enumerate(candidates):
+            candidates = [candidate for candidate in candidates if candidate.step == step] or [Candidate(step, None)]
+        damaged: dict[int, str] = {}  # the reasons by step, under the path
+        damaged_local: dict[int, str] = {}  # the same in the local tier of a single process
+        for attempt, candidate in enumerate(candidates):
             self._channel.begin(f"restore{self._restores}.{attempt}")
             try:
-                restored = self._restore_step(storage, candidate, having, wanted)
+                restored = self._restore_step(storage, candidate, wanted)
             except CorruptCheckpointError as error:
-                if having is None:
-                    reasons.update(error.reasons)
+                if candidate.holders is None:
+                    damaged.update(error.reasons)
                 elif self._local is not None:
                     _logger.warning("%s", error)
-                    self._local.steps.mark_damaged(candidate)
-                    if self._channel.processes.count == 1:  # of several, some may just have been killed before the rest
-                        unusable.update(error.reasons)
+                    self._local.steps.mark_damaged(candidate.step)
+                    # With several processes it may not be damage: some may have been killed before they saved the step.
+                    if self._channel.processes.count == 1:
+                        damaged_local.update(error.reasons)
                 continue
-            self._note(storage, reasons)
+            self._mark_damaged(storage, damaged)
             if step is None and storage is self._main.storage:
-                self._drop_local_after(candidate)
+                self._drop_local_after(candidate.step)
             return restored
-        if reasons or unusable:
-            raise CorruptCheckpointError(storage.path, {**unusable, **reasons})
+        if damaged or damaged_local:
+            raise CorruptCheckpointError(storage.path, {**damaged_local, **damaged})
         return None
 
     def _candidates(self, storage: Storage) -> list[Candidate]:
-        """The steps to try, the newest first, and of the same number that of the local tier first."""
-        found: list[Candidate] = [(step, None) for step in self._channel.first("steps", storage.steps)]
+        """The steps to try: the newest first, and of the same number, first those that most processes have locally."""
+        found = [Candidate(step, None) for step in self._channel.first("steps", storage.steps)]
         if self._local is not None and storage is self._main.storage:
-            saves: dict[tuple[int, str], set[int]] = {}  # those of one number in two lives of the run are not the same
-            for process, steps in enumerate(self._channel.everyone("local steps", self._saves(self._local))):
-                for saved, origin in steps:
-                    saves.setdefault((saved, origin), set()).add(process)
-            found += [(saved, frozenset(having)) for (saved, _), having in saves.items()]
-        return sorted(found, key=lambda one: (one[0], one[1] is not None, len(one[1] or ())), reverse=True)
+            # By step and origin: parts that were saved by different starts of the run do not belong together.
+            holders: dict[tuple[int, str], set[int]] = {}
+            for process, steps in enumerate(self._channel.everyone("local steps", self._local_steps(self._local))):
+                for step, origin in steps:
+                    holders.setdefault((step, origin), set()).add(process)
+            found += [Candidate(step, frozenset(of_step)) for (step, _), of_step in holders.items()]
+        return sorted(found, key=lambda one: (one.step, one.holders is not None, len(one.holders or ())), reverse=True)
 
-    def _saves(self, local: Tier) -> list[tuple[int, str]]:
-        """What this process has in its local tier that as many processes have saved: the steps, and of which life."""
+    def _local_steps(self, local: Tier) -> list[tuple[int, str]]:
+        """The good steps in this process's local tier, with their origins, without those of another process count."""
         origins = {step: local.steps.origin(step) for step in local.steps.good()}
         count = str(self._channel.processes.count)
         return [(step, origin) for step, origin in origins.items() if origin.rpartition("/")[2] == count]
 
-    def _restore_step(self, storage: Storage, step: int, having: frozenset[int] | None, wanted: Request) -> Restored:
+    def _restore_step(self, storage: Storage, candidate: Candidate, wanted: Request) -> Restored:
+        step, holders = candidate
         source: Source = storage
         verify = self._verify
-        if having is not None and self._local is not None:
+        if holders is not None and self._local is not None:
             source = self._local.storage
             if self._channel.processes.count > 1:
-                source = open_step(self._local.storage, step, having, self._channel, verify=verify)
-                verify = False  # it verifies itself what is on this host
+                source = open_step(self._local.storage, step, holders, self._channel, verify=verify)
+                verify = False  # a `LocalStep` verifies what it reads from this host
         restore = Restore(source, step, self._items, self._rules, wanted, verify=verify, channel=self._channel)
         with transfers_allowed():
             restored = restore.run()
@@ -128,15 +141,15 @@ class Restorer:
                 tier.note_restored(restored, self._items)
         return restored
 
-    def _note(self, storage: Storage, skipped: Mapping[int, str]) -> None:
-        """Damaged steps no longer count."""
-        for step, reason in skipped.items():
+    def _mark_damaged(self, storage: Storage, damaged: Mapping[int, str]) -> None:
+        """Warn of the damaged steps that were skipped, and no longer count those of this run."""
+        for step, reason in damaged.items():
             if storage is self._main.storage:
                 self._main.steps.mark_damaged(step)
             warnings.warn(f"{storage.path}: skipped damaged step {step}: {reason}", stacklevel=5)
 
     def _drop_local_after(self, restored: int) -> None:
-        """Nor does what local tiers have beyond the step that the run goes on from."""
+        """No longer count the local steps that are newer than the restored one, which the run will save again."""
         if self._local is not None:
             for newer in [step for step in self._local.steps.infos if step > restored]:
                 _logger.info("%s: step %d is not on all hosts", self._local.storage.path, newer)

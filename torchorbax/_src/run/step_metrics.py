@@ -15,7 +15,7 @@ from torchorbax.errors import ConfigError
 
 
 def checked(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics as numbers and 0-d arrays, which can be read later and on another thread.
+    """The metrics as floats and 0-d arrays, whose values can be read later and on another thread.
 
     Raises:
         ConfigError: a value is neither a real number nor a 0-d array or tensor of one.

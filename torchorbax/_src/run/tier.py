@@ -17,7 +17,7 @@ from torchorbax._src.run import at_exit
 from torchorbax._src.run.background_save import BackgroundSaver
 from torchorbax._src.run.options import RunOptions, preservation_policy, save_policy, traffic_of
 from torchorbax._src.run.preemption import PreemptionNotice
-from torchorbax._src.run.save_decision import Candidate, Decider
+from torchorbax._src.run.save_decision import Decider, ProposedStep
 from torchorbax._src.save import snapshot
 from torchorbax._src.save.frozen import FrozenArrays
 from torchorbax._src.save.save import Save, SaveRecord
@@ -48,7 +48,7 @@ def open_tiers(
         items: the names of what is saved.
         options: when to save, what to keep, how arrays travel.
         channel: to the other processes.
-        notice: of SIGTERM in this process.
+        notice: says whether SIGTERM has arrived in this process.
 
     Raises:
         ConfigError: a path cannot be used, or another process opens another path or other items.
@@ -88,7 +88,7 @@ def _open_main(
 def _open_local(
     path: str | os.PathLike[str], main: Tier, options: RunOptions, channel: Channel, notice: PreemptionNotice
 ) -> Tier:
-    """The tier in a folder of this process alone, below the one given: several processes may share a machine."""
+    """The fast tier, in a subfolder that only this process uses: several processes may share a machine."""
     processes = channel.processes
     several = processes.count > 1
     storage = open_storage(os.path.join(path, f"process_{processes.index}"), traffic_of(options))
@@ -98,17 +98,19 @@ def _open_local(
     run = channel.first("open local", main.storage.identity)
     start = channel.first("open local", lambda: uuid.uuid4().hex)
     origin = f"{run}/{start}/{processes.count}"
-    # What another run has left in the folder is neither restored nor kept.
+    # Steps that another run has left in the folder are neither restored nor kept.
     steps = Steps(storage, storage.steps(), preservation_policy(options.local_keep), keep_damaged=False)
     for step in steps.good():
         if steps.origin(step).partition("/")[0] != run:
-            _logger.warning("%s: step %d is of another run, and gives way to this one's", storage.path, step)
+            _logger.warning(
+                "%s: step %d belongs to another run; the first save of this run deletes it", storage.path, step
+            )
             steps.mark_damaged(step)
-    # The writer works as if there were no other process; when to save is decided together.
+    # Each process writes as if there were no other, but all of them decide together when to save.
     writer = Writer(storage, steps, Processes(processes.timeout_s, index=0, count=1), origin=origin, localized=several)
     policy = save_policy(options.local_save)
     decider = Decider(processes, "decide local", policy, notice)
-    return Tier(storage, steps, writer, policy, decider, knows_frozen=not several, raises=not several)
+    return Tier(storage, steps, writer, policy, decider, uses_bases=not several, raises=not several)
 
 
 class Tier:
@@ -120,7 +122,7 @@ class Tier:
         writer: writes a step.
         policy: says when to save.
         decider: asks the policy, on behalf of all processes.
-        knows_frozen: write frozen parameters only once.
+        uses_bases: write frozen parameters once, into a base, and not with every step.
         raises: keep errors for the caller. Otherwise they are logged, because the other processes do not know of them.
     """
 
@@ -132,7 +134,7 @@ class Tier:
         policy: SaveDecisionPolicy,
         decider: Decider,
         *,
-        knows_frozen: bool = True,
+        uses_bases: bool = True,
         raises: bool = True,
     ) -> None:
         self.storage = storage
@@ -142,7 +144,7 @@ class Tier:
         self.decider = decider
         self._writer = writer
         self._frozen = FrozenArrays()
-        self._knows_frozen = knows_frozen
+        self._uses_bases = uses_bases
 
     @property
     def newest(self) -> int:
@@ -166,7 +168,7 @@ class Tier:
     def _ask(self, step: int, now: datetime.datetime) -> bool:
         saving = self.saver.step_in_flight is not None
         context = policies.decision_context(saving=saving, preempted=self.decider.preempted)
-        return bool(self.policy.should_save(Candidate(step, now), list(self.steps.infos.values()), context=context))
+        return bool(self.policy.should_save(ProposedStep(step, now), list(self.steps.infos.values()), context=context))
 
     def check_step(self, step: int) -> None:
         """Raise ConfigError unless the step is above the newest one."""
@@ -180,11 +182,11 @@ class Tier:
 
     def take(self, captured: Mapping[str, Captured], staging: Staging) -> Snapshot:
         """A snapshot of live leaves, without the frozen ones that have been saved already."""
-        if self._writer.lost_base:
-            self._frozen, self._writer.lost_base = FrozenArrays(), False
+        if self._writer.forget_frozen:
+            self._frozen, self._writer.forget_frozen = FrozenArrays(), False
         if committed := self.saver.take_committed():
             self._frozen.saved(committed.manifest, committed.identities)
-        return snapshot.take(captured, staging, self._frozen.look(captured) if self._knows_frozen else None)
+        return snapshot.take(captured, staging, self._frozen.observe(captured) if self._uses_bases else None)
 
     def start(self, save: Save) -> SaveRecord:
         """Write a save in the background. The save before it must have been collected."""
@@ -194,7 +196,7 @@ class Tier:
 
     def note_restored(self, restored: Restored, items: Mapping[str, Item]) -> None:
         """Remember the frozen arrays that have just been restored from here: they need not be written again."""
-        self.steps.know(restored.manifest)
+        self.steps.note_manifest(restored.manifest)
         self.saver.take_committed()  # dropped: it is not about the arrays that are live now
         in_base = {key: leaf for key, leaf in restored.manifest.frozen_leaves.items() if key in restored.exact}
         self._frozen.restored({item: items[item].capture() for item in {item for item, _ in in_base}}, in_base)

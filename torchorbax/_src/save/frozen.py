@@ -27,8 +27,8 @@ Identities = Mapping[Key, "weakref.ref[jax.Array]"]
 
 
 @dataclass(frozen=True)
-class Look:
-    """The frozen leaves at one moment.
+class FrozenLeaves:
+    """The frozen leaves of the state that is about to be saved.
 
     Attributes:
         known: the frozen leaves: the description of each in its base, or None if no base holds it yet.
@@ -43,14 +43,14 @@ class FrozenArrays:
     """Remembers which of the live frozen arrays a base holds already."""
 
     def __init__(self) -> None:
-        self._seen: Identities = {}  # the arrays at the last look
+        self._seen: Identities = {}  # the arrays at the last observation
         self._changing: set[Key] = set()  # leaves that have changed although they are frozen
         self._written: dict[Key, tuple[weakref.ref[jax.Array], LeafMeta]] = {}  # what a base holds
 
-    def look(self, captured: Mapping[str, Captured]) -> Look:
+    def observe(self, captured: Mapping[str, Captured]) -> FrozenLeaves:
         """The frozen leaves of the state that is about to be saved.
 
-        A leaf that holds another array than at the last look has changed. It no longer counts as frozen.
+        A leaf that holds another array than at the last observation has changed. It no longer counts as frozen.
         """
         arrays = _frozen_arrays(captured)
         self._changing |= {key for key, array in arrays.items() if key in self._seen and self._seen[key]() is not array}
@@ -59,7 +59,7 @@ class FrozenArrays:
         for key in arrays.keys() - self._changing:
             ref, leaf = self._written.get(key, (None, None))
             known[key] = leaf if ref is not None and ref() is arrays[key] else None
-        return Look(known, self._seen)
+        return FrozenLeaves(known, self._seen)
 
     def saved(self, manifest: Manifest, identities: Identities) -> None:
         """Note that a step with these arrays has been committed."""

@@ -1,4 +1,4 @@
-"""The local tier, as it is written: this process's part of the state, as a step of its own in a folder of its host.
+"""Prepares what the local tier writes: this process's part of the state, as a step of its own on its host.
 
 An array that is sharded over several processes is written as a smaller array: the distinct shards that this process
 holds, one after the other along the first axis. The manifest says which parts of which array they are.

@@ -19,7 +19,7 @@ from torchorbax._src.arrays.dtypes import dtype_name
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import describe
 from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta
-from torchorbax._src.save.frozen import NEW_BASE, Identities, Look
+from torchorbax._src.save.frozen import NEW_BASE, FrozenLeaves, Identities
 from torchorbax._src.save.staging import Staged, Staging, as_array, stage
 from torchorbax._src.state.item import Captured
 from torchorbax._src.tensors.live import host_copy, live_array, live_dtype, raise_if_deleted
@@ -34,17 +34,17 @@ class Snapshot:
         captured: the live leaves by item.
         held: what holds the value of each leaf, by key.
         staged: the arrays to write, staged.
-        look: the frozen leaves.
+        frozen: the frozen leaves.
 
     Attributes:
         identities: the frozen arrays.
     """
 
     def __init__(
-        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, Staged], look: Look
+        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, Staged], frozen: FrozenLeaves
     ) -> None:
-        self.identities: Identities = look.identities
-        self._frozen = look.known
+        self.identities: Identities = frozen.identities
+        self._frozen = frozen.known
         self._to_write = list(staged)
         # Without the live leaves, which must not be kept alive.
         self._captured = {
@@ -92,7 +92,7 @@ def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> Leaf
     return LeafMeta(tuple(held.shape), dtype_name(dtype), "host")
 
 
-def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None = None) -> Snapshot:
+def take(captured: Mapping[str, Captured], staging: Staging, frozen: FrozenLeaves | None = None) -> Snapshot:
     """Take a snapshot of the live leaves.
 
     Args:
@@ -102,17 +102,17 @@ def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None =
             devices, as far as there is memory; the copies are dispatched and not waited for. `host` copies them to host
             memory before it returns. `auto` takes views of arrays on CPU devices that have been computed already, and
             does what `device` does for all others.
-        look: the frozen leaves. Those that a base holds already are left out.
+        frozen: the frozen leaves. Those that a base holds already are left out.
 
     Raises:
         UnsupportedLeafError, DeletedArrayError: a leaf cannot be saved. Nothing has been copied.
     """
-    look = look or Look({}, {})
-    # What holds the values of each leaf. Nothing is copied before all leaves are known to have some.
+    frozen = frozen or FrozenLeaves({}, {})
+    # Find what holds the values of each leaf. Nothing is copied before every leaf is known to have values.
     leaves = {(item, name): leaf for item, of_item in captured.items() for name, leaf in of_item.leaves.items()}
     try:
         held = {
-            key: live_array(f"{key[0]}.{key[1]}", leaf) for key, leaf in leaves.items() if look.known.get(key) is None
+            key: live_array(f"{key[0]}.{key[1]}", leaf) for key, leaf in leaves.items() if frozen.known.get(key) is None
         }
         on_device = {key: array for key, array in held.items() if isinstance(array, jax.Array)}
         gone = any(array.is_deleted() for array in on_device.values())
@@ -121,12 +121,12 @@ def take(captured: Mapping[str, Captured], staging: Staging, look: Look | None =
         raise
     if gone:
         raise_if_deleted(_named(leaves))
-    # Copies.
+    # Stage the jax arrays, and copy what is in host memory.
     staged = stage(on_device, staging)
     for key, array in held.items():
         if not isinstance(array, jax.Array):
             staged[key] = host_copy(array)
-    return Snapshot(captured, held, staged, look)
+    return Snapshot(captured, held, staged, frozen)
 
 
 def _named(leaves: Mapping[Key, Any]) -> dict[str, Any]:

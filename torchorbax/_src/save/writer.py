@@ -45,14 +45,14 @@ class Writer:
         localized: write this process's part of the state as a step of its own (see `save.local_tier`).
 
     Attributes:
-        lost_base: a base that the step needed is gone, or the processes did not agree on the frozen leaves. The caller
-            must forget which frozen leaves have been written, so that the next save writes all of them.
+        forget_frozen: the caller must forget which frozen leaves have been written, so that the next save writes all of
+            them. A base that the step needed is gone, or the processes do not agree on the frozen leaves.
     """
 
     def __init__(
         self, storage: Storage, steps: Steps, processes: Processes, *, origin: str = "", localized: bool = False
     ) -> None:
-        self.lost_base = False
+        self.forget_frozen = False
         self._storage = storage
         self._steps = steps
         self._channel = Channel(processes, "save")
@@ -77,7 +77,7 @@ class Writer:
         try:
             writing.start(self._origin, localized=self._localized)
         finally:
-            self.lost_base = self.lost_base or writing.lost_base
+            self.forget_frozen = self.forget_frozen or writing.forget_frozen
         committed = writing.commit()
         when_committed(committed)
         writing.end()
@@ -87,7 +87,7 @@ class _StepWriting:
     """The writing of one step, with one method for each phase."""
 
     def __init__(self, storage: Storage, steps: Steps, channel: Channel, save: Save) -> None:
-        self.lost_base = False
+        self.forget_frozen = False
         self._storage = storage
         self._steps = steps
         self._channel = channel
@@ -108,9 +108,9 @@ class _StepWriting:
             answer = self._channel.agree(
                 "start", lambda: self._contribute(localized=localized), lambda found: self._decide(found, origin)
             )
-            if answer["lost_base"] is not None:
-                self.lost_base = True
-                raise SaveError(self._step, self._storage.path, answer["lost_base"])
+            if answer["refusal"] is not None:
+                self.forget_frozen = True
+                raise SaveError(self._step, self._storage.path, answer["refusal"])
         # Apply the decision: process 0 has its manifest already, the others get the numbers of bases.
         mine = self._contribution
         if not self._processes.is_first:
@@ -137,13 +137,13 @@ class _StepWriting:
     def _answer(self, summaries: Sequence[dict[str, Json]], origin: str) -> dict[str, Json]:
         """The decision that is published to all processes.
 
-        It is a JSON object: `lost_base`, why nothing can be written, or None; `bases`, the numbers of bases by item and
+        It is a JSON object: `refusal`, why nothing can be written, or None; `bases`, the numbers of bases by item and
         leaf; `new_bases`, the bases that this step writes; `known`, the leaves that a base has already; and `own`, the
         digests of process 0's own state by item.
         """
         mine = self._contribution
-        answer: dict[str, Json] = {"lost_base": self._disagreement(summaries)}
-        if answer["lost_base"] is not None:
+        answer: dict[str, Json] = {"refusal": self._disagreement(summaries)}
+        if answer["refusal"] is not None:
             return answer
         # The manifest, with the numbers of bases.
         self._steps.make_way(self._step)
@@ -152,7 +152,7 @@ class _StepWriting:
         self._manifest = Manifest(
             self._step, self._save.time, metrics, items, _versions(), parts=mine.parts, origin=origin
         )
-        # What the other processes need to know of it.
+        # What the other processes need to know of the manifest.
         written = [key for key in mine.arrays if key not in known]
         missing = self._missing_base(written)
         bases = {
@@ -160,7 +160,7 @@ class _StepWriting:
             for item, meta in (items.items() if self._processes.count > 1 else ())
         }
         return {
-            "lost_base": missing,
+            "refusal": missing,
             "bases": bases,
             "new_bases": [base for base in by_base(self._manifest.leaves, written) if base is not None],
             "known": known,
@@ -181,7 +181,7 @@ class _StepWriting:
                 reason = f"process {process} has other arrays, by name, shape or dtype, than process 0"
                 raise SaveError(self._step, path, reason)
             if summary["frozen"] != first["frozen"]:
-                return f"process {process} takes other arrays for frozen; the next save has all"
+                return f"process {process} has other frozen leaves than process 0; the next save writes all of them"
         return None
 
     def _numbered(self, summaries: Sequence[dict[str, Json]]) -> tuple[dict[str, ItemMeta], list[Key]]:
@@ -195,7 +195,7 @@ class _StepWriting:
                 sums[item, name].append(fingerprint.sums(text))
         texts = {key: fingerprint.text(fingerprint.total(parts)) for key, parts in sums.items()}
         next_base = max(self._storage.bases.steps(), default=-1) + 1
-        return frozen.numbered(mine.items, texts, self._steps.newest_whole_before(self._step), next_base)
+        return frozen.numbered(mine.items, texts, self._steps.newest_with_bases(self._step), next_base)
 
     def _missing_base(self, written: Sequence[Key]) -> str | None:
         """The reason if a base is gone that the step refers to and does not write itself; None if all are there."""
@@ -229,20 +229,21 @@ class _StepWriting:
         try:
             self._write()
         except ProcessError as error:  # process 0 cannot be reached, so it cannot announce the outcome either
-            raise SaveError(self._step, self._storage.path, error_line(error)) from error
-        except Exception as error:  # process 0 has been told of it, and is going to announce it
+            raise SaveError(self._step, self._storage.path, _error_line(error)) from error
+        except Exception as error:  # `collect` has reported it to process 0, which announces the outcome
             failure = error
         try:
             outcome: dict[str, Any] = self._channel.hear("commit")
         except ProcessError as error:
             unknown = (
-                f"process 0 does not say how it ended, so it may have been saved all the same: {error_line(error)}"
+                "process 0 does not say how the save ended, so the step may have been saved all the same: "
+                f"{_error_line(error)}"
             )
             raise SaveError(self._step, self._storage.path, unknown) from (failure or error)
         except SaveError as error:
             raise error from (error.__cause__ if failure is None or isinstance(failure, SaveError) else failure)
         if failure is not None:
-            raise SaveError(self._step, self._storage.path, error_line(failure)) from failure
+            raise SaveError(self._step, self._storage.path, _error_line(failure)) from failure
         return outcome
 
     def _write(self) -> Manifest:
@@ -275,7 +276,7 @@ class _StepWriting:
             def fill(folders: Folders) -> Manifest:
                 announce(folders)
                 parts = self._channel.collect("write", lambda: self._write_part(storage, folders, arrays, own))
-                return stamped(manifest, parts or [])
+                return with_reports(manifest, parts or [])
 
             return storage.write(manifest.step, arrays, fill)
 
@@ -319,15 +320,15 @@ class _StepWriting:
             reason = error.reason
             raise SaveError(self._step, self._storage.path, reason, committed=error.committed) from error.__cause__
         except Exception as error:
-            raise SaveError(self._step, self._storage.path, error_line(error), committed=committed) from error
+            raise SaveError(self._step, self._storage.path, _error_line(error), committed=committed) from error
 
 
-def error_line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {error}"
 
 
-def stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
+def with_reports(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
     """The manifest with the fingerprints, from the processes' reports of what they have written (see `_write_part`)."""
     texts: dict[Key, list[str]] = {}
     for part in parts:
@@ -341,7 +342,7 @@ def stamped(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
         for key, several in texts.items()
     }
     own = {str(process): part["own"] for process, part in enumerate(parts) if part["own"]}
-    return dataclasses.replace(manifest.stamped(fingerprints), processes=len(parts), own=own)
+    return dataclasses.replace(manifest.with_fingerprints(fingerprints), processes=len(parts), own=own)
 
 
 @functools.cache

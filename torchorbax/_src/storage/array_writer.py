@@ -31,8 +31,8 @@ from torchorbax._src.storage.traffic import BATCH_BYTES, CHUNK_BYTES, Traffic
 from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
 
 _STACKED = 64
-"""The least number of small leaves of one layout that are copied by a program. It has to be compiled; fewer leaves are
-copied one by one, which takes longer, but keeps no training loop waiting."""
+"""The fewest small leaves of one layout that a program copies together. Fewer leaves are copied one by one: that takes
+longer on the saving thread, but needs no program to be compiled."""
 _LOCAL_BATCHES = 2
 """The number of transactions that are committed at once on a local disk. More would only slow the disk down."""
 
@@ -252,7 +252,7 @@ class _Batches:
 
 
 def _shares(array: Any) -> int:
-    """The number of devices that share the writing of a shard: all that hold it if an axis divides evenly, or one."""
+    """The number of devices that share the writing of a shard: all that hold it, or one if no axis divides evenly."""
     if isinstance(array, np.ndarray):
         return 1
     shard = array.sharding.shard_shape(array.shape)

@@ -70,7 +70,7 @@ class OrbaxStorage(RunFolder):
         """Write a step and commit it; see `Storage.write`."""
         folder = self._folder(step)
         try:
-            self._remove_rest(step)
+            self._remove_remains(step)
             if folder.exists():
                 reason = "somebody else has saved it meanwhile; is another run writing to this path?"
                 raise SaveError(step, self.path, reason)

@@ -1,7 +1,7 @@
 """The folder of a run, on a local disk or under a URI: finds, flushes, renames and deletes whole steps.
 
-A step must appear and disappear at once. On a local disk, a rename does that. Under a URI, a commit marker does, which
-is written last and deleted first.
+A step must appear and disappear as a whole. On a local disk, a rename does that. Under a URI, a commit marker does,
+which is written last and deleted first.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class RunFolder:
         """Is the entry a step under a URI without its commit marker?"""
         return self.is_uri and entry.name.isdecimal() and not (entry / COMMITTED).exists()
 
-    def _remove_rest(self, step: int) -> None:
+    def _remove_remains(self, step: int) -> None:
         """Delete what may be left of a step under a URI, before a step of the same number is saved."""
         if step in self._unremoved:
             self._delete_from_uri(self._folder(step))

@@ -1,4 +1,4 @@
-"""The steps of a run: what policies can ask about them, which are good, and which are deleted after a save."""
+"""The steps of a run: what policies are told about them, which are good, and which are deleted after a save."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Steps:
         info = self.infos[manifest.step]
         info.time, info.metrics, info.manifest = manifest.time, dict(manifest.metrics) or None, manifest
 
-    def know(self, manifest: Manifest) -> None:
+    def note_manifest(self, manifest: Manifest) -> None:
         """Note a manifest that has been read, so that it is not read again."""
         if manifest.step in self.infos:
             self.commit(manifest)
@@ -143,13 +143,13 @@ class Steps:
             dispose(step)
             self._damaged.remove(step)
 
-    def newest_whole_before(self, step: int) -> Manifest | None:
-        """The manifest of the newest good step other than `step`; None if one of its bases is missing."""
-        others = [other for other in self.good() if other in self.infos and other != step]
+    def newest_with_bases(self, saving: int) -> Manifest | None:
+        """The manifest of the newest good step, apart from the one that is being saved; None if it lacks a base."""
+        others = [other for other in self.good() if other in self.infos and other != saving]
         manifest = self.infos[others[-1]].manifest if others else None
         bases = set(self._storage.bases.steps())
-        whole = manifest and all(leaf.base in bases for leaf in manifest.frozen_leaves.values())
-        return manifest if whole else None
+        has_all = manifest and all(leaf.base in bases for leaf in manifest.frozen_leaves.values())
+        return manifest if has_all else None
 
     def retain(self, newest: int) -> list[int]:
         """Delete the steps that the policy does not preserve, after the newest step has been committed.

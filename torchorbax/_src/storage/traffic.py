@@ -9,8 +9,7 @@ from torchorbax.errors import ConfigError
 _LONGEST_TIMEOUT_S = 86_400
 
 CHUNK_BYTES = 64 << 20
-"""The size of the largest chunk. To read any part of a chunk, all of it is read; to write it, all of it is copied to
-the host."""
+"""The most bytes in a chunk. A chunk is always read whole, and always copied to the host whole to be written."""
 LEAST_HOST_BYTES = CHUNK_BYTES
 """The least `max_host_bytes`."""
 BATCH_BYTES = 128 << 20
@@ -24,7 +23,7 @@ class Traffic:
     Attributes:
         compressed: write with zstd, level 1. It takes several times as long, and hardly makes trained weights smaller.
         max_host_bytes: host memory for copies, per save or restore; at least one chunk (64 MiB).
-        all_replicas_write: each device that holds a shard writes its share of it; else the first one writes all of it.
+        all_replicas_write: each device that holds a shard writes a share of it; otherwise the first one writes it all.
         first_replica_reads: what is replicated over processes is read by the first replica alone, which sends it to the
             others (see `arrays.broadcast`).
         timeout_s: how long to wait for the storage under a URI, in seconds.

@@ -43,7 +43,6 @@ def zarr_metadata(dtype: np.dtype, shape: tuple[int, ...], chunks: tuple[int, ..
 @functools.cache
 def _metadata_of(dtype: str) -> dict[str, Any]:
     """The metadata that TensorStore itself writes for a dtype. Zarr has no names for bfloat16 and the like."""
-    database = ts.KvStore.open("memory://").result()
     spec = {"driver": "zarr", "kvstore": "memory://", "dtype": dtype, "metadata": {"shape": [1], "chunks": [1]}}
     context = ts.Context()
     ts.open(spec, create=True, context=context).result()

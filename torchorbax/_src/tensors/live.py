@@ -15,6 +15,8 @@ from torchorbax._src.arrays.leaves import Array, leaf_name
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax.errors import ConfigError, DeletedArrayError, UnsupportedLeafError
 
+_SUPPORTED_DTYPES = frozenset(TORCH_TO_NUMPY.values())
+
 
 def module_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The live tensors of `module.state_dict()`: parameters and persistent buffers, ties under each of their names."""
@@ -50,13 +52,13 @@ def live_array(name: str, leaf: Any) -> jax.Array | np.ndarray | torch.Tensor:
         UnsupportedLeafError: the leaf has no values, or no array can hold them bit for bit.
     """
     if isinstance(leaf, jax.Array):
-        if leaf.dtype not in _HOST_DTYPES:
+        if leaf.dtype not in _SUPPORTED_DTYPES:
             raise UnsupportedLeafError(name, f"jax dtype {leaf.dtype} is not supported")
         return leaf
     if torchax_tensors.is_torchax(leaf):
         return torchax_tensors.array_of(leaf)
     if isinstance(leaf, np.ndarray | np.generic):
-        if np.dtype(leaf.dtype) not in _HOST_DTYPES:
+        if np.dtype(leaf.dtype) not in _SUPPORTED_DTYPES:
             raise UnsupportedLeafError(name, f"numpy dtype {leaf.dtype} is not supported")
         return np.asarray(leaf)
     tensor: torch.Tensor = leaf
@@ -70,9 +72,6 @@ def live_array(name: str, leaf: Any) -> jax.Array | np.ndarray | torch.Tensor:
             name, f"tensors on {tensor.device} are not supported; move it to the CPU or to 'jax'"
         )
     return tensor
-
-
-_HOST_DTYPES = frozenset(TORCH_TO_NUMPY.values())
 
 
 def host_copy(array: np.ndarray | torch.Tensor) -> np.ndarray:

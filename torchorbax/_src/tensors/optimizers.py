@@ -63,11 +63,11 @@ class OptaxOptimizer:
         return {name: param for name, param in self.model.named_parameters() if name in made_for}
 
     def adopt(self, state: State, names: Iterable[str]) -> None:
-        """Take a state that was made for the parameters of these names."""
+        """Take over a state that was made for the parameters of these names."""
         self.state, self._made_for = state, tuple(names)
 
     def init(self) -> State:
-        """The state, made now if there is none yet, beside the parameters (those on the CPU count as on jax)."""
+        """The state. If there is none yet, it is made on the devices of the parameters; for CPU ones, the default."""
         if self.state is None:
             arrays = to_jax(self.params())
             shardings = self.state_shardings({name: array.sharding for name, array in arrays.items()})
@@ -82,7 +82,7 @@ class OptaxOptimizer:
         """The structure of a state: a pytree of `jax.ShapeDtypeStruct`. Nothing is allocated.
 
         Args:
-            names: of the parameters that it is for; None for those that are trained now.
+            names: the names of the parameters that the state is for; None for those that are trained now.
         """
         params = {
             name: jax.ShapeDtypeStruct(tuple(param.shape), live_dtype(param))
@@ -100,7 +100,7 @@ class OptaxOptimizer:
         params = dict(self.model.named_parameters())  # one that is frozen now may have been trained
         names: list[tuple[str, str | None]] = []
         for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
-            # The innermost: an outer one may be a label of multi_transform that has a parameter's name.
+            # The innermost entry that is a parameter's name: an outer one may be a label of optax.multi_transform.
             owner = next((entry for entry in reversed(path) if getattr(entry, "key", None) in params), None)
             rest = leaf_name(tuple(entry for entry in path if entry is not owner))
             param = None if owner is None else str(owner.key)
@@ -119,11 +119,11 @@ class OptaxOptimizer:
         shapes = {name: tuple(param.shape) for name, param in self._named(names).items()}
         if not params:
             raise ConfigError("the model has no parameter that requires a gradient, so there is nothing to optimise")
-        somewhere = next(iter(params.values()))
+        any_sharding = next(iter(params.values()))
         shardings = [
             state_sharding(tuple(leaf.shape), params[param], shapes[param])
             if param is not None
-            else replicated_like(somewhere)
+            else replicated_like(any_sharding)
             for leaf, (_, param) in zip(leaves, self.leaf_names(abstract), strict=True)
         ]
         return jax.tree.unflatten(structure, shardings)

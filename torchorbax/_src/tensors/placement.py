@@ -1,4 +1,4 @@
-"""Where live tensors should be, and moving them there without losing ties, identity or optimizer references."""
+"""Moves live tensors to jax devices, without losing ties, identity or optimizer references."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def place_optimizer_(optimizer: Optimizer) -> None:
 
 
 def check_placeable(module: torch.nn.Module, shardings: Shardings) -> None:
-    """See that what no checkpoint has, buffers that are not persistent, can be placed by the rules.
+    """Check that the rules can place the buffers that no checkpoint has, because they are not persistent.
 
     Raises:
         ConfigError, UnsupportedLeafError: as `place_`.

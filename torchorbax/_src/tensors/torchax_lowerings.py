@@ -1,4 +1,4 @@
-"""What torchax's tensors lack to be averaged as torch's are: shared memory, multi-tensor functions, use anywhere.
+"""Adds to torchax what averages of weights need: `detach()` that shares values, `torch._foreach_*`, use outside modes.
 
 torch's `AveragedModel` and timm's `ModelEma` write through `detach()` and `state_dict()`, use `torch._foreach_lerp_`,
 and are called between training steps, where no torchax mode is on.
@@ -69,7 +69,7 @@ _within_modes: Callable[..., Any] = Tensor.__torch_dispatch__
 def _anywhere(
     cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> Any:
-    """Computes outside torchax's modes, too, where no gradient is asked for."""
+    """`__torch_dispatch__` that also computes outside torchax's modes, as long as no gradient is needed."""
     tensors = [one for one in jax.tree.leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
     env = torchax.default_env()
     asks = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
@@ -98,7 +98,7 @@ def _foreach(name: str) -> Callable[..., Any]:
 
 
 def _own_memory(copy: Callable[..., Any]) -> Callable[..., Any]:
-    """`copy_` that shares no array: a training step would donate one, and with it the copy."""
+    """`copy_` whose target does not share the source's array: a training step that donates one would delete both."""
 
     def copy_(target: Any, source: Any, *others: Any, **options: Any) -> Any:
         result = copy(target, source, *others, env=torchax.default_env(), **options)
@@ -111,7 +111,7 @@ def _own_memory(copy: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _install() -> None:
-    """Register all this with torchax, whose environment is not made yet: it would draw its key from the seed of now."""
+    """Register all this with torchax, without making its environment, which would take a key from the current seed."""
     Tensor.detach = _detach
     Tensor.data = property(_data, _set_data)
     View.detach = _detach_view

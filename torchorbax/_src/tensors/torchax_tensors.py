@@ -1,4 +1,4 @@
-"""The few facts about torchax's tensors that we use."""
+"""What is used of torchax's tensors: the arrays behind them, their dtypes, reading outside modes, the random key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TENSORS = (Tensor, View)
 
 @functools.cache
 def can_hold(dtype: torch.dtype) -> bool:
-    """Can a torchax tensor have this dtype? Not all that a `jax.Array` and torch have in common."""
+    """Can a torchax tensor have this dtype? Some dtypes that JAX and torch share are missing in torchax."""
     try:
         return bool(mappings.j2t_dtype(jnp.dtype(mappings.t2j_dtype(dtype))) == dtype)
     except RuntimeError:
@@ -109,7 +109,7 @@ def become_torchax(tensor: torch.Tensor, array: jax.Array) -> torch.Tensor:
 
 def mark_as_parameter(tensor: torch.Tensor) -> None:
     """Make torch take a torchax tensor for a `Parameter`."""
-    tensor._is_param = True  # how torch tells one that is of a subclass of tensors
+    tensor._is_param = True  # how torch recognises a parameter whose type is another subclass of Tensor
 
 
 def rng_key() -> jax.Array:
