@@ -228,7 +228,7 @@ def summing_a_restore(processes: int, leaves: int, parts: int = 4) -> Found:
         for process in range(1, processes)
         for sums in [_some_sums(process)]
     ]
-    seconds = _processor_s(lambda: checked_read.added([[], *answers]))
+    seconds = _processor_s(lambda: checked_read.added_fingerprints([[], *answers]))
     size = len(json.dumps(answers[0]))
     return {"seconds": seconds, "bytes": size, "entries": processes * leaves * parts}
 

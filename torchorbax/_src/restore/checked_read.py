@@ -93,11 +93,11 @@ def _shared_fingerprints(arrays: Mapping[Key, Any], channel: Channel) -> dict[Ke
             [*key, {first: fingerprint.text(sums) for first, sums in parts().items()}] for key, parts in started.items()
         ]
 
-    found = channel.agree("fingerprints", sums_here, _added)
+    found = channel.agree("fingerprints", sums_here, added_fingerprints)
     return {(item, name): text for item, name, text in found}
 
 
-def _added(reports: Sequence[Sequence[Sequence[Any]]]) -> list[list[str]]:
+def added_fingerprints(reports: Sequence[Sequence[Sequence[Any]]]) -> list[list[str]]:
     """The fingerprints of shared leaves, from the sums of their parts: a list of `[item, name, fingerprint]`.
 
     Args:

@@ -35,7 +35,7 @@ class BackgroundSaver:
         self._path = path
         self._steps = steps
         self._writer = writer
-        # One thread for all saves: `submit` returns at once, while the start of a thread waits until it runs.
+        # One thread for all saves: `submit` returns at once, whereas to start a thread is to wait until it runs.
         self._executor = _new_executor()
         self._pid = os.getpid()
         self._in_flight: tuple[SaveRecord, Future[None]] | None = None
