@@ -207,12 +207,15 @@ class Campaign:
     seed: int
     reference: list[dict[str, Any]] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
+    life_s: float = 0.0  # how long the uninterrupted run has taken
 
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
         whole = self.folder / "reference"
         whole.mkdir(parents=True)
+        started_s = time.monotonic()
         status = self.life(whole)
+        self.life_s = time.monotonic() - started_s
         if status != 0:
             raise Failure(f"the uninterrupted run ended with {status}")
         self.reference = noted(whole / "steps")
@@ -268,7 +271,7 @@ class Campaign:
             status = self.life(self.run, moment, visits=1 if once_a_life else self.chance.choice([1, 1, 2, 3, 5]))
             how = moment
         else:
-            delay_s = self.chance.uniform(0.0, 2.5)
+            delay_s = self.chance.uniform(0.0, self.life_s)
             status = self.life(self.run, kill_after_s=delay_s)
             how = "at random"
         if status not in (0, -signal.SIGKILL):

@@ -134,7 +134,7 @@ def test_sigterm_saves_the_current_step_and_ends_the_loop(tmp_path: Path, run_py
             while process.stdout.readline().strip() != "20":
                 assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-            lines = process.stdout.read().splitlines()
+            lines = ["20", *process.stdout.read().splitlines()]
         returncode = process.wait(60)
         stderr.seek(0)
         err = stderr.read()
