@@ -8,6 +8,7 @@ TorchorbaxError
 ├── MismatchError            the checkpoint and the live objects differ; `.problems` has every difference
 ├── UnsupportedLeafError     a value that a checkpoint cannot hold, or a device cannot
 ├── DeletedArrayError        a live tensor whose buffer was donated to a jitted function
+├── OwnershipError           another program writes to the run, or has taken it over; `.owner` says who
 ├── ProcessError             other processes of the run have failed, left or are late; `.processes`, `.phase`
 ├── SaveError                a save failed; `.step` says which
 └── StorageError             the storage does not answer or refuses; `.path`
@@ -172,15 +173,46 @@ class DeletedArrayError(TorchorbaxError, RuntimeError):
 
 
 class StorageError(TorchorbaxError, OSError):
-    """The storage does not answer, or refuses. This says nothing about the checkpoints there.
+    """The storage does not answer, or refuses, or something is lacking. This says nothing about the checkpoints there.
 
     Attributes:
-        path: the run's URI.
+        path: the run's folder or URI.
+        reason: what the storage says.
     """
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: the storage does not answer or refuses: {reason}")
         self.path = path
+        self.reason = reason
+
+
+class OwnershipError(TorchorbaxError):
+    """Another program writes to the run, or has taken it over from this one.
+
+    Attributes:
+        path: the run's folder or URI.
+        owner: who does: its process, its host, and since when; empty if nobody does.
+    """
+
+    def __init__(self, path: str, reason: str, owner: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.owner = owner
+
+    @classmethod
+    def of_owner(cls, path: str, owner: str) -> OwnershipError:
+        """The error for a run that another program, which is alive, writes to."""
+        advice = (
+            "end that program first; or, to make it stop writing, open the run with takeover=True; "
+            "to look at its steps, open it with read_only=True"
+        )
+        return cls(path, f"{owner}, writes to this run; {advice}", owner)
+
+    @classmethod
+    def taken_over(cls, path: str, owner: str) -> OwnershipError:
+        """The error for a run that another program has taken over."""
+        reason = f"{owner}, has taken this run over; this process writes, commits and deletes nothing more there"
+        return cls(path, reason, owner)
 
 
 class ProcessError(TorchorbaxError, RuntimeError):

@@ -47,7 +47,18 @@ class MemoryStorage:
     def bases(self) -> MemoryStorage:
         return MemoryStorage(f"{self.path}/base")
 
-    def create(self) -> None: ...
+    epoch = 1
+
+    def create(self, *, takeover: bool = False) -> None: ...
+
+    def release(self) -> None: ...
+
+    def check_owned(self) -> None: ...
+
+    def is_own(self, step: int) -> bool:
+        return True
+
+    def check_files(self, manifest: Manifest, *, digests: bool) -> None: ...
 
     def check_visible(self) -> None: ...
 

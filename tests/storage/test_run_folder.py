@@ -18,7 +18,7 @@ import pytest
 import torchorbax
 from torch import nn
 from torchorbax import Checkpointer, ConfigError, SaveError, verify
-from torchorbax._src.storage import run_folder as _orbax_folder
+from torchorbax._src.storage import local_files
 
 from tests.helpers.fake_runs import weights
 from tests.helpers.programs import RunPython
@@ -45,17 +45,22 @@ def test_bad_paths(tmp_path: Path) -> None:
             torchorbax.resume(nn.Linear(1, 1), None, str(path))
 
 
-def test_leftovers_of_a_killed_run_are_removed_before_the_next_save(tmp_path: Path) -> None:
+def test_only_leftovers_of_this_run_are_removed_before_the_next_save(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    for leftover in ("3.orbax-checkpoint-tmp", ".torchorbax-deleted-1"):
-        (root / leftover).mkdir(parents=True)
-        (root / leftover / "data").write_text("x")
-    (root / "notes.txt").write_text("mine")
     with Checkpointer(str(root), {"w": weights()}) as run:
-        assert run.all_steps() == []
-        assert (root / "3.orbax-checkpoint-tmp").exists()
         run.save(0)
-    assert sorted(entry.name for entry in root.iterdir()) == ["0", "notes.txt"]
+    identity = (root / ".torchorbax-run").read_text()
+    mine = f".torchorbax-left-{identity}-1-0123abcd"
+    others = [".torchorbax-left-another-2-0123abcd", "3.orbax-checkpoint-tmp", "notes"]
+    for leftover in (mine, *others):
+        (root / leftover).mkdir()
+        (root / leftover / "data").write_text("x")
+    with Checkpointer(str(root), {"w": weights()}) as run:
+        assert run.all_steps() == [0]
+        assert (root / mine).exists()
+        run.save(1)
+    names = {entry.name for entry in root.iterdir()}
+    assert names == {"0", "1", ".torchorbax-run", ".torchorbax-owner", ".torchorbax-lock", *others}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +221,7 @@ def test_a_flush_that_fails(failing: str, tmp_path: Path, monkeypatch: pytest.Mo
             raise OSError(errno.EIO, "Input/output error", name)
         real(descriptor)
 
-    monkeypatch.setattr(_orbax_folder.os, "fsync", fsync)
+    monkeypatch.setattr(local_files.os, "fsync", fsync)
     with Checkpointer(str(tmp_path / "run"), {"x": {"a": jnp.ones(8)}}, rng=False, keep=1) as run:
         run.save(0, force=True)
         run.wait()
@@ -232,25 +237,25 @@ def test_a_flush_that_fails(failing: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_everything_is_flushed_before_an_older_step_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, flushed, deleted_after = os.fsync, set[str](), []
+    real, flushed, deleted_after = os.fsync, set[int](), []
     run = Checkpointer(str(tmp_path / "run"), state(), rng=False, keep=1)
     delete = run._main.storage.delete
 
     def fsync(descriptor: int) -> None:
-        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.add(os.fstat(descriptor).st_ino)
         real(descriptor)
 
     def note_and_delete(step: int) -> None:
         deleted_after.append(set(flushed))
         delete(step)
 
-    monkeypatch.setattr(_orbax_folder.os, "fsync", fsync)
+    monkeypatch.setattr(local_files.os, "fsync", fsync)
     monkeypatch.setattr(run._main.storage, "delete", note_and_delete)
     with run:
         save_and_wait(run, 0)
         save_and_wait(run, 1)
     everything = {
-        str(path) for path in [tmp_path / "run", tmp_path / "run" / "1", *(tmp_path / "run" / "1").rglob("*")]
+        path.stat().st_ino for path in [tmp_path / "run", tmp_path / "run" / "1", *(tmp_path / "run" / "1").rglob("*")]
     }
     assert len(deleted_after) == 1
     assert everything <= deleted_after[0]

@@ -22,10 +22,14 @@ FORMAT = 1
 ITEM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """The names that an item may have. An item's folder has the same name."""
 
+FileDigest = tuple[int, str]
+"""The size of a file in bytes, and the CRC-32C of its content in eight hexadecimal digits."""
+
 Residence = Literal["jax", "host"]
 
 _OMITTED = {"base": None, "weak_type": False}
 """Values that are not written, because most leaves have them."""
+_CRC32C = re.compile(r"[0-9a-f]{8}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 _MOST_DIMENSIONS = 64  # numpy's limit
 _MOST_BYTES = 1 << 62
@@ -106,6 +110,10 @@ class Manifest:
         parts: in a local tier of several processes, which part of which array a leaf holds, by item and leaf (see
             `save.local_tier`).
         origin: in a local tier, the run that saved the step, and which start of that run; else empty.
+        run: the identity of the run that saved the step; empty in steps of before runs had one.
+        epoch: how many owners the run had had by then (see `storage.ownership`).
+        files: the size in bytes and the CRC-32C, in hexadecimal, of every file of the step but the manifest itself and
+            the commit marker, by path; empty in steps of before that was noted.
         own: by number of the process, the SHA-256 of the file with that process's own state (see
             `format.per_process`); only for processes that have such a file.
     """
@@ -119,6 +127,9 @@ class Manifest:
     own: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     origin: str = ""
+    run: str = ""
+    epoch: int = 0
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
 
     @property
     def leaves(self) -> dict[Key, LeafMeta]:
@@ -139,7 +150,8 @@ class Manifest:
             )
             for name, item in self.items.items()
         }
-        return Manifest(base, self.time, {}, {name: item for name, item in items.items() if item.leaves}, self.versions)
+        with_leaves = {name: item for name, item in items.items() if item.leaves}
+        return Manifest(base, self.time, {}, with_leaves, self.versions, run=self.run, epoch=self.epoch)
 
     def with_fingerprints(self, fingerprints: Mapping[Key, str]) -> Manifest:
         """The manifest with these fingerprints by key. All other leaves keep theirs."""
@@ -192,6 +204,9 @@ class Manifest:
                 own,
                 parts,
                 str(content.get("origin", "")),
+                str(content.get("run", "")),
+                int(content.get("epoch", 0)),
+                {path: _file_digest(path, found) for path, found in content.get("files", {}).items()},
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
@@ -228,6 +243,14 @@ def _item_meta(name: str, content: Json) -> ItemMeta:
     for value in values.values() if isinstance(values, dict) and "$" not in values else [values]:
         decode(value, dict.fromkeys(leaves))
     return ItemMeta(str(content["kind"]), leaves, ties, values)
+
+
+def _file_digest(path: str, content: Json) -> FileDigest:
+    nbytes, crc32c = content
+    parts = path.split("/")
+    if type(nbytes) is not int or nbytes < 0 or not _CRC32C.fullmatch(crc32c) or {"", ".", ".."} & set(parts):
+        raise ValueError(f"the file {path[:200]!r} is described as {str(content)[:200]}")
+    return nbytes, crc32c
 
 
 def _leaf_meta(name: str, content: Json) -> LeafMeta:

@@ -79,6 +79,7 @@ class Checkpointer:
         rules, verify = rules_of(settings), settings.verify
         self._restorer = Restorer(self._items, rules, self._main, self._local, channel, verify=verify)
         # Where the run stands.
+        self._read_only = settings.read_only
         self._given = StepInput()
         self._closed = False
         self.step: int | None = None
@@ -256,11 +257,15 @@ class Checkpointer:
     def _end(self) -> None:
         at_exit.closed(self)
         self._saves.close()
+        for tier in self._tiers:
+            tier.storage.release()
         self._processes.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
+        if self._read_only:
+            raise ConfigError(f"{self.path} was opened with read_only=True, so nothing can be saved there")
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -305,8 +310,9 @@ def get_ready(run: Checkpointer) -> None:
     Raises:
         ConfigError: the checkpointer is closed.
     """
-    run._check_open()
-    run._saves.prepare()
+    if not run._read_only:
+        run._check_open()
+        run._saves.prepare()
 
 
 def listen_for_preemption(run: Checkpointer) -> None:

@@ -47,6 +47,10 @@ class RunOptions:
             an axis of slices, the one in the first slice). `"all"`: each of them writes an equal share.
         single_replica_restore: read what several processes hold only once, by the processes of the first replica, and
             send it to the others over the network between the devices.
+        read_only: only restore. Nothing is written, locked or deleted; another program may be writing to the run.
+        takeover: write to the run even if another program, which is alive, does. That program then writes and
+            deletes nothing more there. It is not needed if the other program has ended, or has shown no sign of life
+            for half a minute.
         storage_timeout_s: seconds for which requests to `gs://` are tried again before a save or a restore fails.
         barrier_timeout_s: seconds to wait for the other processes in one phase, before an error that names them.
         local: a fast folder on each host, such as `/dev/shm/run`, for saves that are more frequent than those under
@@ -70,6 +74,8 @@ class RunOptions:
     save_on_exception: bool = False
     replicas: Literal["first", "all"] = "first"
     single_replica_restore: bool = False
+    read_only: bool = False
+    takeover: bool = False
     storage_timeout_s: float = 300.0
     barrier_timeout_s: float = 600.0
     local: str | os.PathLike[str] | None = None
@@ -85,6 +91,8 @@ class RunOptions:
         check_staging(self.staging)
         rules_of(self)
         traffic_of(self)
+        if self.read_only and (self.takeover or self.local is not None):
+            raise ConfigError("read_only=True writes nothing, so it has no use for takeover= or local=")
         if self.local is not None and "://" in os.fspath(self.local):
             raise ConfigError(f"local must be a folder on each host, not {os.fspath(self.local)}")
 
@@ -103,6 +111,8 @@ class RunKeywords(TypedDict, total=False):
     save_on_exception: bool
     replicas: Literal["first", "all"]
     single_replica_restore: bool
+    read_only: bool
+    takeover: bool
     storage_timeout_s: float
     barrier_timeout_s: float
     local: str | os.PathLike[str] | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import time
@@ -77,8 +78,10 @@ def _open_main(
             )
     # Process 0 makes the folder; then all of them must see it.
     processes = channel.processes
-    channel.attempt("open", storage.create if processes.is_first else lambda: None)
-    channel.attempt("open", storage.check_visible)
+    if not options.read_only:
+        create = functools.partial(storage.create, takeover=options.takeover)
+        channel.attempt("open", create if processes.is_first else lambda: None)
+        channel.attempt("open", storage.check_visible)
     found = channel.first("steps", storage.steps)
     steps = Steps(storage, found, preservation_policy(options.keep))
     policy = save_policy(options.save)
@@ -88,24 +91,17 @@ def _open_main(
 def _open_local(
     path: str | os.PathLike[str], main: Tier, options: RunOptions, channel: Channel, notice: PreemptionNotice
 ) -> Tier:
-    """The fast tier, in a subfolder that only this process uses: several processes may share a machine."""
+    """The fast tier, in a subfolder of this run that only this process uses: several processes may share a machine."""
     processes = channel.processes
     several = processes.count > 1
-    storage = open_storage(os.path.join(path, f"process_{processes.index}"), traffic_of(options))
-    channel.attempt("open local", storage.create)
     # Steps are marked with the run, this start of it, and the number of processes. Only parts that all processes have
     # saved in the same start make up a whole step.
     run = channel.first("open local", main.storage.identity)
     start = channel.first("open local", lambda: uuid.uuid4().hex)
     origin = f"{run}/{start}/{processes.count}"
-    # Steps that another run has left in the folder are neither restored nor kept.
+    storage = open_storage(os.path.join(path, run, f"process_{processes.index}"), traffic_of(options))
+    channel.attempt("open local", functools.partial(storage.create, takeover=options.takeover))
     steps = Steps(storage, storage.steps(), preservation_policy(options.local_keep), keep_damaged=False)
-    for step in steps.good():
-        if steps.origin(step).partition("/")[0] != run:
-            _logger.warning(
-                "%s: step %d belongs to another run; the first save of this run deletes it", storage.path, step
-            )
-            steps.mark_damaged(step)
     # Each process writes as if there were no other, but all of them decide together when to save.
     writer = Writer(storage, steps, Processes(processes.timeout_s, index=0, count=1), origin=origin, localized=several)
     policy = save_policy(options.local_save)

@@ -150,7 +150,15 @@ class _StepWriting:
         items, known = self._numbered(summaries)
         metrics = {name: float(np.asarray(value)) for name, value in self._save.metrics.items()}
         self._manifest = Manifest(
-            self._step, self._save.time, metrics, items, _versions(), parts=mine.parts, origin=origin
+            self._step,
+            self._save.time,
+            metrics,
+            items,
+            _versions(),
+            parts=mine.parts,
+            origin=origin,
+            run=self._storage.identity(),
+            epoch=self._storage.epoch,
         )
         # What the other processes need to know of the manifest.
         written = [key for key in mine.arrays if key not in known]

@@ -27,6 +27,7 @@ from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.shards import HostShards, is_on_device, shards
 from torchorbax._src.arrays.stacks import GATHERED_BYTES, Stack, by_layout, can_be_stacked, in_programs
 from torchorbax._src.storage import gcs
+from torchorbax._src.storage.files_at import files_at
 from torchorbax._src.storage.traffic import BATCH_BYTES, CHUNK_BYTES, Traffic
 from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
 
@@ -85,26 +86,27 @@ def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic, pro
     return {name: started[name]() for name in names if name in started}
 
 
-def merge(folder: Any, traffic: Traffic) -> None:
+def merge(folder: str, traffic: Traffic) -> None:
     """Merge the databases that the processes have written into an item's folder into one. Their data files stay.
 
     Args:
-        folder: the item's folder, an `epath.Path`.
+        folder: the item's folder, local or a URI.
         traffic: how arrays are written.
 
     Raises:
         FileNotFoundError: no process has written anything.
     """
-    context, wait_s = context_of(str(folder), traffic), longest_wait_s(str(folder), traffic)
+    context, wait_s = context_of(folder, traffic), longest_wait_s(folder, traffic)
     options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.MERGE)
-    written = [entry for entry in folder.iterdir() if entry.name.startswith(ocdbt_process_spec.PROCESS_PREFIX)]
+    entries = files_at(folder, traffic.timeout_s).entries()
+    written = [entry.name for entry in entries if entry.name.startswith(ocdbt_process_spec.PROCESS_PREFIX)]
     if not written:
         raise FileNotFoundError(f"no array data in {folder}")
     transaction = ts.Transaction(atomic=True)
-    spec = tensorstore_utils.build_kvstore_tspec(folder.as_posix(), use_ocdbt=True, ocdbt_write_options=options)
+    spec = tensorstore_utils.build_kvstore_tspec(folder, use_ocdbt=True, ocdbt_write_options=options)
     whole = ts.KvStore.open(spec, context=context).result(wait_s).with_transaction(transaction)
-    for entry in written:
-        spec = tensorstore_utils.build_kvstore_tspec(entry.as_posix(), use_ocdbt=True)
+    for name in written:
+        spec = tensorstore_utils.build_kvstore_tspec(f"{folder}/{name}", use_ocdbt=True)
         part = ts.KvStore.open(spec, context=context).result(wait_s)
         part.experimental_copy_range_to(whole).result(wait_s)
     transaction.commit_async().result(wait_s)

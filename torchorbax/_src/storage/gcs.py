@@ -8,34 +8,21 @@ for half a minute. For a server that does not answer at all, gcsfs waits for eve
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import re
-from collections.abc import Iterator
+import uuid
 from typing import Any
 
 import tensorstore as ts
 
-from torchorbax.errors import ConfigError, StorageError, TorchorbaxError
+from torchorbax.errors import ConfigError
 
 _LONGEST_DELAY_S = 32.0
 """The longest delay between two retries."""
-PROBE = ".torchorbax-write-probe"
-"""A file that is written and deleted to check that it is permitted."""
+_FORBIDDEN = "#?[]*"
+"""Characters that gcsfs or TensorStore take for something else than a part of a name."""
 _LONGEST_LINE = 400
 """The length at which an error is cut. TensorStore appends the server's whole answer to its messages."""
-
-_NOT_ABOUT_DATA = (
-    "ABORTED",
-    "CANCELLED",
-    "DEADLINE_EXCEEDED",
-    "INTERNAL",
-    "PERMISSION_DENIED",
-    "RESOURCE_EXHAUSTED",
-    "UNAUTHENTICATED",
-    "UNAVAILABLE",
-)
-"""How messages of TensorStore begin that say nothing about the data. https://abseil.io/docs/cpp/guides/status-codes"""
 
 
 def is_uri(path: str) -> bool:
@@ -49,6 +36,8 @@ def check_supported(path: str) -> None:
         raise ConfigError(f"{path}: only local folders and gs:// are supported; mount other storage as a folder")
     if not path.removeprefix("gs://").split("/")[0]:
         raise ConfigError(f"{path}: there is no bucket in it; write gs://bucket/folder")
+    if found := [character for character in _FORBIDDEN if character in path]:
+        raise ConfigError(f"{path}: a name under gs:// cannot have the character {found[0]!r}; choose another")
     for module in ("gcsfs", "google.cloud.storage"):
         if not _installed(module):
             raise ConfigError(f"{path}: gs:// needs {module}: pip install 'torchorbax[gcs]'")
@@ -61,8 +50,8 @@ def _installed(module: str) -> bool:
         return False
 
 
-def prepare(path: str, timeout_s: float) -> None:
-    """Set a time limit on the requests of gcsfs, and switch off its cache of listings.
+def prepare(path: str, timeout_s: float) -> Any:
+    """Gcsfs's file system, with a time limit on its requests and without its cache of listings.
 
     The limit is for one request with all its retries. The cache never expires, so gcsfs would not see the steps that
     another process saves.
@@ -73,6 +62,9 @@ def prepare(path: str, timeout_s: float) -> None:
     Args:
         path: the URI, for the error.
         timeout_s: the limit, in seconds.
+
+    Returns:
+        The `GCSFileSystem`.
 
     Raises:
         ConfigError: there are no credentials.
@@ -93,6 +85,7 @@ def prepare(path: str, timeout_s: float) -> None:
         return await asyncio.wait_for(type(system)._request(system, *args, **kwargs), limit_s)
 
     system._request = request
+    return system
 
 
 def context(spec: dict[str, Any], timeout_s: float) -> ts.Context:
@@ -110,35 +103,6 @@ def context(spec: dict[str, Any], timeout_s: float) -> ts.Context:
         delay = min(2 * delay, _LONGEST_DELAY_S)
     limits = {"max_retries": retries, "initial_delay": f"{first:g}s", "max_delay": f"{_LONGEST_DELAY_S:g}s"}
     return ts.Context({**spec, "gcs_request_retries": limits})
-
-
-def is_unanswered(error: BaseException) -> bool:
-    """Does an error mean that the storage cannot be reached or refuses access? It then says nothing about the data."""
-    if isinstance(error, StorageError | TimeoutError | ConnectionError | asyncio.TimeoutError):
-        return True
-    package = type(error).__module__.partition(".")[0]
-    if package in ("aiohttp", "gcsfs", "google", "requests", "urllib3"):
-        return True
-    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError):
-        return error.errno is None  # gcsfs raises an OSError without errno when access is forbidden
-    return isinstance(error, ValueError | NotImplementedError) and str(error).startswith(_NOT_ABOUT_DATA)
-
-
-@contextlib.contextmanager
-def as_storage_error(path: str) -> Iterator[None]:
-    """Translate errors which mean that the storage under a URI does not answer. All other errors pass unchanged.
-
-    Raises:
-        StorageError: the storage does not answer.
-    """
-    try:
-        yield
-    except TorchorbaxError:
-        raise
-    except Exception as error:
-        if is_uri(path) and is_unanswered(error):
-            raise StorageError(path, error_line(error)) from error
-        raise
 
 
 def error_line(error: BaseException) -> str:
@@ -159,8 +123,9 @@ def check_access(path: str, timeout_s: float) -> None:
     spec = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/".lstrip("/")}
     try:
         store = ts.KvStore.open(spec, context=context({}, timeout_s)).result(timeout=timeout_s)
-        store.write(PROBE, b"").result(timeout=timeout_s)
-        store.delete_range(ts.KvStore.KeyRange(PROBE, PROBE + "\0")).result(timeout=timeout_s)
+        probe = f".torchorbax-probe-{uuid.uuid4().hex}"
+        store.write(probe, b"").result(timeout=timeout_s)
+        store.delete_range(ts.KvStore.KeyRange(probe, probe + "\0")).result(timeout=timeout_s)
     except Exception as error:  # TensorStore's errors have various types
         raise refused(path, error) from error
 

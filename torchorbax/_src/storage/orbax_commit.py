@@ -1,8 +1,8 @@
-"""Writes and commits one step as an Orbax checkpoint.
+"""Writes one step as an Orbax checkpoint.
 
-Orbax makes the folders, the metadata and the commit; `array_writer` writes the arrays. The order within a save is:
-Orbax creates the folders and calls the handlers below; the manifest's handler, which is the last, has the arrays
-written and then writes the manifest; Orbax has each item's data merged, and commits.
+Orbax makes the folders and the metadata; `array_writer` writes the arrays. The order within a save is: Orbax creates
+the folders and calls the handlers below; the manifest's handler, which is the last, has the arrays written; Orbax has
+each item's data merged, and writes the last of its metadata; then the caller writes the manifest and commits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Sharding
-from orbax.checkpoint._src.metadata import sharding as sharding_metadata  # private: Orbax has no public access to it
+from orbax.checkpoint._src.metadata import checkpoint as checkpoint_metadata  # private: Orbax has no public access
+from orbax.checkpoint._src.metadata import sharding as sharding_metadata
+from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath
 
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.format.manifest import Key, Manifest
@@ -29,19 +32,20 @@ from torchorbax._src.storage.traffic import Traffic
 
 
 def save(
-    folder: Any,
+    folder: str,
     leaves: Mapping[str, Mapping[str, Leaf]],
     traffic: Traffic,
     fill: Callable[[Folders], Manifest],
+    check: Callable[[], None],
 ) -> Manifest:
-    """Write a step and commit it. Only one process calls it, and Orbax is told that there is no other.
+    """Write a step without its manifest. Only one process calls it, and Orbax is told that there is no other.
 
     Args:
-        folder: the step's folder, an `epath.Path`.
+        folder: the folder of the step, which does not exist yet, or under a URI holds at most unimportant objects.
         leaves: by item, what Orbax's metadata says about the arrays.
         traffic: how arrays are written.
-        fill: writes all arrays into the item's folders, which exist, and returns the manifest. When it returns, nothing
-            but the manifest and the commit is missing.
+        fill: writes all arrays into the items' folders, which exist, and returns the manifest.
+        check: called before what other programs might write, too, is written. It raises if they may.
 
     Returns:
         The manifest that `fill` has returned.
@@ -51,17 +55,16 @@ def save(
     manifests: list[Manifest] = []
 
     # The last handler calls this, when all folders exist.
-    def content() -> Any:
+    def content() -> None:
         for item, by_name in shardings.items():
             _write_shardings(folders[item], by_name)
         manifests.append(fill(folders))
-        return manifests[0].to_json()
 
     # Handlers, which believe that there are no other processes.
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
     handlers: dict[str, Any] = {
-        item: _item_handler(item, folders, shardings.setdefault(item, {}), traffic, alone) for item in leaves
+        item: _item_handler(item, folders, shardings.setdefault(item, {}), traffic, alone, check) for item in leaves
     }
     handlers[MANIFEST] = _manifest_handler(content, folders, alone)
     # The save itself. `content` needs the folders to exist, so they are not created in the background.
@@ -71,17 +74,31 @@ def save(
     )
     args = {item: ocp.args.PyTreeSave(dict(tree)) for item, tree in leaves.items()}
     with _Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave({})}))
+        checkpointer.save(epath.Path(folder), args=ocp.args.Composite(**args, **{MANIFEST: ocp.args.JsonSave({})}))
     return manifests[0]
 
 
 class _Checkpointer(ocp.Checkpointer):  # type: ignore[misc]  # Orbax is untyped
+    def get_temporary_path(self, directory: Any) -> Any:
+        """The folder that Orbax writes into: the one that it was given."""
+        return _Folder(directory, directory, checkpoint_metadata_store=self._metadata_store)
+
     def synchronize_next_awaitable_signal_operation_id(self) -> None:
         """Do not count this save among Orbax's operations.
 
         Orbax counts the operations in each process, and the counts must agree in all processes. But these saves run in
         process 0 alone. Besides, of two saves at the same time, each would take the newest number for its own.
         """
+
+
+class _Folder(CommitFileTemporaryPath):  # type: ignore[misc]  # Orbax is untyped
+    """Leaves the commit to the caller. Orbax would rename a folder onto a step of somebody else without a word."""
+
+    async def finalize(self) -> None:
+        """Write the last of Orbax's metadata: the time of the commit."""
+        self._checkpoint_metadata_store.update(
+            file_path=checkpoint_metadata.step_metadata_file_path(self._tmp_path), commit_timestamp_nsecs=time.time_ns()
+        )
 
 
 @dataclass(frozen=True)
@@ -172,6 +189,7 @@ def _item_handler(
     shardings: dict[str, Sharding],
     traffic: Traffic,
     processes: ocp.options.MultiprocessingOptions,
+    check: Callable[[], None],
 ) -> ocp.PyTreeCheckpointHandler:
     handlers = [
         (kind, _LeafHandler(typestr, item, folders, shardings))
@@ -182,16 +200,21 @@ def _item_handler(
     handler = ocp.PyTreeCheckpointHandler(
         use_compression=traffic.compressed, type_handler_registry=registry, multiprocessing_options=processes
     )
+
     # Orbax's own method finds the files to merge with a glob. If the path has a `[`, the glob matches nothing, and no
     # error is raised. Under a URI, it retries for a quarter of an hour.
-    handler.finalize = lambda directory: array_writer.merge(directory, traffic)
+    def finalize(directory: Any) -> None:
+        check()
+        array_writer.merge(str(directory), traffic)
+
+    handler.finalize = finalize
     return handler
 
 
 def _manifest_handler(
-    content: Callable[[], Any], folders: dict[str, str], processes: ocp.options.MultiprocessingOptions
+    content: Callable[[], None], folders: dict[str, str], processes: ocp.options.MultiprocessingOptions
 ) -> ocp.JsonCheckpointHandler:
-    """A handler that writes JSON which is known only after everything else has been written.
+    """A handler of JSON that has the content of the step written, and leaves its own file to the caller.
 
     It is an instance of Orbax's own class, with one method replaced, because Orbax's metadata names the class that
     reads the item.
@@ -200,22 +223,21 @@ def _manifest_handler(
 
     async def async_save(directory: Any, args: Any) -> list[Any]:
         folders[MANIFEST] = str(directory)
-        return [_ManifestWrite(directory / "metadata", content)]
+        return [_ContentWrite(content)]
 
     handler.async_save = async_save
     return handler
 
 
 @dataclass(frozen=True)
-class _ManifestWrite:
-    """The future of the manifest's write. The write happens when Orbax waits for it.
+class _ContentWrite:
+    """The future of the writing of the content. It is written when Orbax waits for it.
 
     Orbax waits for the items in their order, and the manifest is the last one.
     """
 
-    file: Any
-    content: Callable[[], Any]
+    content: Callable[[], None]
 
     def result(self, timeout: int | None = None) -> None:
-        """Write the manifest."""
-        self.file.write_text(json.dumps(self.content()))
+        """Write the content."""
+        self.content()

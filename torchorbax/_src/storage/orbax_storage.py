@@ -6,18 +6,16 @@ JSON item `manifest`. The errors of Orbax, TensorStore and the file system are t
 
 from __future__ import annotations
 
-import errno
+import dataclasses
 import functools
 import importlib.metadata
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, TypeVar
 
-import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Sharding
 
 from torchorbax._src.arrays import fingerprint
@@ -25,17 +23,36 @@ from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
 from torchorbax._src.arrays.fingerprint import Sums
 from torchorbax._src.arrays.leaves import Array, put
 from torchorbax._src.format import per_process
-from torchorbax._src.format.manifest import Key, LeafMeta, Manifest, by_base
+from torchorbax._src.format.manifest import FileDigest, Key, LeafMeta, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage import array_reader, array_writer, gcs, orbax_commit
-from torchorbax._src.storage.run_folder import BASE, COMMITTED, MANIFEST, RunFolder, few, with_storage_errors
+from torchorbax._src.storage.damage import is_proof_of_damage
+from torchorbax._src.storage.files_at import files_at
+from torchorbax._src.storage.run_folder import (
+    BASE,
+    COMMITTED,
+    MANIFEST,
+    MANIFEST_FILE,
+    MOST_MANIFEST_BYTES,
+    RunFolder,
+    few,
+)
 from torchorbax._src.storage.storage import Folders
 from torchorbax._src.storage.traffic import Traffic
-from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, SaveError
+from torchorbax.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    OwnershipError,
+    SaveError,
+    StorageError,
+    TorchorbaxError,
+)
+
+Result = TypeVar("Result")
+
+_logger = logging.getLogger(__name__)
 
 VERSION = importlib.metadata.version("orbax-checkpoint")
-
-_MOST_METADATA_BYTES = 1 << 30  # a million leaves take less than half of that
 
 
 class OrbaxStorage(RunFolder):
@@ -44,23 +61,29 @@ class OrbaxStorage(RunFolder):
     Args:
         path: a folder or a `gs://` URI. A relative path is resolved now, against the current folder.
         traffic: how arrays are written and read.
+        parent: for the bases of a run, the run.
 
     Raises:
         ConfigError: the path cannot name a run, or its file system needs an extra of torchorbax.
     """
 
-    def __init__(self, path: str | os.PathLike[str], traffic: Traffic = Traffic()) -> None:  # noqa: B008  # immutable
-        super().__init__(path, traffic.timeout_s)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        traffic: Traffic = Traffic(),  # noqa: B008  # immutable
+        parent: OrbaxStorage | None = None,
+    ) -> None:
+        super().__init__(path, traffic.timeout_s, parent)
         self._traffic = traffic
 
     @functools.cached_property
     def bases(self) -> OrbaxStorage:
-        """Where the run keeps its frozen parameters. Always the same object, because it remembers failed deletions."""
-        return OrbaxStorage(f"{self.path}/{BASE}", self._traffic)
+        """Where the run keeps its frozen parameters. Always the same object, because it shares the run's owner."""
+        return OrbaxStorage(f"{self.path}/{BASE}", self._traffic, parent=self)
 
     def remove_leftovers(self) -> None:
         """Delete what interrupted saves and deletions have left behind, in the run and its bases."""
-        if (self._root / BASE).exists():
+        if self._parent is None:
             self.bases.remove_leftovers()
         super().remove_leftovers()
 
@@ -68,22 +91,77 @@ class OrbaxStorage(RunFolder):
 
     def write(self, step: int, arrays: Mapping[Key, Array], fill: Callable[[Folders], Manifest]) -> Manifest:
         """Write a step and commit it; see `Storage.write`."""
-        folder = self._folder(step)
+        folder = str(step) if self.is_uri else self._leftover(step)
         try:
-            self._remove_remains(step)
-            if folder.exists():
-                reason = "somebody else has saved it meanwhile; is another run writing to this path?"
-                raise SaveError(step, self.path, reason)
-            manifest = orbax_commit.save(folder, orbax_commit.described(arrays), self._traffic, fill)
-            self._make_durable(folder)
+            self._prepare(step)
+            full = f"{self.path}/{folder}"
+            described = orbax_commit.described(arrays)
+            manifest = orbax_commit.save(full, described, self._traffic, fill, self.check_owned)
+            manifest = dataclasses.replace(manifest, files=_of_step(self.files.digests(folder)))
+            self.files.create(f"{folder}/{MANIFEST_FILE}", json.dumps(manifest.to_json()).encode())
+            self._commit(step, folder)
         except SaveError:
             raise
         except Exception as error:
-            self._remove_failed(step, error)
-            reason = gcs.error_line(error) if self.is_uri else f"{type(error).__name__}: {error}"
-            raise SaveError(step, self.path, reason) from error
-        self._remove_unremoved()
+            self._remove_failed(folder, error)
+            raise SaveError(step, self.path, _reason(error, cut=self.is_uri)) from error
         return manifest
+
+    def _prepare(self, step: int) -> None:
+        """Check that a step can be written, and note under a URI that it is."""
+        name = str(step)
+        in_the_way = self.files.exists(name)
+        if in_the_way and self.is_uri and name in self._leftovers():
+            self.remove_leftovers()
+            in_the_way = self.files.exists(name)
+        if in_the_way:
+            raise self._in_the_way(step)
+        if self.is_uri:
+            self._begin(name)
+        else:
+            self.check_owned()
+
+    def _in_the_way(self, step: int) -> SaveError:
+        reason = (
+            "somebody else has saved it meanwhile, or put something there; is another run writing to this path? "
+            f"If not, move {self.path}/{step} away"
+        )
+        return SaveError(step, self.path, reason)
+
+    def _commit(self, step: int, folder: str) -> None:
+        """Make a step that is complete durable, and have it listed."""
+        if self.is_uri:
+            self.check_owned()
+            self.files.create(f"{step}/{COMMITTED}", self._ownership.token.encode())
+            self._finish(folder)
+            return
+        self.files.flush(folder)
+        self.check_owned()
+        try:
+            self.files.move(folder, str(step))
+        except FileExistsError as error:
+            raise self._in_the_way(step) from error
+        try:
+            self.files.flush_names()
+        except StorageError:  # after a loss of power it might be gone, so it must not count
+            self.files.move(str(step), folder)
+            raise
+
+    def _remove_failed(self, folder: str, error: Exception) -> None:
+        """Delete what a failed save has written; it may have failed because there was no space left.
+
+        If it failed because the storage under a URI does not answer, that waits until the next deletion of leftovers:
+        now it would take as long as the save did.
+        """
+        if isinstance(error, OwnershipError) or (self.is_uri and isinstance(error, StorageError)):
+            return
+        try:
+            if self.is_uri:
+                self.remove_leftovers()
+            else:
+                self.files.delete_folder(folder)
+        except (StorageError, OwnershipError) as failure:
+            _logger.warning("%s: what was written of %s could not be removed: %s", self.path, folder, failure)
 
     def write_arrays(self, folders: Folders, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Sums]:
         """Write one process's shards of the arrays of a step; see `Storage.write_arrays`."""
@@ -105,12 +183,11 @@ class OrbaxStorage(RunFolder):
     def write_process_items(self, folders: Folders, items: Mapping[str, HostItem], process: int) -> str:
         """Write the file with one process's own state; returns its SHA-256, for the manifest."""
         text = per_process.to_text(items)
-        (epath.Path(folders[MANIFEST]) / _process_file(process)).write_text(text)
+        files_at(folders[MANIFEST], self._traffic.timeout_s).write(_process_file(process), text.encode())
         return per_process.digest_of(text)
 
     # Reading.
 
-    @with_storage_errors
     def as_seen_by(self, manifest: Manifest, process: int) -> tuple[Manifest, dict[str, HostItem]]:
         """A step from the point of view of one process; see `Source.as_seen_by`.
 
@@ -119,46 +196,67 @@ class OrbaxStorage(RunFolder):
         """
         if str(process) not in manifest.own:
             return manifest, {}
-        with self._as_corrupt(manifest.step):
-            text = (self._folder(manifest.step) / MANIFEST / _process_file(process)).read_text()
+
+        def read() -> tuple[Manifest, dict[str, HostItem]]:
+            path = f"{manifest.step}/{MANIFEST}/{_process_file(process)}"
+            text = self.files.read(path, MOST_MANIFEST_BYTES).decode()
             if per_process.digest_of(text) != manifest.own[str(process)]:
                 raise ValueError(f"{_process_file(process)} is not what was written: its SHA-256 differs")
             own = per_process.from_text(text)
             return per_process.as_seen_by(manifest, own), own
 
-    @with_storage_errors
+        return self._read_twice(manifest.step, read)
+
     def manifest(self, step: int) -> Manifest:
         """The manifest of a step.
 
         Raises:
             CheckpointNotFoundError: there is no such step.
-            CorruptCheckpointError: the step exists, but its manifest is missing or unreadable.
+            CorruptCheckpointError: the step exists, but its manifest is missing or damaged.
+            StorageError: it could not be read.
         """
-        folder = self._folder(step)
-        if not ((folder / COMMITTED) if self.is_uri else folder).exists():
+        if not self._is_there(step):
             raise CheckpointNotFoundError(self.path, step, self.steps())
-        with self._as_corrupt(step):
-            self._check_whole(folder)
-            manifest = Manifest.from_json(json.loads((folder / MANIFEST / "metadata").read_text()))
+
+        def read() -> Manifest:
+            try:
+                content = self.files.read(f"{step}/{MANIFEST_FILE}", MOST_MANIFEST_BYTES)
+            except FileNotFoundError:
+                inside = sorted(entry.name for entry in self.files.entries(str(step)))
+                if not inside:
+                    raise ValueError("the folder is empty") from None
+                raise ValueError(
+                    "it has no manifest, so it is half deleted or was not written by torchorbax (there is "
+                    f"{few(inside)})"
+                ) from None
+            manifest = Manifest.from_json(json.loads(content))
             if manifest.step != step:
                 raise ValueError(f"its manifest is that of step {manifest.step}")
             return manifest
 
-    def _check_whole(self, folder: Any) -> None:
-        """Raise ValueError if the folder has no manifest, or metadata that is too large to be read."""
-        if not (folder / MANIFEST).exists():
-            inside = sorted(entry.name for entry in folder.iterdir())
-            if not inside:
-                raise ValueError("the folder is empty")
-            raise ValueError(
-                f"it has no manifest, so it is half deleted or was not written by torchorbax (there is {few(inside)})"
-            )
-        for name in (f"{MANIFEST}/metadata", *(f"{item.name}/_METADATA" for item in folder.iterdir())):
-            file = folder / name
-            if file.exists() and file.stat().length > _MOST_METADATA_BYTES:
-                raise ValueError(f"{name} has {file.stat().length} bytes; metadata has {_MOST_METADATA_BYTES} at most")
+        return self._read_twice(step, read)
 
-    @with_storage_errors
+    def _is_there(self, step: int) -> bool:
+        """Is there a step of this number, whole or damaged?"""
+        return self.files.exists(f"{step}/{COMMITTED}" if self.is_uri else str(step))
+
+    def check_files(self, manifest: Manifest, *, digests: bool) -> None:
+        """Compare the files of a step with its manifest; see `Source.check_files`."""
+
+        def check() -> None:
+            expected = manifest.files
+            found: dict[str, Any] = self.files.digests(folder) if digests else self.files.sizes(folder)
+            wrong = [
+                f"{path} is missing" if path not in found else f"{path} has {found[path]}, but was written with {what}"
+                for path, digest in expected.items()
+                if found.get(path) != (what := digest if digests else digest[0])
+            ]
+            if wrong:
+                raise ValueError(few(wrong))
+
+        folder = str(manifest.step)
+        self._read_twice(manifest.step, check)
+
     def read(
         self,
         step: int,
@@ -173,7 +271,7 @@ class OrbaxStorage(RunFolder):
             if base is None:
                 arrays |= self._read(step, leaves, part, when_read)
                 continue
-            if not self.bases._folder(base).exists():
+            if not self.bases._is_there(base):
                 reason = f"base/{base}, which has its frozen parameters, is missing; copy it together with the step"
                 raise CorruptCheckpointError(self.path, {step: reason})
             try:
@@ -202,32 +300,42 @@ class OrbaxStorage(RunFolder):
                 if not leaves[item, name].is_empty
             }
             then = None if when_read is None else functools.partial(_called, when_read, item)
+            path = f"{self.path}/{step}/{item}"
+            read = functools.partial(array_reader.read, path, wanted, self._traffic, then)
             try:
-                read = array_reader.read(f"{self._folder(step)}/{item}", wanted, self._traffic, then) if wanted else {}
+                found = self._read_twice(step, read) if wanted else {}
             except _CallerError as error:
                 raise error.error from None
-            except Exception as error:  # on damaged files, TensorStore and the file system raise errors of any type
-                if _is_shortage(error) or (self.is_uri and gcs.is_unanswered(error)):
-                    raise
-                reasons.append(f"item {item}: {gcs.error_line(error)}")
+            except CorruptCheckpointError as error:
+                reasons.append(f"item {item}: {error.reasons[step]}")
                 continue
             for name, target in of_item.items():
-                arrays[item, name] = read[name] if name in read else _empty(leaves[item, name], target)
+                arrays[item, name] = found[name] if name in found else _empty(leaves[item, name], target)
         if reasons:
             raise CorruptCheckpointError(self.path, {step: "; ".join(reasons)})
         return arrays
 
-    @contextmanager
-    def _as_corrupt(self, step: int) -> Iterator[None]:
-        """Translate errors into CorruptCheckpointError, except those that say nothing about the step's files."""
-        try:
-            yield
-        except (CheckpointNotFoundError, CorruptCheckpointError):
-            raise
-        except Exception as error:  # on damaged files, Orbax, TensorStore and the file system raise errors of any type
-            if _is_shortage(error) or (self.is_uri and gcs.is_unanswered(error)):
+    def _read_twice(self, step: int, read: Callable[[], Result]) -> Result:
+        """Read something of a step. Only what is wrong twice is damage.
+
+        Raises:
+            CorruptCheckpointError: the files are proved to be wrong.
+            StorageError: they could not be read, which says nothing about them.
+        """
+        for attempt in range(2):
+            try:
+                return read()
+            except (TorchorbaxError, _CallerError):
                 raise
-            raise CorruptCheckpointError(self.path, {step: gcs.error_line(error)}) from error
+            except Exception as error:  # on damaged files, TensorStore raises errors of many types
+                if not is_proof_of_damage(error):
+                    if isinstance(error, OSError | ValueError | RuntimeError | NotImplementedError):
+                        raise StorageError(self.path, f"step {step}: {gcs.error_line(error)}") from error
+                    raise
+                if attempt:
+                    raise CorruptCheckpointError(self.path, {step: gcs.error_line(error)}) from error
+                _logger.info("%s: step %d is read again: %s", self.path, step, gcs.error_line(error))
+        raise AssertionError  # the second attempt returns or raises
 
 
 class _CallerError(Exception):
@@ -244,18 +352,23 @@ def _called(when_read: Callable[[Key, Any], object], item: str, name: str, array
         raise _CallerError(error) from error
 
 
+def _reason(error: Exception, *, cut: bool) -> str:
+    """Why a step could not be written; cut to one line of bounded length if it comes from a server."""
+    if isinstance(error, StorageError):
+        return error.reason
+    if isinstance(error, OwnershipError):
+        return str(error)
+    return gcs.error_line(error) if cut else f"{type(error).__name__}: {error}"
+
+
 def _process_file(process: int) -> str:
     """The name of the file with a process's own state, in the manifest's folder."""
     return f"process_{process}"
 
 
-def _is_shortage(error: Exception) -> bool:
-    """Is the reason that this process lacks memory or file descriptors? Then the files may be good."""
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))
-        or (isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
-    )
+def _of_step(found: dict[str, FileDigest]) -> dict[str, FileDigest]:
+    """The files of a step that its manifest lists."""
+    return {path: digest for path, digest in sorted(found.items()) if path not in (MANIFEST_FILE, COMMITTED)}
 
 
 def _empty(meta: LeafMeta, target: Sharding | None) -> Array:

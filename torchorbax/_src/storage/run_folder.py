@@ -1,54 +1,54 @@
-"""The folder of a run, on a local disk or under a URI: finds, flushes, renames and deletes whole steps.
+"""The folder of a run, on a local disk or under a URI: finds, renames and deletes whole steps.
 
 A step must appear and disappear as a whole. On a local disk, a rename does that. Under a URI, a commit marker does,
 which is written last and deleted first.
+
+Nothing is deleted because of its name alone. A step belongs to the run if its manifest has the run's identity. What an
+interrupted save or deletion has left behind has that identity in its name on a local disk, and is on the owner's list
+of unfinished folders under a URI.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-from etils import epath
-from orbax.checkpoint.path import step as orbax_steps
 
 from torchorbax._src.storage import gcs
-from torchorbax.errors import CheckpointNotFoundError, ConfigError
+from torchorbax._src.storage.files import Entry, Files
+from torchorbax._src.storage.gcs_files import GcsFiles
+from torchorbax._src.storage.local_files import LocalFiles
+from torchorbax._src.storage.owner_records import GcsRecord, LocalRecord
+from torchorbax._src.storage.ownership import Ownership, Record
+from torchorbax.errors import CheckpointNotFoundError, ConfigError, StorageError
 
 MANIFEST = "manifest"
 """The name of the item that holds a step's manifest."""
+MANIFEST_FILE = f"{MANIFEST}/metadata"
+"""The manifest's file, below a step's folder."""
 BASE = "base"
 """The subfolder with the run's bases, which hold its frozen parameters."""
 COMMITTED = "commit_success.txt"
 """The commit marker of a step under a URI. Orbax's name for it."""
+MOST_MANIFEST_BYTES = 1 << 30
+"""No manifest is larger: a million leaves take less than half of that."""
 
-_NAMES = orbax_steps.standard_name_format()
 _IDENTITY = ".torchorbax-run"
 _DAMAGED = ".torchorbax-damaged"
-_DELETED = ".torchorbax-deleted"
-_TEMPORARY = ".orbax-checkpoint-tmp"
+_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it is writing
+_LEFTOVER = ".torchorbax-left-"
+_PROBE = ".torchorbax-probe-"
+_OF_A_STEP = ("_CHECKPOINT_METADATA", MANIFEST, COMMITTED)
+_OF_AN_ITEM = ("_METADATA", "manifest.ocdbt", "d", "metadata")
 
 _logger = logging.getLogger(__name__)
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def with_storage_errors(method: Method) -> Method:
-    """A decorator for methods of `RunFolder`: they raise StorageError if the storage does not answer."""
-
-    @functools.wraps(method)
-    def translated(self: RunFolder, *args: Any, **kwargs: Any) -> Any:
-        with gcs.as_storage_error(self.path):
-            return method(self, *args, **kwargs)
-
-    return translated  # type: ignore[return-value]
 
 
 class RunFolder:
@@ -57,6 +57,7 @@ class RunFolder:
     Args:
         path: a folder or a `gs://` URI. A relative path is resolved now, against the current folder.
         timeout_s: how long to wait for the storage under a URI.
+        parent: for the bases of a run, the folder of the run, which has the same owner and identity.
 
     Raises:
         ConfigError: the path cannot name a run, or its file system needs an extra of torchorbax.
@@ -64,215 +65,262 @@ class RunFolder:
     Attributes:
         path: the absolute path or URI.
         is_uri: is the folder under a URI, and not on a local disk?
+        files: the files below the path.
     """
 
-    def __init__(self, path: str | os.PathLike[str], timeout_s: float) -> None:
+    def __init__(self, path: str | os.PathLike[str], timeout_s: float, parent: RunFolder | None = None) -> None:
         self.path = _absolute(path)
         self.is_uri = gcs.is_uri(self.path)
         self._timeout_s = timeout_s
-        self._root = epath.Path(self.path)
-        self._unremoved: set[int] = set()  # steps that may be half written or half deleted under a URI
+        self._parent = parent
+        self.files: Files
+        record: Record
         if self.is_uri:
-            gcs.prepare(self.path, timeout_s)
+            objects = GcsFiles(self.path, timeout_s)
+            self.files, record = objects, GcsRecord(objects)
+        else:
+            folders = LocalFiles(self.path)
+            self.files, record = folders, LocalRecord(folders)
+        self._ownership: Ownership = parent._ownership if parent is not None else Ownership(self.path, record)
+        if parent is None:
+            # A run that is dropped without being closed must not keep others out.
+            weakref.finalize(self, self._ownership.release).atexit = False
+
+    # The run.
 
     def check(self) -> None:
         """Raise ConfigError if the path is a file, or a folder that holds other things than a run."""
         with _as_config_error(self.path):
-            if not self._root.exists():
-                return
-            if not self._root.is_dir():
+            if not self.is_uri and os.path.exists(self.path) and not os.path.isdir(self.path):
                 raise ConfigError(f"{self.path} is a file; a run needs a folder")
-            entries = [entry for entry in self._root.iterdir() if not entry.name.startswith(".")]
-        if entries and not any(_belongs_to_run(entry) for entry in entries):
+            found = self.files.entries()
+            entries = [entry for entry in found if not entry.name.startswith(".")]
+            strangers = {entry.name for entry in entries if _is_step(entry.name) and not self._may_be_step(entry)}
+            is_run = any(_belongs_to_run(entry.name) and entry.name not in strangers for entry in found)
+        if entries and not is_run:
             names = sorted(entry.name for entry in entries)
             raise ConfigError(
                 f"{self.path} holds no run but other things ({few(names)}); choose a folder that is new or empty"
             )
+        if strangers:
+            raise ConfigError(
+                f"{self.path} holds a run, but there are other things under names of steps ({few(sorted(strangers))}); "
+                "move them away"
+            )
 
-    def create(self) -> None:
-        """Create the folder and check that it can be written to.
+    def _may_be_step(self, entry: Entry) -> bool:
+        """Is there a step, whole or damaged, under a name that is a number? An empty folder may be one, too."""
+        if entry.kind != "folder":
+            return False
+        inside = self.files.entries(entry.name)
+        return not inside or any(
+            name in _OF_A_STEP or any(below.name in _OF_AN_ITEM for below in self.files.entries(f"{entry.name}/{name}"))
+            for name, _ in inside
+        )
+
+    def create(self, *, takeover: bool = False) -> None:
+        """Create the folder, check that it can be written to, and become its owner.
+
+        Args:
+            takeover: also if another program is the owner, which then writes and deletes nothing more.
 
         Raises:
             ConfigError: it cannot be written to, is a file, or holds other things than a run.
+            OwnershipError: another program is the owner.
         """
         self.check()
+        probe = f"{_PROBE}{uuid.uuid4().hex}"
         with _as_config_error(self.path):
-            self._root.mkdir(parents=True, exist_ok=True)
-            probe = self._root / gcs.PROBE
-            probe.write_text("")
-            probe.unlink()
+            if not self.is_uri:
+                os.makedirs(self.path, exist_ok=True)
+            self.files.write(probe, b"")
+            self.files.delete_file(probe)
         if self.is_uri:
             gcs.check_access(self.path, self._timeout_s)
+        self._ownership.acquire(takeover=takeover)
+
+    def release(self) -> None:
+        """Let the run go, so that the next program need not wait. Nothing can be written afterwards."""
+        self._ownership.release()
+
+    def check_owned(self) -> None:
+        """Raise OwnershipError if another program has taken the run over."""
+        self._ownership.check()
+
+    @property
+    def epoch(self) -> int:
+        """How many owners the run has had, this one included."""
+        return self._ownership.epoch
 
     def identity(self) -> str:
         """A unique name of this run, the same whatever its path. It is made the first time that it is asked for."""
-        file = self._root / _IDENTITY
-        if not file.exists():
-            file.write_text(uuid.uuid4().hex)
-        return str(file.read_text())
+        return self._identity if self._parent is None else self._parent.identity()
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        try:
+            return self.files.read(_IDENTITY, 1 << 10).decode()
+        except FileNotFoundError:
+            # Somebody may have copied the steps without the hidden files: then they say which run it is.
+            runs = {run for step in self.steps() if (run := self._run_of(step))}
+            identity = runs.pop() if len(runs) == 1 else uuid.uuid4().hex
+            try:
+                self.files.create(_IDENTITY, identity.encode())
+            except FileExistsError:
+                return self.files.read(_IDENTITY, 1 << 10).decode()
+            return identity
 
     def check_visible(self) -> None:
         """Raise ConfigError if this process cannot see the folder that process 0 has created."""
         with _as_config_error(self.path):
-            if not self.is_uri and not self._root.is_dir():
+            if not self.is_uri and not os.path.isdir(self.path):
                 raise ConfigError(
                     f"{self.path} was made by another process of this run and cannot be seen here; several processes "
                     "need a folder that all of them share, or gs://"
                 )
 
-    @with_storage_errors
+    # Its steps.
+
     def steps(self) -> list[int]:
         """The committed steps, in ascending order. Damaged steps are among them: only names and markers are looked at.
 
-        Orbax's own function is not used. It starts threads and accepts names in non-ASCII digits; and under a URI it
-        requests the bucket's metadata, which needs a further permission, without a time limit.
+        Raises:
+            StorageError: the storage does not answer.
         """
-        try:
-            names = [entry.name for entry in self._root.iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(
-            int(name) for name in names if name.isdecimal() and name == str(int(name)) and self._is_committed(name)
-        )
+        entries = [entry for entry in self.files.entries() if _is_step(entry.name)]
+        for entry in entries:
+            if entry.kind == "other":
+                _logger.warning("%s/%s is a link or a device, and so not taken for a step", self.path, entry.name)
+        return sorted(int(entry.name) for entry in entries if entry.kind == "folder" and self._is_committed(entry.name))
 
     def _is_committed(self, name: str) -> bool:
-        return bool((self._root / name / COMMITTED).exists() if self.is_uri else (self._root / name).is_dir())
+        return not self.is_uri or self.files.exists(f"{name}/{COMMITTED}")
 
-    @with_storage_errors
     def existing_steps(self) -> list[int]:
         """The committed steps in ascending order, at least one.
 
         Raises:
             CheckpointNotFoundError: there is no step. The message says if there are runs below the path, or if the path
                 is that of a step.
+            StorageError: the storage does not answer.
         """
         if found := self.steps():
             return found
-        hint = ""
-        if self._root.exists() and self._root.is_dir():
-            runs = sorted(
-                entry.name for entry in self._root.iterdir() if RunFolder(str(entry), self._timeout_s).steps()
-            )
-            hint = f"; there are runs below it: {few(runs)}" if runs else ""
-        if not hint and self._root.name.isdecimal() and self.path.removesuffix(f"/{self._root.name}") != self.path:
-            parent = self.path.removesuffix(f"/{self._root.name}")
-            if int(self._root.name) in RunFolder(parent, self._timeout_s).steps():
-                hint = f"; it is step {self._root.name} of the run {parent}"
+        below = [entry.name for entry in self.files.entries() if entry.kind == "folder"]
+        runs = sorted(name for name in below if RunFolder(f"{self.path}/{name}", self._timeout_s).steps())
+        hint = f"; there are runs below it: {few(runs)}" if runs else ""
+        parent, _, name = self.path.rpartition("/")
+        if not hint and _is_step(name) and parent and int(name) in RunFolder(parent, self._timeout_s).steps():
+            hint = f"; it is step {name} of the run {parent}"
         raise CheckpointNotFoundError(self.path, hint=hint)
 
-    @with_storage_errors
     def set_aside(self, step: int) -> None:
         """Rename a damaged step, so that its number is free again and it can still be repaired."""
-        folder = self._folder(step)
+        self._ownership.check()
         count = 1
-        while (aside := self._root / f"{folder.name}{_DAMAGED}{'' if count == 1 else f'-{count}'}").exists():
+        while True:
+            aside = f"{step}{_DAMAGED}{'' if count == 1 else f'-{count}'}"
+            if not self.files.exists(aside):
+                break
             count += 1
-        folder.rename(aside)
-        _logger.warning("%s: damaged step %d is now %s", self.path, step, aside.name)
+        self.files.move(str(step), aside)
+        _logger.warning("%s: damaged step %d is now %s", self.path, step, aside)
 
-    @with_storage_errors
     def has_set_aside(self) -> bool:
         """Is there a damaged step that `set_aside` has renamed?"""
-        return any(_DAMAGED in entry.name for entry in self._root.iterdir())
+        return any(_DAMAGED in entry.name for entry in self.files.entries())
 
-    @with_storage_errors
-    def delete(self, step: int) -> None:
-        """Delete a step. It is never listed half deleted."""
-        folder = self._folder(step)
-        if self.is_uri:
-            self._unremoved.add(step)
-            self._delete_from_uri(folder)
-            self._unremoved.remove(step)
-        else:
-            hidden = self._root / f"{_DELETED}-{step}"
-            folder.rename(hidden)
-            hidden.rmtree()
+    def is_own(self, step: int) -> bool:
+        """Was the step saved by this run? False for what somebody else has put there, under whatever name.
 
-    def _delete_from_uri(self, folder: Any) -> None:
-        """Delete a step under a URI. There is no atomic rename, so the commit marker is deleted first."""
-        (folder / COMMITTED).unlink(missing_ok=True)
-        folder.rmtree(missing_ok=True)  # an earlier deletion may have succeeded although its answer was lost
-
-    @with_storage_errors
-    def remove_leftovers(self) -> None:
-        """Delete what interrupted saves and deletions have left behind. Call it before the first save."""
-        if not self._root.exists():
-            return
-        for entry in self._root.iterdir():
-            if _TEMPORARY in entry.name or entry.name.startswith(_DELETED) or self._is_half_written(entry):
-                _logger.info("removing %s, left behind by an interrupted run", entry)
-                entry.rmtree(missing_ok=True)
-
-    def _is_half_written(self, entry: Any) -> bool:
-        """Is the entry a step under a URI without its commit marker?"""
-        return self.is_uri and entry.name.isdecimal() and not (entry / COMMITTED).exists()
-
-    def _remove_remains(self, step: int) -> None:
-        """Delete what may be left of a step under a URI, before a step of the same number is saved."""
-        if step in self._unremoved:
-            self._delete_from_uri(self._folder(step))
-            self._unremoved.remove(step)
-
-    def _remove_failed(self, step: int, error: Exception) -> None:
-        """Delete what a failed save has written; it may have failed because there was no space left.
-
-        If it failed because the storage under a URI does not answer, the deletion waits until the next good save: now
-        it would take as long as the save did.
+        Steps that were saved before manifests had the identity of the run count as its own.
         """
-        if self.is_uri:
-            self._unremoved.add(step)
-            if not gcs.is_unanswered(error):
-                self._remove_unremoved()
-            return
+        return self._run_of(step) in ("", self.identity())
+
+    def _run_of(self, step: int) -> str | None:
+        """The identity of the run in the manifest of a step; empty if it has none, None if there is no manifest."""
         try:
-            for entry in self._root.iterdir():
-                if entry.name == _NAMES.build_name(step) or entry.name.startswith(f"{step}{_TEMPORARY}"):
-                    entry.rmtree()
-        except OSError as failure:
-            _logger.warning("%s: what was written of step %d could not be removed: %s", self.path, step, failure)
+            content = json.loads(self.files.read(f"{step}/{MANIFEST_FILE}", MOST_MANIFEST_BYTES))
+            return str(content.get("run", "")) if "format" in content else None
+        except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
+            return None
 
-    def _remove_unremoved(self) -> None:
-        """Delete what failed saves and deletions have left behind under a URI.
+    def delete(self, step: int) -> None:
+        """Delete a step. It is never listed half deleted.
 
-        A step that was committed, although the answer came too late, stays. A step that is deleted here is looked at
-        again the next time, because a write that has been given up may still arrive.
-        """
-        for step in sorted(self._unremoved):
-            folder = self._folder(step)
-            try:
-                if folder.exists() and self._is_half_written(folder):
-                    self._delete_from_uri(folder)
-                else:
-                    self._unremoved.remove(step)
-            except Exception as error:  # gcsfs raises errors of its own types; `remove_leftovers` tries again later
-                _logger.warning(
-                    "%s: what is left of step %d could not be removed: %s", self.path, step, gcs.error_line(error)
-                )
-
-    def _make_durable(self, folder: Any) -> None:
-        """Flush a step's files and folders to the disk. Older steps may be deleted next, so it must survive a power
-        loss.
-
-        TensorStore flushes its own files, but Orbax does not flush its metadata, and neither flushes the folders.
-        Object storage needs no flush.
+        Raises:
+            OwnershipError: another program has taken the run over.
+            StorageError: it could not be deleted, or not all of it; `remove_leftovers` tries again.
         """
         if self.is_uri:
-            return
-        for subfolder, _, files in os.walk(folder):
-            for path in (*(os.path.join(subfolder, file) for file in files), subfolder):
-                _flush(path)
-        _flush(self.path)
+            self._begin(str(step))
+            self.files.delete_file(f"{step}/{COMMITTED}")
+            self.files.delete_folder(str(step))
+            self._finish(str(step))
+        else:
+            self._ownership.check()
+            hidden = self._leftover(step)
+            try:
+                self.files.move(str(step), hidden)
+            except FileNotFoundError:
+                return
+            self.files.delete_folder(hidden)
 
-    def _folder(self, step: int) -> Any:
-        return self._root / _NAMES.build_name(step)
+    def remove_leftovers(self) -> None:
+        """Delete what interrupted saves and deletions of this run have left behind. What cannot be deleted now is tried
+        again the next time.
+
+        Raises:
+            OwnershipError: another program has taken the run over.
+        """
+        self._ownership.check()
+        for folder in self._leftovers():
+            try:
+                if self.is_uri and self.files.exists(f"{folder}/{COMMITTED}"):
+                    self._finish(folder)  # it has been committed after all: only the answer was lost
+                    continue
+                _logger.info("removing %s/%s, left behind by an interrupted save or deletion", self.path, folder)
+                self.files.delete_folder(folder)
+                if self.is_uri:
+                    self._finish(folder)
+            except StorageError as error:
+                _logger.warning("%s could not be removed, trying later: %s", folder, error)
+                if self.is_uri:  # no answer: each further deletion would take as long to fail
+                    return
+
+    def _leftovers(self) -> list[str]:
+        if self.is_uri:
+            names = (name.removeprefix(self._below_owner) for name in self._ownership.unfinished)
+            return [name for name in names if _is_step(name)]
+        mine = f"{_LEFTOVER}{self.identity()}-"
+        return [entry.name for entry in self.files.entries() if entry.name.startswith(mine)]
+
+    def _leftover(self, step: int) -> str:
+        """A new name for a folder on a local disk that is being written or deleted."""
+        return f"{_LEFTOVER}{self.identity()}-{step}-{uuid.uuid4().hex[:8]}"
+
+    @property
+    def _below_owner(self) -> str:
+        """The path of this folder below the folder that has the owner's record, with a slash at the end."""
+        return "" if self._parent is None else f"{BASE}/"
+
+    def _begin(self, folder: str) -> None:
+        """Note that a folder under a URI is about to be written or deleted."""
+        self._ownership.begin([f"{self._below_owner}{folder}"])
+
+    def _finish(self, folder: str) -> None:
+        """Note that a folder under a URI is complete, or gone."""
+        self._ownership.finish(f"{self._below_owner}{folder}")
 
 
-def _flush(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _belongs_to_run(name: str) -> bool:
+    """Does only a run, finished or not, have something of this name?"""
+    return _is_step(name) or name in (_IDENTITY, BASE) or _DAMAGED in name or _TEMPORARY in name
+
+
+def _is_step(name: str) -> bool:
+    """Is it the name of a step? Digits of other scripts are none."""
+    return name.isascii() and name.isdecimal() and name == str(int(name))
 
 
 def few(names: Sequence[str]) -> str:
@@ -302,24 +350,8 @@ def _absolute(path: str | os.PathLike[str]) -> str:
 def _as_config_error(path: str) -> Iterator[None]:
     try:
         yield
-    except ConfigError:
-        raise
-    except Exception as error:  # gcsfs and google-auth raise errors of their own types
+    except (StorageError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ is not None else error
         if gcs.is_uri(path):
-            raise gcs.refused(path, error) from error
-        if not isinstance(error, OSError):
-            raise
-        raise ConfigError(f"{path} cannot be used for a run: {type(error).__name__}: {error}") from error
-
-
-def _belongs_to_run(entry: Any) -> bool:
-    """Is a file or folder part of a run: a step, an unfinished step, or the bases?"""
-    if _TEMPORARY in entry.name:
-        return True
-    if entry.name == BASE and entry.is_dir():
-        return any(_belongs_to_run(base) for base in entry.iterdir())
-    return entry.name.isdigit() and entry.is_dir() and (_is_checkpoint(entry) or not any(entry.iterdir()))
-
-
-def _is_checkpoint(folder: Any) -> bool:
-    return any((folder / name).exists() for name in ("_CHECKPOINT_METADATA", MANIFEST, COMMITTED))
+            raise gcs.refused(path, cause) from error
+        raise ConfigError(f"{path} cannot be used for a run: {type(cause).__name__}: {cause}") from error

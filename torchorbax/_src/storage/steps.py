@@ -165,7 +165,7 @@ class Steps:
         preserved = self._preserved(infos)
         deleted: list[int] = []
         for info, keep in zip(infos, preserved, strict=True):
-            if keep or info.step == newest:
+            if keep or info.step == newest or not self._storage.is_own(info.step):
                 continue
             try:
                 self._storage.delete(info.step)

@@ -83,12 +83,29 @@ class Storage(Source, Protocol):
     def bases(self) -> Storage:
         """Where the run keeps its frozen parameters."""
 
-    def create(self) -> None:
-        """Create the folder of the run, and check that it can be written to.
+    @property
+    def epoch(self) -> int:
+        """How many owners the run has had, this process included; 0 before `create`."""
+
+    def create(self, *, takeover: bool = False) -> None:
+        """Create the folder of the run, check that it can be written to, and become its owner.
+
+        Args:
+            takeover: also if another program is the owner, which then writes and deletes nothing more.
 
         Raises:
             ConfigError: it cannot be written to, or it holds other things than a run.
+            OwnershipError: another program is the owner, and alive.
         """
+
+    def release(self) -> None:
+        """Let the run go, so that the next program need not wait. Nothing can be written afterwards."""
+
+    def check_owned(self) -> None:
+        """Raise OwnershipError if another program has taken the run over."""
+
+    def is_own(self, step: int) -> bool:
+        """Was the step saved by this run? False for what somebody else has put there, under whatever name."""
 
     def check_visible(self) -> None:
         """Raise ConfigError if this process cannot see what another process has made with `create`."""
@@ -101,6 +118,17 @@ class Storage(Source, Protocol):
 
         Raises:
             CheckpointNotFoundError: there is no step.
+        """
+
+    def check_files(self, manifest: Manifest, *, digests: bool) -> None:
+        """Compare the files of a step with its manifest. A step without a list of its files passes.
+
+        Args:
+            manifest: the manifest of the step.
+            digests: compare what is in the files, and not only their sizes. On a local disk all of them are read.
+
+        Raises:
+            CorruptCheckpointError: a file is missing, or is not what was written.
         """
 
     def write(self, step: int, arrays: Mapping[Key, Array], fill: Callable[[Folders], Manifest]) -> Manifest:
