@@ -34,7 +34,6 @@ TESTED_ELSEWHERE = {
     "storage/orbax_storage": ("storage/test_storage", "one of the two storages that must do the same"),
     "storage/traffic": ("run/test_options", "limits that are checked once, as options of a run"),
     "storage/zarr": ("storage/test_array_writer", "one layout for writer and reader"),
-    "tensors/torchax_lowerings": ("training/test_averages", "operations that averages of weights need"),
     "tensors/torchax_tensors": ("tensors/test_live", "the few facts about torchax that live tensors stand on"),
     "training/batches": ("training/test_train_step", "batches of any kind"),
     "training/host_tensors": ("training/test_live_values", "CPU tensors that a loss reads"),
