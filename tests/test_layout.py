@@ -40,6 +40,7 @@ TESTED_ELSEWHERE = {
     "training/in_flight": ("training/test_train_step", "a few lines that every step runs"),
     "training/live_function": ("training/test_live_values", "what a loss reads is an input"),
     "training/live_inputs": ("training/test_live_values", "what a loss reads is found"),
+    "training/mentioned_names": ("training/test_hidden_state", "attributes under names that code computes"),
     "training/programs": ("training/test_hyperparameters", "how many programs are compiled, and kept"),
     "training/random_keys": ("training/test_train_step", "random numbers of a step"),
     "training/results": ("training/test_train_step", "what a loss may return"),
