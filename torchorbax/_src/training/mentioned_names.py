@@ -27,31 +27,38 @@ def looks_up_names(code: types.CodeType) -> bool:
 
 
 @functools.cache
-def strings(code: types.CodeType) -> frozenset[str]:
-    """The strings that code, and the functions defined in it, writes out: what `getattr` may be asked for."""
+def written_out(code: types.CodeType) -> frozenset[str]:
+    """The strings that code writes out, those with dots split: what `getattr` and `attrgetter` may be asked for."""
+    return frozenset(part for one in _strings(code) for part in one.split("."))
+
+
+@functools.cache
+def parts(code: types.CodeType) -> frozenset[str]:
+    """The beginnings and ends of names that code may make of strings: `scale` in `f"scale{i}"`, `"scale%d" % i`."""
+    if not _builds_strings(code):
+        return frozenset()
+    pieces = (part for one in _strings(code) for part in re.split(r"%\w|\{.*?\}|\.", one))
+    return frozenset(part for part in pieces if re.fullmatch(r"\w+", part))
+
+
+@functools.cache
+def _strings(code: types.CodeType) -> frozenset[str]:
+    """The strings in code, and in the functions defined in it."""
     found: set[str] = set()
     for one in code.co_consts:
         if isinstance(one, types.CodeType):
-            found |= strings(one)
+            found |= _strings(one)
         elif isinstance(one, str | tuple):
             found |= {part for part in (one if isinstance(one, tuple) else (one,)) if isinstance(part, str)}
     return frozenset(found)
 
 
 @functools.cache
-def builds_strings(code: types.CodeType) -> bool:
-    """May code, or a function defined in it, make strings of others: `f"scale{i}"`, `"scale" + i`, `"scale%d" % i`?"""
+def _builds_strings(code: types.CodeType) -> bool:
     if {one.opname for one in dis.get_instructions(code)} & {"BUILD_STRING", "BINARY_OP", "FORMAT_VALUE"}:
         return True
     inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    return "format" in loaded(code, "LOAD_ATTR", "LOAD_METHOD") or any(map(builds_strings, inner))
-
-
-@functools.cache
-def parts_of_names(code: types.CodeType) -> frozenset[str]:
-    """What the strings that code writes out may be parts of: names' beginnings and ends."""
-    pieces = (part for one in strings(code) for part in re.split(r"%\w|\{.*?\}|\.", one))
-    return frozenset(part for part in pieces if re.fullmatch(r"\w+", part))
+    return "format" in loaded(code, "LOAD_ATTR", "LOAD_METHOD") or any(map(_builds_strings, inner))
 
 
 @functools.cache

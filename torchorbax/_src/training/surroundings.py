@@ -271,18 +271,15 @@ class Surroundings:
                     self._slot(variable, function.__globals__, variable)
 
     def _analyse(self, function: types.FunctionType) -> None:
-        if id(function.__code__) not in self._analysed:
-            self._analysed.add(id(function.__code__))
-            self._attributes |= mentioned_names.loaded(function.__code__, "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
-            if not mentioned_names.is_installed(function.__code__) and mentioned_names.looks_up_names(
-                function.__code__
-            ):
-                self._computes_names = True
-                self._attributes |= {
-                    part for one in mentioned_names.strings(function.__code__) for part in one.split(".")
-                }
-                if mentioned_names.builds_strings(function.__code__):
-                    self._parts_of_names |= mentioned_names.parts_of_names(function.__code__)
+        code = function.__code__
+        if id(code) in self._analysed:
+            return
+        self._analysed.add(id(code))
+        self._attributes |= mentioned_names.loaded(code, "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
+        if not mentioned_names.is_installed(code) and mentioned_names.looks_up_names(code):
+            self._computes_names = True
+            self._attributes |= mentioned_names.written_out(code)
+            self._parts_of_names |= mentioned_names.parts(code)
 
     def _follow_attributes(self) -> None:
         """Visit what objects hold under names that code mentions, until no new name turns up."""
