@@ -1,8 +1,9 @@
-"""Grouped products are those of torch, with their gradients, and a mixture of experts trains as in torch."""
+"""What is added to torchax computes as torch does: detached tensors, grouped products, a mixture of experts."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,6 +85,20 @@ def test_what_grouped_products_do_not_take_is_refused() -> None:
         on_jax(a, b, [1, 4], bias=torchax_tensors.wrap(jnp.ones(N)))
     with pytest.raises(ValueError, match="takes offs= if an operand is 2-D"):
         on_jax(a, b, None)
+
+
+@pytest.mark.parametrize("make", [nn.Parameter, lambda tensor: tensor.detach().requires_grad_()])
+def test_a_leaf_has_values_of_its_own(make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensor = torchax_tensors.wrap(jnp.ones(2))
+    leaf, shared = make(tensor), tensor.detach()
+    assert type(leaf) is type(tensor)
+    assert leaf.requires_grad
+    assert leaf.is_leaf
+    with torchax_tensors.torchax.default_env(), torch.no_grad():
+        shared.mul_(3)
+        leaf.mul_(2)
+    np.testing.assert_array_equal(to_jax(tensor), [3, 3])
+    np.testing.assert_array_equal(to_jax(leaf), [2, 2])
 
 
 def test_a_mixture_of_experts_trains_as_in_torch() -> None:

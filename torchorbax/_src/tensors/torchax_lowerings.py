@@ -8,7 +8,6 @@ lowerings, and arithmetic without gradients works outside the modes.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +30,14 @@ class Detached(Tensor):  # type: ignore[misc]  # torchax is untyped
         self._source = source
         self._env = source._env
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """From now on an ordinary tensor with values of its own, as `torch.nn.Parameter` makes of what is detached."""
+        array = self._elem
+        self.__class__ = Tensor
+        self._elem = array
+        del self._source
+        return self.requires_grad_(requires_grad)
+
     @property
     def _elem(self) -> Any:
         array = self._source._elem
@@ -42,8 +49,6 @@ class Detached(Tensor):  # type: ignore[misc]  # torchax is untyped
 
 
 def _detach(self: Any) -> Any:
-    if sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__:  # which insists on the tensor's own type
-        return _plain_detach(self)
     return Detached(self._source if type(self) is Detached else self)
 
 
@@ -64,7 +69,6 @@ def _set_data(self: Any, other: Any) -> None:
     self._elem = other._elem
 
 
-_plain_detach: Callable[[Any], Any] = Tensor.detach
 _within_modes: Callable[..., Any] = Tensor.__torch_dispatch__
 
 
