@@ -97,7 +97,7 @@ class LiveFunction:
     def part(self) -> Part:
         """What of the surroundings a trace makes constants of."""
         found = self.surroundings
-        return Part(f"what {self._what} reads", found.token(), found.labels())
+        return Part(f"what {self._what} reads", found.token, found.labels)
 
     def devices(self) -> set[jax.Device]:
         """The devices of the module."""

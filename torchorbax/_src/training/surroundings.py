@@ -151,6 +151,7 @@ class Surroundings:
         """Does every slot hold the very object that it held?"""
         return all(map(operator.is_, self._read(), self._values)) and self._same_contents()
 
+    @functools.cached_property
     def token(self) -> tuple[Any, ...]:
         """Equal tokens mean that a trace would meet the same objects and numbers; hashable."""
         tokens = [value if isinstance(value, _NUMBERS) else id(value) for value in self._values]
@@ -161,6 +162,7 @@ class Surroundings:
         """The objects whose identities a token consists of."""
         return self._values
 
+    @functools.cached_property
     def labels(self) -> list[str]:
         """What the parts of the token are, for messages."""
         contents = [name for name, _, _ in (*self._numpy, *self._sets)]
