@@ -17,6 +17,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm  # its torchvision exists for some builds of torch only
 	touch $@
 
 demo: setup  ## Train, kill, resume on other chips, compare

@@ -35,6 +35,7 @@ from torchorbax._src.state.values import encode
 from torchorbax._src.tensors import torchax_tensors as _torchax
 
 from tests.campaigns.matrix_parts import (
+    AVERAGES,
     DOES_NOT_TRAIN,
     GENERATORS,
     LOADERS,
@@ -223,6 +224,7 @@ def combinations() -> list[Combination]:
     ]
     found += [Combination("train_step", USUAL, "AdamW", (name,)) for name in LOADERS]
     found += [Combination("train_step", USUAL, "AdamW", ("EMA", "StepLR", "loader", "torchmetrics", "plain values"))]
+    found += [Combination("train_step", USUAL, "AdamW", ("EMA of timm",))]
     found += [
         Combination("GAN", "perceptron", "Adam", ("critic",)),
         Combination("distillation", "dropout", "AdamW", ("teacher",)),
@@ -258,8 +260,8 @@ def run_one(one: Combination, path: str, seed: int) -> dict[str, Any]:
             return {"losses": losses[-(STEPS - SAVED - 1) :], "digest": digest(final)}
         optimizer = OPTIMIZERS[one.optimizer](model)
         extra = state_of(one.state, model, optimizer)
-        if "EMA" in extra:
-            place_(extra["EMA"])
+        for average in AVERAGES & extra.keys():
+            place_(extra[average])
         step = LOOPS[one.loop](model, optimizer, extra)
         losses = []
         with resume(model, optimizer, path, state=extra, save=None) as run:

@@ -21,6 +21,7 @@ from torchax.train import ScannedModule
 from torchorbax import OptaxOptimizer
 
 from tests.helpers.models import BATCH, TOKENS, WIDTH, TiedNet, batch_of
+from tests.helpers.timm_averages import ModelEmaV3
 
 STEPS = 6
 """Of each run."""
@@ -274,6 +275,9 @@ class Queue(nn.Module):
         self.register_buffer("keys", torch.randn(3 * BATCH, 1))
 
 
+AVERAGES = {"EMA", "EMA_of_timm"}
+"""The names in `state=` of averages of the model, which go to the devices with it."""
+
 GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
     "torch_generator": (torch.Generator, lambda one: float(torch.rand((), generator=one))),
     "numpy_generator": (np.random.default_rng, lambda one: float(one.random())),
@@ -289,6 +293,7 @@ def state_of(names: tuple[str, ...], model: nn.Module, optimizer: Any) -> dict[s
         **{name: (lambda workers=workers: loader_of(workers)) for name, workers in LOADERS.items()},
         "torchmetrics": lambda: torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.MaxMetric()]),
         "EMA": lambda: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True),
+        "EMA of timm": lambda: ModelEmaV3(model, decay=0.5),
         "weight decay schedule": lambda: WeightDecaySchedule(optimizer),
         "critic": perceptron,
         "teacher": lambda: copy.deepcopy(model),
@@ -318,6 +323,8 @@ def after_step(extra: Mapping[str, Any], model: nn.Module, loss: float) -> None:
             value.step()
         elif isinstance(value, AveragedModel):
             value.update_parameters(model)
+        elif isinstance(value, ModelEmaV3):
+            value.update(model)
         elif isinstance(value, WeightDecaySchedule):
             value.step()
         elif isinstance(value, dict) and "epoch" in value:

@@ -22,38 +22,29 @@ from torchorbax import to_jax
 
 from tests.helpers.models import batch_of, loss_fn, seeded
 from tests.helpers.tensors import bits
-
-
-class ModelEma(nn.Module):
-    """As timm's ModelEmaV3 does it: through the values of `state_dict`."""
-
-    def __init__(self, model: nn.Module, foreach: bool) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(model).eval()
-        self.foreach = foreach
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        mine, theirs = list(self.module.state_dict().values()), list(model.state_dict().values())
-        floats = [(a, b) for a, b in zip(mine, theirs, strict=True) if a.is_floating_point()]
-        for a, b in zip(mine, theirs, strict=True):
-            if not a.is_floating_point():
-                a.copy_(b)
-        if self.foreach:
-            torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], weight=0.1)
-        else:
-            for a, b in floats:
-                a.lerp_(b, weight=0.1)
-
+from tests.helpers.timm_averages import ModelEma, ModelEmaV2, ModelEmaV3
 
 AVERAGES: dict[str, Callable[[nn.Module], Any]] = {
     "swa": AveragedModel,
     "swa multi": lambda m: AveragedModel(m, multi_avg_fn=get_swa_multi_avg_fn()),
     "ema": lambda m: AveragedModel(m, avg_fn=get_ema_avg_fn(0.9), use_buffers=True),
     "ema multi": lambda m: AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
-    "timm": lambda m: ModelEma(m, foreach=False),
-    "timm foreach": lambda m: ModelEma(m, foreach=True),
+    "timm ModelEma": lambda m: ModelEma(m, decay=0.9),
+    "timm ModelEmaV2": lambda m: ModelEmaV2(m, decay=0.9),
+    "timm ModelEmaV3": lambda m: ModelEmaV3(m, decay=0.9),
+    "timm ModelEmaV3, one by one": lambda m: ModelEmaV3(m, decay=0.9, foreach=False),
+    "timm ModelEmaV3, copied buffers": lambda m: ModelEmaV3(m, decay=0.9, exclude_buffers=True),
 }
+
+
+def update(average: Any, model: nn.Module) -> None:
+    (average.update_parameters if isinstance(average, AveragedModel) else average.update)(model)
+
+
+def module_of(average: Any) -> nn.Module:
+    """What holds the averages."""
+    module: nn.Module = average.ema if isinstance(average, ModelEma) else average
+    return module
 
 
 @pytest.mark.parametrize("where", ["outside", "inside"])
@@ -62,7 +53,7 @@ def test_averages_follow_torch(kind: str, where: str) -> None:
     model = seeded(dropout=0.0)
     reference = copy.deepcopy(model)
     average, expected = AVERAGES[kind](model), AVERAGES[kind](reference)
-    torchorbax.place_(average)
+    torchorbax.place_(module_of(average))
     step = torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn)
     other = torch.optim.SGD(reference.parameters(), lr=0.1)
     for i in range(4):
@@ -70,24 +61,24 @@ def test_averages_follow_torch(kind: str, where: str) -> None:
         other.zero_grad()
         loss.backward()
         other.step()
-        expected.update_parameters(reference)
+        update(expected, reference)
         step(batch_of(i))
         if where == "outside":
-            average.update_parameters(model)
+            update(average, model)
         else:
             with torchax.default_env():
-                average.update_parameters(model)
-    for name, tensor in expected.state_dict().items():
-        np.testing.assert_allclose(to_jax(average)[name], tensor.numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
+                update(average, model)
+    for name, tensor in module_of(expected).state_dict().items():
+        np.testing.assert_allclose(to_jax(module_of(average))[name], tensor.numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_an_average_within_the_compiled_step() -> None:
     def run(compiled: bool) -> tuple[list[float], Any]:
         model = seeded(dropout=0.0)
-        teacher = ModelEma(model, foreach=True)
+        teacher = ModelEmaV3(model, decay=0.9)
 
         def consistent(model: nn.Module, batch: Any) -> torch.Tensor:
-            teacher.update_parameters(model)
+            teacher.update(model)
             with torch.no_grad():
                 target = teacher.module(batch[0])
             return loss_fn(model, batch) + (model(batch[0]) - target).square().mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -203,3 +204,90 @@ def test_hooks_on_gradients_are_refused_by_name() -> None:
     for model, name in ((on_parameter, r"first\.weight"), (on_module, "second")):
         with pytest.raises(ConfigError, match=f"{name} has a hook on its gradient"):
             losses(model, lambda model, x: model(x).sum(), nothing, compiled=True)
+
+
+class Scales:
+    """Values under names that code computes."""
+
+    def __init__(self) -> None:
+        self.scale0, self.scale1 = 1.0, 2.0
+        self.parts = ["scale0", "scale1"]
+        self.steps = 0
+
+
+def formatted(scales: Scales) -> float:
+    return sum(getattr(scales, f"scale{index}") for index in range(2))
+
+
+def added(scales: Scales) -> float:
+    return sum(vars(scales)["scale" + str(index)] for index in range(2))
+
+
+def listed(scales: Scales) -> float:
+    return sum(getattr(scales, name) for name in scales.parts)
+
+
+def written_out(scales: Scales) -> float:
+    return sum(getattr(scales, name) for name in ("scale0", "scale1"))
+
+
+def got(scales: Scales) -> float:
+    found: float = operator.attrgetter("scale1")(scales)
+    return found
+
+
+@pytest.mark.parametrize("read", [formatted, added, listed, written_out, got], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_attributes_under_computed_names_are_noticed(read: Callable[[Scales], Any], tensor: bool) -> None:
+    scales, model = Scales(), nn.Linear(3, 1)
+    make: Any = torch.tensor if tensor else float
+    scales.scale1 = make(2.0)
+    traces = []
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        traces.append(1)
+        return model(x).mean() * read(scales)
+
+    step = torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), loss_fn)
+    x = torch.ones(2, 3)
+    before, factor = float(step(x)), float(read(scales))
+    scales.scale1 = make(7.0)
+    assert float(step(x)) == pytest.approx(before * float(read(scales)) / factor)
+    count = len(traces)
+    scales.steps += 1
+    step(x)
+    assert len(traces) == count  # names that the code cannot mean trace nothing
+
+
+class Doubling(nn.Module):
+    factor = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "other"),
+    [
+        (Doubling, "forward", lambda self, x: 6 * self.linear(x)),
+        (Doubling, "scaled", lambda self, x: 6 * x),
+        (Doubling, "factor", 6.0),
+        (nn.Linear, "forward", lambda self, x: 3 * nn.functional.linear(x, self.weight, self.bias)),
+    ],
+)
+def test_what_replaces_an_attribute_of_a_class_is_noticed(
+    owner: type, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Doubling()
+    step = torchorbax.train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m, x: m(x).mean())
+    x = torch.ones(2, 3)
+    before = float(step(x))
+    monkeypatch.setattr(owner, name, other)
+    assert float(step(x)) == pytest.approx(3 * before, rel=1e-5)

@@ -74,5 +74,6 @@ with _placeholders_for_missing_ops():
 
 import torchax as torchax  # noqa: E402  # importable only now
 from torchax.ops import mappings as mappings  # noqa: E402
+from torchax.tensor import OperatorNotFound as OperatorNotFound  # noqa: E402
 from torchax.tensor import Tensor as Tensor  # noqa: E402
 from torchax.view import View as View  # noqa: E402

@@ -1,12 +1,13 @@
-"""Adds to torchax what averages of weights need: `detach()` that shares values, `torch._foreach_*`, use outside modes.
+"""Adds to torchax what it lacks: what averages of weights need, and the grouped products of mixtures of experts.
 
 torch's `AveragedModel` and timm's `ModelEma` write through `detach()` and `state_dict()`, use `torch._foreach_lerp_`,
-and are called between training steps, where no torchax mode is on.
+and are called between training steps, where no torchax mode is on. So `detach()` shares values, `torch._foreach_*` have
+lowerings, and arithmetic without gradients works outside the modes.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from torchorbax._src.tensors.torchax_import import Tensor, View, torchax
+from torchorbax._src.tensors.torchax_import import Tensor, View, mappings, torchax
 
 
 class Detached(Tensor):  # type: ignore[misc]  # torchax is untyped
@@ -29,6 +30,14 @@ class Detached(Tensor):  # type: ignore[misc]  # torchax is untyped
         self._source = source
         self._env = source._env
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """From now on an ordinary tensor with values of its own, as `torch.nn.Parameter` makes of what is detached."""
+        array = self._elem
+        self.__class__ = Tensor
+        self._elem = array
+        del self._source
+        return self.requires_grad_(requires_grad)
+
     @property
     def _elem(self) -> Any:
         array = self._source._elem
@@ -40,8 +49,6 @@ class Detached(Tensor):  # type: ignore[misc]  # torchax is untyped
 
 
 def _detach(self: Any) -> Any:
-    if sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__:  # which insists on the tensor's own type
-        return _plain_detach(self)
     return Detached(self._source if type(self) is Detached else self)
 
 
@@ -62,7 +69,6 @@ def _set_data(self: Any, other: Any) -> None:
     self._elem = other._elem
 
 
-_plain_detach: Callable[[Any], Any] = Tensor.detach
 _within_modes: Callable[..., Any] = Tensor.__torch_dispatch__
 
 
@@ -110,6 +116,38 @@ def _own_memory(copy: Callable[..., Any]) -> Callable[..., Any]:
     return copy_
 
 
+def _grouped_mm(
+    a: jax.Array,
+    b: jax.Array,
+    offs: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> jax.Array:
+    """`torch.nn.functional.grouped_mm`: products of groups, which a 2-D operand has one after the other.
+
+    `offs[i]` is where group `i` ends, along the dimension that the operands do not both have as groups. What lies
+    beyond the last group is zero.
+    """
+    if bias is not None:
+        raise NotImplementedError("torch.nn.functional.grouped_mm takes no bias: add it to the result")
+    if (offs is None) != (a.ndim == b.ndim == 3):
+        raise ValueError("torch.nn.functional.grouped_mm takes offs= if an operand is 2-D, and only then")
+    dtype = None if out_dtype is None else mappings.t2j_dtype(out_dtype)
+    if offs is None:
+        return jnp.matmul(a, b, preferred_element_type=dtype)
+    starts = jnp.concatenate([jnp.zeros_like(offs, shape=1), offs[:-1]])
+    ragged_dot = functools.partial(
+        jax.lax.ragged_dot, group_sizes=(offs - starts).astype(jnp.int32), preferred_element_type=dtype
+    )
+    if b.ndim == 3:
+        return ragged_dot(a, b)
+    if a.ndim == 3:  # groups of columns: rows of the transposed product
+        return ragged_dot(b.T, a.mT).T
+    place = jnp.arange(a.shape[1])  # groups of what is summed over, for which JAX's own product has no gradient
+    in_group = (starts[:, None] <= place) & (place < offs[:, None])
+    return jnp.einsum("mk,gk,kn->gmn", a, in_group.astype(a.dtype), b, preferred_element_type=dtype)
+
+
 def _install() -> None:
     """Register all this with torchax, without making its environment, which would take a key from the current seed."""
     Tensor.detach = _detach
@@ -125,9 +163,17 @@ def _install() -> None:
             lowerings[getattr(torch.ops.aten, f"_foreach_{name}")] = _foreach(name)
     copy = torch.ops.aten.copy_
     lowerings[copy] = _own_memory(registry.all_aten_ops[copy].func)
+    if hasattr(torch.ops.aten, "_grouped_mm"):  # torch 2.8 and later
+        lowerings[torch.ops.aten._grouped_mm] = _grouped_mm
     for function, lowering in lowerings.items():
+        on_arrays = lowering is _grouped_mm
         operator = registry.Operator(
-            function, lowering, is_jax_function=False, is_user_defined=True, needs_env=False, is_view_op=True
+            function,
+            lowering,
+            is_jax_function=on_arrays,
+            is_user_defined=True,
+            needs_env=False,
+            is_view_op=not on_arrays,
         )
         registry.all_aten_ops[function] = operator
         if torchax._env is not None:  # made before torchorbax was imported

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import torch._ops
 
 from torchorbax._src.tensors import torchax_lowerings as torchax_lowerings  # registers them
+from torchorbax._src.tensors.torchax_import import OperatorNotFound as OperatorNotFound
 from torchorbax._src.tensors.torchax_import import Tensor as Tensor
 from torchorbax._src.tensors.torchax_import import View as View
 from torchorbax._src.tensors.torchax_import import mappings

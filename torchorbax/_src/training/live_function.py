@@ -36,6 +36,7 @@ from torchorbax._src.training.live_inputs import (
 from torchorbax._src.training.programs import Part
 from torchorbax._src.training.surroundings import Surroundings
 from torchorbax._src.training.tracing import Arrays, holding
+from torchorbax._src.training.untraceable import explained
 from torchorbax.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class LiveFunction:
     def part(self) -> Part:
         """What of the surroundings a trace makes constants of."""
         found = self.surroundings
-        return Part(f"what {self._what} reads", found.token(), found.labels())
+        return Part(f"what {self._what} reads", found.token, found.labels)
 
     def devices(self) -> set[jax.Device]:
         """The devices of the module."""
@@ -240,7 +241,9 @@ class LiveFunction:
                 torchax_modes.cumulative_averages(),
                 torchax_modes.modes(key, watch) as key_now,
             ):
-                result = use(self._fn(self.model, jax.tree.map(torchax_tensors.wrap, batch)))
+                given = jax.tree.map(torchax_tensors.wrap, batch)
+                with explained(self._what, lambda: self.surroundings.modules):
+                    result = use(self._fn(self.model, given))
                 key = key_now()
             now = {name: torchax_tensors.array_of(tensor) for name, tensor in tensors.items()}
         if drew:

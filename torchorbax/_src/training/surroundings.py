@@ -10,19 +10,19 @@ The walk follows only names that the code mentions. A trainer's `self.loss` that
 
 from __future__ import annotations
 
-import dis
 import functools
 import operator
 import sys
-import sysconfig
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sized
 from typing import Any
 
 import jax
 import numpy as np
 import torch
+
+from torchorbax._src.training import mentioned_names
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _LONGEST = 1000
@@ -38,14 +38,15 @@ _OWN_USE = {"argparse", "types", "collections", "functools"}
 _IMPLIED = {"__call__", "__enter__", "__getattr__", "__getitem__", "__iter__"}
 """Methods that code uses without mentioning their names."""
 
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-
 
 class _Slotted:
     """The attributes of an object whose class has `__slots__`, as `vars` gives those of others."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key in _slots(self.owner) if key in self)
 
     def __contains__(self, key: str) -> bool:
         return key in _slots(self.owner) and hasattr(self.owner, key)
@@ -57,8 +58,18 @@ class _Slotted:
         object.__setattr__(self.owner, key, value)  # a frozen dataclass gets back what it held
 
 
+class _OfClass:
+    """The attributes of a class itself."""
+
+    def __init__(self, owner: type) -> None:
+        self.owner = owner
+
+    def get(self, key: str) -> Any:
+        return vars(self.owner).get(key)
+
+
 class Slot:
-    """One place that holds a value: an entry of a dict, list or deque, or a closure's variable."""
+    """One place that holds a value: an entry of a dict, list or deque, an attribute, or a closure's variable."""
 
     def __init__(self, name: str, holder: Any, key: Any) -> None:
         self.name = name
@@ -68,12 +79,12 @@ class Slot:
     @property
     def place(self) -> tuple[int, Any]:
         """Tells it from all others."""
-        return id(self.holder.owner if isinstance(self.holder, _Slotted) else self.holder), self.key
+        return id(self.holder.owner if isinstance(self.holder, _Slotted | _OfClass) else self.holder), self.key
 
     @property
     def settable(self) -> bool:
         """Can another value be put in its place?"""
-        return not isinstance(self.holder, types.MappingProxyType)
+        return not isinstance(self.holder, types.MappingProxyType | _OfClass)
 
     def get(self) -> Any:
         """The value, or None if there is none any more."""
@@ -124,6 +135,10 @@ class Surroundings:
         self._objects: list[tuple[str, Any, set[str]]] = []
         self._ignored = ignored
         self._attributes = {"forward", "training", *_IMPLIED}
+        self._parts_of_names: set[str] = set()
+        self._strings: set[str] = set()
+        self._computes_names = False
+        self._of_classes: set[tuple[type, str]] = set()
         self._analysed: set[int] = set()
         for name, root in roots.items():
             self._visit(name, root)
@@ -136,6 +151,7 @@ class Surroundings:
         """Does every slot hold the very object that it held?"""
         return all(map(operator.is_, self._read(), self._values)) and self._same_contents()
 
+    @functools.cached_property
     def token(self) -> tuple[Any, ...]:
         """Equal tokens mean that a trace would meet the same objects and numbers; hashable."""
         tokens = [value if isinstance(value, _NUMBERS) else id(value) for value in self._values]
@@ -146,6 +162,7 @@ class Surroundings:
         """The objects whose identities a token consists of."""
         return self._values
 
+    @functools.cached_property
     def labels(self) -> list[str]:
         """What the parts of the token are, for messages."""
         contents = [name for name, _, _ in (*self._numpy, *self._sets)]
@@ -168,6 +185,8 @@ class Surroundings:
         )
 
     def _visit(self, name: str, value: Any) -> None:
+        if isinstance(value, str):
+            self._strings.add(value)
         if isinstance(value, _NUMBERS) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
@@ -248,34 +267,57 @@ class Surroundings:
             self._visit(f"{name}'s default {index}", one)
         if function.__kwdefaults__:
             self._entries(name, function.__kwdefaults__)
-        if not _is_installed(code):
-            for variable in _loaded(code, "LOAD_GLOBAL"):
+        if not mentioned_names.is_installed(code):
+            for variable in mentioned_names.loaded(code, "LOAD_GLOBAL"):
                 if variable in function.__globals__:
                     self._slot(variable, function.__globals__, variable)
 
     def _analyse(self, function: types.FunctionType) -> None:
-        if id(function.__code__) not in self._analysed:
-            self._analysed.add(id(function.__code__))
-            self._attributes |= _loaded(function.__code__, "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
-            if not _is_installed(function.__code__) and _loaded(function.__code__, "LOAD_GLOBAL") & {"getattr", "vars"}:
-                self._attributes |= _strings(function.__code__)
+        code = function.__code__
+        if id(code) in self._analysed:
+            return
+        self._analysed.add(id(code))
+        self._attributes |= mentioned_names.loaded(code, "LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR")
+        if not mentioned_names.is_installed(code) and mentioned_names.looks_up_names(code):
+            self._computes_names = True
+            self._attributes |= mentioned_names.written_out(code)
+            self._parts_of_names |= mentioned_names.parts(code)
 
     def _follow_attributes(self) -> None:
         """Visit what objects hold under names that code mentions, until no new name turns up."""
         before = -1
         while before != (before := len(self._attributes) + len(self._objects)):
+            self._attributes |= self._strings if self._computes_names else set()
             for name, owner, done in list(self._objects):
                 held = _attributes_of(owner)
+                self._attributes |= {key for attributes in held for key in attributes if self._is_built(key)}
                 for key in sorted(self._attributes - done):
                     done.add(key)
+                    self._of_class(name, type(owner), key)
                     for function in _methods(type(owner), key):  # type: ignore[arg-type]  # mypy: types have no hash
                         self._method(name, function)
                     for attributes in held:
                         if key in attributes or (key == "forward" and isinstance(owner, torch.nn.Module)):
                             self._slot(f"{name}.{key}" if name else key, attributes, key)
 
+    def _is_built(self, key: str) -> bool:
+        """May code that makes names of strings mean this one, as `getattr(self, f"scale{i}")` means `scale0`?"""
+        return any(key.startswith(part) or key.endswith(part) for part in self._parts_of_names)
+
+    def _of_class(self, name: str, cls: type, key: str) -> None:
+        """Watch what a class holds under a name, once for all its objects: another method may take its place."""
+        owner = next((base for base in cls.__mro__ if key in vars(base)), None)
+        if owner is None or (owner, key) in self._of_classes or owner in (object, torch.nn.Module):
+            return
+        self._of_classes.add((owner, key))
+        if key == "forward" or _is_own(owner):
+            slot = Slot(f"{cls.__qualname__}.{key}", _OfClass(owner), key)
+            if slot.place not in self._ignored and not _has_arrays(slot.get()):
+                self.slots.append(slot)
+                self._visit(f"{name}.{key}" if name else key, slot.get())
+
     def _method(self, name: str, function: types.FunctionType) -> None:
-        if _is_installed(function.__code__):
+        if mentioned_names.is_installed(function.__code__):
             self._analyse(function)
         else:
             self._visit(name, function)
@@ -326,34 +368,12 @@ def _methods(cls: type, name: str) -> tuple[types.FunctionType, ...]:
     return ()
 
 
-@functools.cache
-def _loaded(code: types.CodeType, *instructions: str) -> frozenset[str]:
-    """The names that code, and the functions defined in it, use by these instructions."""
-    names = {one.argval for one in dis.get_instructions(code) if one.opname in instructions}
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    return frozenset(names.union(*(_loaded(one, *instructions) for one in inner)))
-
-
-@functools.cache
-def _strings(code: types.CodeType) -> frozenset[str]:
-    """The strings that code, and the functions defined in it, writes out: what `getattr` may be asked for."""
-    inner = (one for one in code.co_consts if isinstance(one, types.CodeType))
-    own = {one for one in code.co_consts if isinstance(one, str)}
-    return frozenset(own.union(*(_strings(one) for one in inner)))
-
-
-@functools.cache
-def _is_installed(code: types.CodeType) -> bool:
-    """Is this the code of an installed library, whose globals are its own affair?"""
-    return code.co_filename.startswith((*_LIBRARIES, "<frozen"))
-
-
 def _is_library(value: Any) -> bool:
     """Is this a module, class or function of a library? Nobody exchanges those."""
     if isinstance(value, types.BuiltinFunctionType):
         return True
     if isinstance(value, types.FunctionType):
-        return _is_installed(value.__code__)
+        return mentioned_names.is_installed(value.__code__)
     if isinstance(value, type):
         return not _is_own(value)
     return isinstance(value, types.ModuleType) and not _is_own(value)
@@ -367,7 +387,7 @@ def _is_own(value: Any) -> bool:
         return True
     if isinstance(value, types.ModuleType):
         path = getattr(value, "__file__", None)
-        return value.__name__ == "__main__" or (path is not None and not path.startswith(_LIBRARIES))
+        return value.__name__ == "__main__" or (path is not None and not path.startswith(mentioned_names.LIBRARIES))
     owner = (value if isinstance(value, type) else type(value)).__module__.partition(".")[0]
     if owner in _FOREIGN:
         return False

@@ -54,6 +54,7 @@ class TorchUpdate:
         self._model = model
         self._optimizer = optimizer
         self._names: dict[int, str] = {}
+        self._trained: dict[str, torch.Tensor] = {}
         self._looks_again = True
         self._stateless = False
         self._exact: set[int] = set()
@@ -73,7 +74,8 @@ class TorchUpdate:
                 "model.parameters(), after model.to('jax') if you call that, and after layers were replaced"
             )
         self._names, self._looks_again = names, False
-        return {names[id(param)]: param for param in params if param.requires_grad}
+        self._trained = {names[id(param)]: param for param in params if param.requires_grad}
+        return self._trained
 
     def look_again(self) -> None:
         self._looks_again = True
@@ -97,7 +99,7 @@ class TorchUpdate:
         return [Part("hyperparameters", tuple(values), tuple(labels))]
 
     def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[dict[str, Arrays], Further]:
-        by_name = self.trained()
+        by_name = self._trained
         states = self._optimizer.state
         if not self._stateless and not any(states.get(param) for param in by_name.values()):
             first = self._first_state(by_name, shardings)
@@ -111,7 +113,7 @@ class TorchUpdate:
         return state, self._further(by_name, state, beside)
 
     def set_state(self, state: Mapping[str, Arrays]) -> None:
-        by_name = self.trained()
+        by_name = self._trained
         for name, arrays in state.items():
             entries = self._optimizer.state[by_name[name]]
             for key, array in arrays.items():
@@ -130,7 +132,8 @@ class TorchUpdate:
     ) -> tuple[Arrays, Any]:
         new_params: Arrays = {}
         new_state: dict[str, Arrays] = {}
-        for names, step in self._steps(self._derived_now(), state):
+        derived = self._derived[self._kind(state)]  # found by `_further` before
+        for names, step in self._steps(derived, state):
             mine = {name: state[name] for name in names if name in state}
             stepped, stepped_state = step(
                 {name: params[name] for name in names}, {name: grads[name] for name in names}, mine, further
@@ -160,7 +163,7 @@ class TorchUpdate:
         self, derived: list[Derived], state: Mapping[str, Arrays]
     ) -> Iterator[tuple[list[str], Callable[..., tuple[Arrays, dict[str, Arrays]]]]]:
         """The parameters that are updated together, and the function that does it."""
-        by_name = self.trained()
+        by_name = self._trained
         if not self._is_torchs_own():
             yield list(by_name), lambda *arrays: self._stepped(by_name, derived, *arrays)
             return
@@ -234,12 +237,9 @@ class TorchUpdate:
 
         return first_values
 
-    def _derived_now(self) -> list[Derived]:
-        """What the groups' steps hand to tensors; found by `_further` before."""
-        return self._derived[self._kind()]
-
-    def _kind(self) -> Any:
-        return tuple(part.value for part in self.constants()), tuple(self._optimizer.state.keys())
+    def _kind(self, state: Mapping[str, Arrays]) -> Any:
+        """What decides which numbers a step hands to tensors."""
+        return tuple(part.value for part in self.constants()), frozenset(state)
 
     def _further(self, by_name: Mapping[str, torch.Tensor], state: Mapping[str, Arrays], beside: Sharding) -> Further:
         """The inputs of a step, with every hyperparameter as it is now.
@@ -247,7 +247,7 @@ class TorchUpdate:
         What reaches tensors is found by tracing the steps of parameters alike once, with nothing computed.
         """
         groups = self._optimizer.param_groups
-        kind = self._kind()
+        kind = self._kind(state)
         if kind not in self._derived:
             derived: list[Derived] = [{} for _ in groups]
             abstract = Further([jax.ShapeDtypeStruct((), jnp.float32, weak_type=True) for _ in groups], [])
@@ -260,7 +260,7 @@ class TorchUpdate:
                         params = {name: torchax_tensors.array_of(by_name[name]) for name in names}
                         mine = {name: state[name] for name in names if name in state}
                         jax.eval_shape(step, params, params, mine, abstract)
-            kind = self._kind()  # which `exact` hyperparameters are part of
+            kind = self._kind(state)  # which `exact` hyperparameters are part of
             self._derived[kind] = derived
         values = [one for group in groups for numbers in floats_in(group).values() for one in numbers]
         rates = [self._put((index, -1), group["lr"], beside) for index, group in enumerate(groups)]
