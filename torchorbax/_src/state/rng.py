@@ -24,7 +24,11 @@ from torchorbax.errors import ConfigError, MismatchError, Problem
 
 
 class RngItem:
-    """The state of all generators of the calling thread. The jax key is saved in either of its forms, typed or raw."""
+    """The state of all generators. The jax key is saved in either of its forms, typed or raw.
+
+    torchax has a key for each thread: that of the thread which saves is saved, and all threads go on from it, because
+    the training loop may run in another thread than the restore.
+    """
 
     kind: ClassVar[str] = "rng"
 
@@ -44,9 +48,11 @@ class RngItem:
 
     def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
         if plan.restores_something:
-            undo.callback(_write, _read())
+            undo.callback(_write_global, _read())
             try:
-                _write(decode(saved.values, arrays))
+                state = decode(saved.values, arrays)
+                _write_global(state)
+                torchax_tensors.set_rng_key_of_all_threads(_key_of(state["torchax"]), undo)
             except Exception as error:  # a file may say anything, and each generator has its own way to refuse it
                 refused = f"one that they refuse: {type(error).__name__}: {error}"
                 problem = Problem("placement", self._name, "", "a state that the generators take", refused)
@@ -68,10 +74,13 @@ def _read() -> dict[str, Any]:
     }
 
 
-def _write(state: Mapping[str, Any]) -> None:
-    impl = state["torchax"]["impl"]
-    key = jax.device_put(np.asarray(state["torchax"]["key"]))
-    torchax_tensors.set_rng_key(key if impl is None else jax.random.wrap_key_data(key, impl=impl))
+def _key_of(state: Mapping[str, Any]) -> jax.Array:
+    key = jax.device_put(np.asarray(state["key"]))
+    return key if state["impl"] is None else jax.random.wrap_key_data(key, impl=state["impl"])
+
+
+def _write_global(state: Mapping[str, Any]) -> None:
+    """Write the states of the generators that the process has only one of."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     set_python_state(_PYTHON, state["python"])
