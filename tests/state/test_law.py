@@ -21,8 +21,10 @@ from torchorbax import Checkpointer, ConfigError, MismatchError, UnsupportedLeaf
 from torchorbax._src.format.manifest import Manifest
 from torchorbax._src.restore.plan import planned
 from torchorbax._src.save.snapshot import take
+from torchorbax._src.state.capture import capture_all
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring, in_order
 
 from tests.helpers.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
 
@@ -42,7 +44,7 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
     try:
         items = items_of(live, rng=False)
         change(live)
-        captured = {name: item.capture() for name, item in items.items()}
+        captured = capture_all(items, {})
         snapshot = take(captured, "host")
     except REFUSALS as error:
         return str(error)
@@ -52,11 +54,13 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
     fresh = items_of(again, rng=False)
     arrays = snapshot.arrays
     plan = planned("a run", manifest, fresh, None, Request())
+    restoring = Restoring()
     with contextlib.ExitStack() as undo:
-        for name, one in plan.items.items():
+        for name in in_order({name: fresh[name] for name in plan.items}):
+            one = plan.items[name]
             loaded = {leaf: _loaded(arrays[name, leaf], target) for leaf, target in one.targets.items()}
             assert not one.dtypes
-            fresh[name].apply(manifest.items[name], one, loaded, undo)
+            fresh[name].apply(manifest.items[name], one, loaded, undo, restoring)
         undo.pop_all()
     return None
 

@@ -58,7 +58,7 @@ def test_random_numbers_go_on_in_either_form_of_the_key(form: str, tmp_path: Pat
 
 @pytest.mark.parametrize("started", ["before", "after"])
 def test_random_numbers_go_on_in_a_thread_that_did_not_restore(started: str, tmp_path: Path) -> None:
-    """torchax has a key for each thread. The training loop may run in another one than `resume`."""
+    """Torchax has a key for each thread. The training loop may run in another one than `resume`."""
 
     def draw() -> list[bytes]:
         key, sub = jax.random.split(_torchax.rng_key())

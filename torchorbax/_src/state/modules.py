@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, below_
 from torchorbax._src.state.live_leaves import as_typed, live_meta, on_their_side
 from torchorbax._src.state.module_names import extra_state_owners, own_tensors, saved_names
 from torchorbax._src.state.request import Request, selected
+from torchorbax._src.state.sharing import Restoring, leaves_among
 from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors.live import live_dtype, settle
 from torchorbax._src.tensors.placement import placed_dtype, target_shardings
@@ -35,6 +36,7 @@ class ModuleItem:
         name: the item's name.
         module: the module.
         by_rules: do sharding rules say where it belongs? Otherwise it stays where it is.
+        before: the modules that are saved before it, by item, with which it may share tensors.
 
     Raises:
         ConfigError: it could never be restored from what it is saved as.
@@ -42,10 +44,18 @@ class ModuleItem:
 
     kind: ClassVar[str] = "module"
 
-    def __init__(self, name: str, module: torch.nn.Module, *, by_rules: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        *,
+        by_rules: bool = True,
+        before: Mapping[str, torch.nn.Module] | None = None,
+    ) -> None:
         self._name = name
         self._module = module
         self._by_rules = by_rules
+        self._before = dict(before or {})
         _check_methods(name, module)
         self._saved_as: dict[str, str] | None = None
         self._at_start: _Outline | None = None
@@ -66,6 +76,14 @@ class ModuleItem:
             first_of[name] = first_by_id.setdefault(id(tensor), name)
             tensors.setdefault(first_of[name], tensor)
         return tensors, first_of
+
+    def _shared(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """The tensors that are those of a module before it, by name, and that module's item."""
+        items: dict[int, str] = {}
+        for item, module in self._before.items():
+            for _, tensor in own_tensors(module):
+                items.setdefault(id(tensor), item)
+        return {name: items[id(tensor)] for name, tensor in tensors.items() if id(tensor) in items}
 
     def _extra(self) -> dict[str, Any]:
         """What `get_extra_state` of its modules gives, by name."""
@@ -91,14 +109,14 @@ class ModuleItem:
         frozen = (name for name, tensor in tensors.items() if is_parameter(tensor) and not tensor.requires_grad)
         return Captured(self.kind, leaves, ties, extra, frozenset(frozen))
 
-    @staticmethod
-    def _outline(tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]) -> _Outline:
+    def _outline(self, tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]) -> _Outline:
         """What must not change, or a fresh module could not take it: names, shapes, dtypes and ties."""
         described = {
             name: (tuple(tensor.shape), torch.int32 if tensor.dtype is torch.int64 else tensor.dtype)  # as on jax
             for name, tensor in tensors.items()
         }
-        return described, dict(first_of)
+        shared = {name: f"{name} of {item}" for name, item in self._shared(tensors).items()}
+        return described, {**first_of, **shared}
 
     def _refuse_change(self, at_start: _Outline, at_save: _Outline) -> None:
         (start, ties_at_start), (now, ties) = at_start, at_save
@@ -158,6 +176,7 @@ class ModuleItem:
         found = {name: saved.leaves[leaf] for name, leaf in stored.items()}
         plan.problems += compare_leaves(self._name, live, found, cast=request.cast)
         plan.problems += compare_ties(self._name, first_of, stored)
+        plan.problems += self._compare_shared(tensors, live, stored, saved, request)
         self._plan_values(plan, selected(self._name, {name: name for name in values}, request), request)
         if plan.problems and request.strict:
             return plan
@@ -167,6 +186,26 @@ class ModuleItem:
         plan.targets = {leaf: shardings[first] for first, leaf in plan.sources.items()}
         plan.targets |= dict.fromkeys(set().union(*(of_values[name] for name in plan.values.values())))
         return plan
+
+    def _compare_shared(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        live: Collection[str],
+        stored: Mapping[str, str],
+        saved: ItemMeta,
+        request: Request,
+    ) -> list[Problem]:
+        """Tensors that are those of another module on one side only, or of different modules."""
+        if saved.shared is None:
+            return []
+        was = {one.here: one.item for one in saved.shared if one.item in self._before and not one.detached}
+        now = {name: item for name, item in self._shared(tensors).items() if request.concerns(item)}
+        both = {name: was.get(stored[name]) for name in tensors if name in live and name in stored}
+        return [
+            Problem("ties", self._name, name, _tied_to(now.get(name)), _tied_to(item))
+            for name, item in both.items()
+            if now.get(name) != item and (item is None or request.concerns(item))
+        ]
 
     def _plan_values(self, plan: ItemPlan, stored: Mapping[str, str], request: Request) -> None:
         live = [name for name in extra_state_owners(self._module) if request.selects(self._name, name)]
@@ -184,21 +223,32 @@ class ModuleItem:
             plan.problems.append(Problem("placement", self._name, name, "a dtype that fits on the devices", str(error)))
             return meta
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
         tensors, _ = self._tensors()
         typed = as_typed(saved, arrays)
+        given = restoring.given(saved)
         for name, leaf in plan.sources.items():
-            settle(tensors[name], typed[leaf], undo)
+            if given.get(leaf) is not tensors[name]:  # else an item before this one has written it
+                settle(tensors[name], typed[leaf], undo)
+        became: dict[str | int, Any] = {leaf: tensors[name] for name, leaf in plan.sources.items()}
         owners = extra_state_owners(self._module)
         for name, stored in plan.values.items():
             value = saved.values[stored]
             loaded = on_their_side(saved, {leaf: arrays[leaf] for leaf in leaves_in(value)})
-            self._set_extra_state(owners[name], decode(value, as_typed(saved, loaded)), undo)
+            leaves = {**as_typed(saved, loaded), **leaves_among(given)}
+            self._set_extra_state(owners[name], decode(value, leaves, objects=became), undo)
+        restoring.finish(self._name, {key: one for key, one in became.items() if isinstance(key, str)})
 
     def _set_extra_state(self, owner: torch.nn.Module, state: Any, undo: ExitStack) -> None:
         with calling(self._name, f"the extra state of {type(owner).__name__}"):
             undo.callback(owner.set_extra_state, owner.get_extra_state())
             owner.set_extra_state(state)
+
+
+def _tied_to(item: str | None) -> str:
+    return "not tied" if item is None else f"tied to a tensor of {item}"
 
 
 def is_parameter(tensor: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from torchorbax._src.format.manifest import ItemMeta
 from torchorbax._src.state.generators import python_state, set_python_state
 from torchorbax._src.state.item import Captured, ItemPlan
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring
 from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax.errors import ConfigError, MismatchError, Problem
@@ -46,7 +47,9 @@ class RngItem:
             return ItemPlan()
         return ItemPlan(targets=dict.fromkeys(saved.leaves))  # small: loaded on the host and put where needed
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
         if plan.restores_something:
             undo.callback(_write_global, _read())
             try:
@@ -75,8 +78,10 @@ def _read() -> dict[str, Any]:
 
 
 def _key_of(state: Mapping[str, Any]) -> jax.Array:
-    key = jax.device_put(np.asarray(state["key"]))
-    return key if state["impl"] is None else jax.random.wrap_key_data(key, impl=state["impl"])
+    key: jax.Array = jax.device_put(np.asarray(state["key"]))
+    impl = state["impl"]
+    typed: jax.Array = key if impl is None else jax.random.wrap_key_data(key, impl=impl)
+    return typed
 
 
 def _write_global(state: Mapping[str, Any]) -> None:

@@ -43,6 +43,12 @@ def array_of(tensor: torch.Tensor) -> jax.Array:
     return array
 
 
+def undetached(tensor: torch.Tensor) -> torch.Tensor:
+    """The torchax tensor whose values a detached one shares; any other tensor itself."""
+    source: torch.Tensor = tensor._source if isinstance(tensor, torchax_lowerings.Detached) else tensor
+    return source
+
+
 def wrap(array: jax.Array, *, requires_grad: bool = False) -> torch.Tensor:
     """A torchax tensor that holds `array` (no copy)."""
     tensor: torch.Tensor = Tensor(array, torchax.default_env(), requires_grad=requires_grad)
