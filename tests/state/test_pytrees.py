@@ -175,3 +175,13 @@ def test_any_tree_comes_back(tree: Any, number: int, tmp_path_factory: pytest.Te
     run = restored(path, tree=jax.tree.map(other, filled(0)))
     assert jax.tree.structure(run.state["tree"]) == jax.tree.structure(tree)
     assert repr(run.state["tree"]) == repr(filled(number))
+
+
+def test_a_numpy_scalar_as_a_key_of_jax_arrays_is_saved_again_and_again(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"x": {np.int64(3): jnp.ones(2)}}, save=None) as run:
+        for step in range(2):
+            run.save(step, force=True)
+    state = {"x": {np.int64(3): jnp.zeros(2)}}
+    with Checkpointer(tmp_path, state) as run:
+        run.restore()
+    assert state["x"][np.int64(3)].tolist() == [1, 1]

@@ -250,3 +250,16 @@ def test_an_item_that_is_restored_alone_gets_tensors_of_its_own(tmp_path: Path) 
         run.restore(only="x")
     assert bits(state["x"]["w"]) == bits(model.embed.weight)
     assert bits(again.embed.weight) == before
+
+
+def test_detached_parameters_that_shardings_would_leave_behind_are_refused(tmp_path: Path, mesh: Mesh) -> None:
+    rules = (mesh, {"weight": P("fsdp")})
+    model = nn.Linear(8, 8)
+    advice = r"best.weight has the memory of model.weight, .*put the parameter itself there, or a clone"
+    with pytest.raises(ConfigError, match=advice):
+        resume(model, None, tmp_path, state={"best": model.state_dict()}, shardings=rules)
+    clones = {name: one.clone() for name, one in model.state_dict().items()}
+    for best in (clones, dict(model.named_parameters())):
+        with resume(model, None, tmp_path, state={"best": best}, shardings=rules, save=None):
+            pass
+    assert best["weight"] is model.weight

@@ -13,6 +13,7 @@ import torch
 from torchorbax._src.run.checkpointer import Checkpointer, get_ready, listen_for_preemption, restore_from
 from torchorbax._src.run.init_from import Params, check_init_from, starting_point
 from torchorbax._src.run.options import RunKeywords, run_options, takes_run_options
+from torchorbax._src.state.capture import check_movable
 from torchorbax._src.state.registry import objects_in
 from torchorbax._src.state.request import Rename, request
 from torchorbax._src.tensors.optimizers import Optimizer
@@ -74,6 +75,7 @@ def resume(
     try:
         # Rules that cannot work must be found before a restore changes anything.
         if shardings is not None:
+            check_movable(run._items)
             for module in modules:
                 check_placeable(module, shardings)
         # Restore from this run, or else from another one.

@@ -78,7 +78,7 @@ class PytreeItem:
         values = built(self._outline, encode(tree, leaves, below_item, (self._name,), self._node_of, containers))
         if handed is not None:
             self._check_handed(handed)
-        if arrays:
+        if arrays and len(leaves) == len(arrays):  # else some keys are numpy scalars, which are leaves, too
             names = {id(leaf): name for name, leaf in leaves.items()}
             order = {id(one): index for index, one in enumerate(met)}
             self._known = _Known(

@@ -32,6 +32,16 @@ def in_order(kinds: Mapping[str, Any]) -> list[str]:
     return sorted(kinds, key=lambda name: (_ORDER.index(kinds[name].kind), name.partition(".")[0] != "model", name))
 
 
+def address_of(value: Any) -> int:
+    """Equal for what is the same object or begins at the same place of host memory."""
+    kind = type(value)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return (value.data_ptr() if value.layout is torch.strided else 0) or id(value)
+    if kind is np.ndarray:
+        return value.ctypes.data if value.size else id(value)
+    return id(torchax_tensors.undetached(value))
+
+
 def view_of(value: Any) -> Any:
     """Equal for the same mutable object, and for tensors or arrays that are the same view of the same memory."""
     if torchax_tensors.is_torchax(value):
