@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -231,16 +231,25 @@ def _arrays_only(tree: Any) -> tuple[Any, list[Any], list[Any]]:
             return is_iterable_leaf(node)
         found = id(node) in met
         met[id(node)] = node
-        return found
+        return found or (isinstance(node, dict) and not _can_be_sorted(node))
 
     try:
         leaves, structure = jax.tree.flatten(tree, is_leaf=repeats)
-    except (TypeError, ValueError):  # keys that cannot be sorted
+    except (TypeError, ValueError):  # from a node that is no container, but looks like one to JAX
         return None, [], []
     one_of_each_type = {type(leaf): leaf for leaf in leaves}.values()
     if not all(isinstance(leaf, jax.Array) and not is_key(leaf) for leaf in one_of_each_type):
         return None, [], []
     return (structure, leaves, [*met.values()]) if len(set(map(id, leaves))) == len(leaves) else (None, [], [])
+
+
+def _can_be_sorted(keys: Iterable[Any]) -> bool:
+    """Can JAX sort these keys? If not, its error costs the thread a level of recursion each time, for good."""
+    try:
+        sorted(keys)
+    except TypeError:
+        return False
+    return True
 
 
 def _tree_of(
