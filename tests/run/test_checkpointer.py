@@ -131,7 +131,7 @@ def test_what_changes_in_the_users_own_mapping_is_saved_and_comes_back(tmp_path:
     state: dict[str, Any] = {"epoch": 0, "best": None, "log": ()}
     with resume(nn.Linear(1, 1), None, tmp_path, state=state, save=None) as run:
         state["epoch"] += 1
-        run.state["epoch"] += 1  # type: ignore[index]
+        run.state["epoch"] += 1
         state["log"] += (0.5,)
         state["best"] = [1.0]
         run.save(0, force=True)
@@ -167,6 +167,6 @@ def test_a_mapping_that_cannot_be_written_to_is_read_once(tmp_path: Path) -> Non
     for step in range(2):
         with resume(nn.Linear(1, 1), None, tmp_path, state=state, save=None) as run:
             assert run.state["epoch"] == step
-            run.state["epoch"] += 1  # type: ignore[index]
+            run.state["epoch"] += 1
             run.save(step, force=True)
     assert state == {"epoch": 0}

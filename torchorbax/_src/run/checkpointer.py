@@ -93,7 +93,7 @@ class Checkpointer:
         return self._main.storage.path
 
     @property
-    def state(self) -> Mapping[str, Any]:
+    def state(self) -> MutableMapping[str, Any]:
         """The live objects by name: the very mapping that was given, if it can be written to.
 
         A tree that could not be restored in place is replaced here, and so in the mapping that was given.
