@@ -22,6 +22,7 @@ TESTED_ELSEWHERE = {
     "save/contribution": ("save/test_writer", "what processes compare before they write"),
     "save/local_tier": ("run/test_tier", "saved and restored by runs with two tiers"),
     "save/save": ("save/test_writer", "a record that goes from the loop to the writer"),
+    "state/capture": ("state/test_sharing", "what items share, from the capture to the restore"),
     "state/item": ("restore/test_in_place", "the protocol of all items; every restore uses it"),
     "state/generators": ("state/test_refusals", "generators of every library, saved, restored and refused"),
     "state/merge": ("state/test_growing", "what has grown is merged into what is live"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torchorbax._src.arrays.dtypes import BY_NAME
-from torchorbax._src.format.manifest import FORMAT, ITEM_NAME, ItemMeta, LeafMeta, Manifest
+from torchorbax._src.format.manifest import FORMAT, ITEM_NAME, ItemMeta, LeafMeta, Manifest, Shared
 from torchorbax._src.state.values import encode
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
@@ -44,7 +44,9 @@ def item_metas(draw: st.DrawFn) -> ItemMeta:
     leaves = draw(st.dictionaries(names, leaf_metas, max_size=3))
     aliases = draw(st.sets(names.filter(lambda name: name not in leaves), max_size=2)) if leaves else ()
     ties = {alias: draw(st.sampled_from(sorted(leaves))) for alias in aliases}
-    return ItemMeta(kind, leaves, ties, encode(draw(jsons), {}))
+    keys = names | st.integers(0, 9)
+    shared = draw(st.none() | st.lists(st.builds(Shared, keys, item_names, keys, st.booleans()), max_size=2).map(tuple))
+    return ItemMeta(kind, leaves, ties, encode(draw(jsons), {}), shared)
 
 
 manifests = st.builds(

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ import pytest
 import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from torchorbax import Checkpointer, ConfigError
+from torch import nn
+from torchorbax import Checkpointer, ConfigError, resume
 
 from tests.helpers.fake_runs import fake_run, weights
 from tests.helpers.memory_storage import MemoryStorage
@@ -123,3 +125,48 @@ def test_a_save_that_is_refused_leaves_the_last_complete_step(tmp_path: Path) ->
     with pytest.raises(torchorbax.ConfigError, match="metric loss must be"):
         train()
     assert run.all_steps() == [0, 2]
+
+
+def test_what_changes_in_the_users_own_mapping_is_saved_and_comes_back(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"epoch": 0, "best": None, "log": ()}
+    with resume(nn.Linear(1, 1), None, tmp_path, state=state, save=None) as run:
+        state["epoch"] += 1
+        run.state["epoch"] += 1
+        state["log"] += (0.5,)
+        state["best"] = [1.0]
+        run.save(0, force=True)
+    again: dict[str, Any] = {"epoch": 0, "best": None, "log": ()}
+    with resume(nn.Linear(1, 1), None, tmp_path, state=again, save=None) as run:
+        assert again == {"epoch": 2, "best": [1.0], "log": (0.5,)}
+        assert {name: run.state[name] for name in again} == again
+        assert set(run.state) == {"model", "epoch", "best", "log"}
+
+
+def test_the_mapping_of_a_checkpointer_is_its_state(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"epoch": 0}
+    with Checkpointer(tmp_path, state, save=None) as run:
+        assert run.state is state
+        state["epoch"] = 3
+        run.save(0, force=True)
+        state["epoch"] = 4
+        run.restore()
+    assert state == {"epoch": 3}
+
+
+@pytest.mark.parametrize("change", [{"more": 1}, {"model": nn.Linear(2, 2)}], ids=["an entry more", "another model"])
+def test_entries_that_are_new_in_the_users_own_mapping_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    state: dict[str, Any] = {"epoch": 0}
+    with resume(nn.Linear(1, 1), None, tmp_path, state=state, save=None) as run:
+        state |= change
+        with pytest.raises(ConfigError, match="has got other entries since the run was opened"):
+            run.save(0, force=True)
+
+
+def test_a_mapping_that_cannot_be_written_to_is_read_once(tmp_path: Path) -> None:
+    state = MappingProxyType({"epoch": 0})
+    for step in range(2):
+        with resume(nn.Linear(1, 1), None, tmp_path, state=state, save=None) as run:
+            assert run.state["epoch"] == step
+            run.state["epoch"] += 1
+            run.save(step, force=True)
+    assert state == {"epoch": 0}

@@ -191,7 +191,6 @@ def test_arguments_that_would_be_ignored_or_done_again(tmp_path: Path) -> None:
 
 def test_a_value_that_was_none_at_first(tmp_path: Path) -> None:
     with torchorbax.resume(torch.nn.Linear(2, 2), None, tmp_path, save=None, state={"best": None}) as run:
-        assert isinstance(run.state, dict)
         run.state["best"] = 0.5
         run.save(0, force=True)
     with torchorbax.resume(torch.nn.Linear(2, 2), None, tmp_path, state={"best": None}) as run:

@@ -21,8 +21,10 @@ from torchorbax import Checkpointer, ConfigError, MismatchError, UnsupportedLeaf
 from torchorbax._src.format.manifest import Manifest
 from torchorbax._src.restore.plan import planned
 from torchorbax._src.save.snapshot import take
+from torchorbax._src.state.capture import capture_all
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring, in_order
 
 from tests.helpers.recipes import Builder, Camera, Recipe, keys, odd_trees, trees, values
 
@@ -42,7 +44,7 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
     try:
         items = items_of(live, rng=False)
         change(live)
-        captured = {name: item.capture() for name, item in items.items()}
+        captured = capture_all(items, {})
         snapshot = take(captured, "host")
     except REFUSALS as error:
         return str(error)
@@ -52,11 +54,13 @@ def trip(live: Program, change: Callable[[Program], object], again: Program) -> 
     fresh = items_of(again, rng=False)
     arrays = snapshot.arrays
     plan = planned("a run", manifest, fresh, None, Request())
+    restoring = Restoring()
     with contextlib.ExitStack() as undo:
-        for name, one in plan.items.items():
+        for name in in_order({name: fresh[name] for name in plan.items}):
+            one = plan.items[name]
             loaded = {leaf: _loaded(arrays[name, leaf], target) for leaf, target in one.targets.items()}
             assert not one.dtypes
-            fresh[name].apply(manifest.items[name], one, loaded, undo)
+            fresh[name].apply(manifest.items[name], one, loaded, undo, restoring)
         undo.pop_all()
     return None
 
@@ -227,6 +231,8 @@ class OddModule(torch.nn.Module):
             tensor = builder.build(("array", "torch", *array[2:]))
             if kind == "parameter":
                 self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=tensor.dtype.is_floating_point))
+            elif kind == "none":
+                self.register_buffer(name, None)
             elif kind != "tied":
                 self.register_buffer(name, tensor, persistent=kind == "buffer")
             elif self._parameters:
@@ -251,7 +257,7 @@ class WithExtraState(OddModule):
 _TENSORS = st.lists(
     st.tuples(
         _NAMES,
-        st.sampled_from(["parameter", "buffer", "not persistent", "tied"]),
+        st.sampled_from(["parameter", "buffer", "none", "not persistent", "tied"]),
         st.tuples(
             st.just("array"),
             st.just("torch"),
@@ -275,15 +281,21 @@ modules: st.SearchStrategy[dict[str, Any]] = st.recursive(
     recipe=modules,
     extras=st.lists(values | odd_trees, min_size=1, max_size=2),
     fill=st.integers(0, 9),
+    flips=st.lists(st.booleans(), max_size=6),
     extra=st.booleans(),
 )
-def test_modules(recipe: dict[str, Any], extras: list[Recipe], fill: int, extra: bool) -> None:
+def test_modules(recipe: dict[str, Any], extras: list[Recipe], fill: int, flips: list[bool], extra: bool) -> None:
+    """Values change, and buffers become tensors or None."""
     cls = WithExtraState if extra else OddModule
 
     def change(state: Program) -> None:
         with torch.no_grad():
             for tensor in (*state["model"].parameters(), *state["model"].buffers()):
                 tensor.fill_(fill)
+        buffers = [(one, name) for one in state["model"].modules() for name in one._buffers]
+        for (one, name), flipped in zip(buffers, flips, strict=False):
+            if flipped:
+                one._buffers[name] = torch.full((2,), float(fill)) if one._buffers[name] is None else None
         for index, module in enumerate(state["model"].modules()):
             if extra:
                 vars(module)["extra"] = Builder().build(extras[index % len(extras)])
@@ -293,6 +305,52 @@ def test_modules(recipe: dict[str, Any], extras: list[Recipe], fill: int, extra:
         return [(name, Camera().picture(value)) for name, value in kept.items()]
 
     check(lambda: {"model": cls(recipe)}, change, picture)
+
+
+# ------------------------------------------------------------------------------------------- what several items share
+
+
+@given(
+    starts=st.tuples(trees, trees, values),
+    laters=st.tuples(trees, trees, values),
+    which=st.sets(st.sampled_from(["x", "a", "optimizer", "holder"])),
+    in_place=st.booleans(),
+)
+def test_what_items_share(
+    starts: tuple[Recipe, ...], laters: tuple[Recipe, ...], which: set[str], in_place: bool
+) -> None:
+    """Trees, an optimizer and an object have tensors and containers of each other and of the model."""
+
+    def parts(model: torch.nn.Module) -> list[Any]:
+        return [*model.parameters(), *model.buffers()]
+
+    def build() -> Program:
+        model = torch.nn.BatchNorm1d(2)
+        optimizer = Odd([model.weight], lr=0.1)
+        builder = Builder(parts(model))
+        x, a, more = map(builder.build, starts)
+        optimizer.state[model.weight]["more"] = more
+        return {"x": {"tree": x}, "model": model, "holder": Holder(None), "optimizer": optimizer, "a": {"tree": a}}
+
+    def change(state: Program) -> None:
+        model = state["model"]
+        builder = Builder(parts(model) + objects_in([state["x"], state["a"]]))
+        x, a, more = map(builder.build, laters)
+        for name, new in (("x", x), ("a", a)):
+            if name in which:
+                state[name] = state[name] | {"tree": new} if in_place else {"tree": new}
+        if "optimizer" in which:
+            state["optimizer"].state[model.weight]["more"] = more
+        if "holder" in which:
+            state["holder"].value = builder.made[-1] if builder.made else None
+
+    def picture(state: Program) -> Any:
+        camera = Camera()
+        model = [camera.picture(one) for one in parts(state["model"])]
+        more = camera.picture(state["optimizer"].state[state["model"].weight]["more"])
+        return model, more, camera.picture(state["x"]), camera.picture(state["a"])
+
+    check(build, change, picture)
 
 
 # ------------------------------------------------------------------------------------------------------------- on disk
@@ -338,11 +396,11 @@ def test_all_of_it_on_disk(
 
 
 def saved_on_disk(path: Path, live: Program, change: Callable[[Any], object]) -> tuple[Any, str | None]:
-    """The state as it was saved, and what it was refused with if it was."""
+    """The state as it was saved, and what it was refused with if it was. The program's own mapping changes."""
     try:
         with Checkpointer(path, live, save=None) as run:
-            change(run.state)
+            change(live)
             run.save(0, force=True)
     except REFUSALS as error:
         return None, str(error)
-    return run.state, None
+    return live, None

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 import torch
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchax import interop
-from torchorbax import Checkpointer, ConfigError, place_, resume
+from torchorbax import Checkpointer, ConfigError, MismatchError, place_, resume
+from torchorbax._src.save.snapshot import take
+from torchorbax._src.state.modules import ModuleItem
+from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring
 from torchorbax._src.tensors import torchax_tensors
 
 from tests.helpers.tensors import bits
@@ -177,3 +183,77 @@ def test_a_wrapper_of_torchax_is_refused_and_the_module_inside_it_is_saved(tmp_p
     again = nn.Linear(2, 2)
     with resume(again, None, tmp_path):
         assert bits(again.weight) == bits(wrapped._model.weight)
+
+
+class Cached(nn.Module):
+    """Makes its buffers when they are first needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.register_buffer("cache", None)
+        self.register_buffer("same", None)
+        self.register_buffer("once", torch.ones(2))
+        self.register_parameter("scale", None)
+
+
+@pytest.mark.parametrize("where", ["host", "jax", "rules"])
+def test_buffers_that_are_made_or_dropped_later_come_back(where: str, tmp_path: Path, mesh: Mesh) -> None:
+    rules = (mesh, {"cache": P("fsdp")}) if where == "rules" else None
+    model = Cached()
+    if where == "jax":
+        place_(model)
+    with resume(model, None, tmp_path, shardings=rules, save=None) as run:
+        made = torch.arange(8, dtype=torch.int64 if where == "host" else torch.int32)
+        model.cache = made if where == "host" else torchax_tensors.wrap(jnp.asarray(made.numpy()))
+        model.same = model.cache
+        model.once = None
+        run.save(0, force=True)
+    again = Cached()
+    with resume(again, None, tmp_path, shardings=rules, save=None) as run:
+        assert again.cache is again.same
+        assert bits(again.cache) == bits(model.cache)
+        assert again.once is None
+        assert torchax_tensors.is_torchax(again.cache) == (where != "host")
+        if where == "rules":
+            assert torchax_tensors.array_of(again.cache).sharding.spec == P("fsdp")
+        again.cache, again.same = None, None
+        run.restore(only="model.cache")
+        assert bits(again.cache) == bits(model.cache)
+        run.save(1, force=True)
+
+
+def test_a_failed_restore_leaves_buffers_as_they_were() -> None:
+    model, again = Cached(), Cached()
+    item, fresh = ModuleItem("model", model), ModuleItem("model", again)
+    model.cache, model.once = torch.ones(3), None
+    snapshot = take({"model": item.capture()}, "host")
+    saved = snapshot.items["model"]
+    plan = fresh.plan(saved, None, Request())
+    with ExitStack() as undo:
+        fresh.apply(saved, plan, {name: array for (_, name), array in snapshot.arrays.items()}, undo, Restoring())
+        assert again.cache.tolist() == [1, 1, 1]
+        assert again.once is None
+    assert again.cache is None
+    assert again.once.tolist() == [1, 1]
+
+
+def test_a_parameter_that_is_made_later_or_a_tie_that_is_new_is_refused(tmp_path: Path) -> None:
+    model = Cached()
+    with Checkpointer(tmp_path, {"model": model}, save=None) as run:
+        model.scale = nn.Parameter(torch.ones(1))
+        with pytest.raises(ConfigError, match=r"scale has been added\. .* and build it like that when"):
+            run.save(0, force=True)
+        model.scale = None
+        model.cache = model.once
+        with pytest.raises(ConfigError, match=r"model: the module has changed since the run was opened"):
+            run.save(0, force=True)
+
+
+def test_another_module_with_a_buffer_none_is_told_so(tmp_path: Path) -> None:
+    model = Cached()
+    model.cache = torch.ones(2)
+    with Checkpointer(tmp_path, {"model": model}, save=None) as run:
+        run.save(0, force=True)
+    with Checkpointer(tmp_path, {"model": Cached()}) as run, pytest.raises(MismatchError, match="cache: found"):
+        run.restore()

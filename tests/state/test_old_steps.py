@@ -18,6 +18,7 @@ from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest
 from torchorbax._src.restore.plan import planned
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring
 from torchorbax._src.state.values import encode
 
 
@@ -36,7 +37,7 @@ def restore(state: dict[str, Any], name: str, values: Any, arrays: dict[str, Any
     plan = planned("a run", manifest, items, None, Request(only=(name,))).items[name]
     loaded = {key: array if plan.targets[key] is None else jnp.asarray(array) for key, array in arrays.items()}
     with ExitStack() as undo:
-        items[name].apply(manifest.items[name], plan, loaded, undo)
+        items[name].apply(manifest.items[name], plan, loaded, undo, Restoring())
         undo.pop_all()
 
 

@@ -16,6 +16,7 @@ import torchorbax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchorbax import Checkpointer, MismatchError
+from torchorbax._src.state.pytrees import PytreeItem
 
 from tests.helpers.runs import restored, saved
 from tests.helpers.tensors import bits
@@ -175,3 +176,29 @@ def test_any_tree_comes_back(tree: Any, number: int, tmp_path_factory: pytest.Te
     run = restored(path, tree=jax.tree.map(other, filled(0)))
     assert jax.tree.structure(run.state["tree"]) == jax.tree.structure(tree)
     assert repr(run.state["tree"]) == repr(filled(number))
+
+
+def test_a_numpy_scalar_as_a_key_of_jax_arrays_is_saved_again_and_again(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"x": {np.int64(3): jnp.ones(2)}}, save=None) as run:
+        for step in range(2):
+            run.save(step, force=True)
+    state = {"x": {np.int64(3): jnp.zeros(2)}}
+    with Checkpointer(tmp_path, state) as run:
+        run.restore()
+    assert state["x"][np.int64(3)].tolist() == [1, 1]
+
+
+def test_saves_of_keys_that_cannot_be_sorted_leave_python_its_depth_of_recursion() -> None:
+    """JAX's error about such keys, deep in a tree, costs a level each time: a thousand saves, and nothing works."""
+
+    def depth(level: int = 0) -> int:
+        try:
+            return depth(level + 1)
+        except RecursionError:
+            return level
+
+    item = PytreeItem("x", {"x": [{1: jnp.ones(1), "a": jnp.ones(1)}]}, "x")
+    before = depth()
+    for _ in range(50):
+        item.capture()
+    assert depth() >= before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,40 @@ def test_random_numbers_go_on_in_either_form_of_the_key(form: str, tmp_path: Pat
     restored(path, x=0)
     assert draw() == expected
     assert str(_torchax.rng_key().dtype) == str(keys[form].dtype)
+
+
+@pytest.mark.parametrize("started", ["before", "after"])
+def test_random_numbers_go_on_in_a_thread_that_did_not_restore(started: str, tmp_path: Path) -> None:
+    """Torchax has a key for each thread. The training loop may run in another one than `resume`."""
+
+    def draw() -> list[bytes]:
+        key, sub = jax.random.split(_torchax.rng_key())
+        _torchax.set_rng_key(key)
+        return [bits(np.asarray(jax.random.normal(sub, (2,))))]
+
+    def life(step: int) -> list[bytes]:
+        with ThreadPoolExecutor(1) as loop:
+            if started == "before":
+                loop.submit(draw).result()
+            with torchorbax.resume(nn.Linear(1, 1), None, tmp_path, save=None) as run:
+                drawn: list[bytes] = loop.submit(draw).result()
+                loop.submit(run.save, step, force=True).result()
+            return drawn + loop.submit(draw).result()
+
+    torch.manual_seed(3)
+    first = life(0)
+    torch.manual_seed(4)
+    assert life(1)[0] == first[1]
+
+
+def test_a_key_of_all_threads_that_is_undone_leaves_each_its_own() -> None:
+    def key_data() -> bytes:
+        return bits(jax.random.key_data(_torchax.rng_key()))
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(_torchax.set_rng_key, jax.random.key(11)).result()
+        before = key_data(), other.submit(key_data).result()
+        with ExitStack() as undo:
+            _torchax.set_rng_key_of_all_threads(jax.random.key(12), undo)
+            assert key_data() == other.submit(key_data).result() not in before
+        assert (key_data(), other.submit(key_data).result()) == before

@@ -15,30 +15,43 @@ import torch
 from torchorbax._src.format.values import BY_NAME, FACTORIES, MAPPINGS, Json, LayoutError, Node, Tensors
 
 
-def decode(json: Json, leaves: Mapping[str, Any], tensors: Tensors | None = None) -> Any:
+def decode(
+    json: Json,
+    leaves: Mapping[str, Any],
+    tensors: Tensors | None = None,
+    containers: Mapping[int, Any] | None = None,
+    objects: dict[str | int, Any] | None = None,
+) -> Any:
     """The value that `encode` took apart.
 
     Args:
         json: what `encode` has returned.
         leaves: the arrays by name. Objects of other types, such as names, are put in their places unchanged.
         tensors: makes tensors of those arrays that were tensors; None leaves them arrays.
+        containers: what to put in the place of mutable containers, by number.
+        objects: what has been made of the leaves, by name, and the mutable containers, by number, are added to it.
 
     Raises:
         LayoutError: `json` is not what `encode` writes.
     """
     try:
-        return _Decoder(leaves, tensors).value(json)
+        decoder = _Decoder(leaves, tensors, containers or {})
+        value = decoder.value(json)
+        if objects is not None:
+            objects |= decoder.rebuilt | dict(enumerate(decoder.containers))
+        return value
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise LayoutError(f"damaged values: {type(error).__name__}: {error}") from error
 
 
 class _Decoder:
-    def __init__(self, leaves: Mapping[str, Any], tensors: Tensors | None) -> None:
+    def __init__(self, leaves: Mapping[str, Any], tensors: Tensors | None, given: Mapping[int, Any]) -> None:
         self._leaves = leaves
         self._tensors = tensors
-        self._rebuilt: dict[str, Any] = {}
+        self._given = given  # what is put in the place of containers, by number
+        self.rebuilt: dict[str, Any] = {}
         self._typed: set[str] = set()  # the names of the tensors that have been made parameters or readable
-        self._containers: list[Any] = []  # the mutable ones, in the order in which the encoder met them
+        self.containers: list[Any] = []  # the mutable ones, in the order in which the encoder met them
 
     def value(self, json: Json) -> Any:
         if isinstance(json, list):
@@ -51,7 +64,7 @@ class _Decoder:
         if kind == "built":
             return self.value(json["value"])
         if kind == "same":
-            return self._containers[json["number"]]
+            return self.containers[json["number"]]
         if BY_NAME.get(kind) in MAPPINGS:
             return self._numbered(lambda: self._mapping(BY_NAME[kind], json))
         if kind == "set":
@@ -65,10 +78,11 @@ class _Decoder:
         return _plain(kind, json)
 
     def _numbered(self, build: Callable[[], Any]) -> Any:
-        number = len(self._containers)
-        self._containers.append(None)
-        self._containers[number] = built = build()
-        return built
+        number = len(self.containers)
+        self.containers.append(None)
+        built = build()
+        self.containers[number] = self._given.get(number, built)
+        return self.containers[number]
 
     def _mapping(self, kind: Any, json: Mapping[str, Json]) -> Any:
         keys = [self.value(key) for key in json["keys"]]
@@ -83,26 +97,27 @@ class _Decoder:
     def _leaf(self, name: str, kind: str) -> Any:
         if kind not in ("torch", "array", "scalar"):
             raise ValueError(f"unknown kind of array {kind!r}; written by a newer torchorbax?")
-        if name not in self._rebuilt:
+        if name not in self.rebuilt:
             array = self._leaves[name]
             if kind == "torch" and _is_array(array) and self._tensors is not None:
                 array = self._tensors.tensor(array)
-            self._rebuilt[name] = array[()] if kind == "scalar" and isinstance(array, np.ndarray) else array
-        return self._rebuilt[name]
+            self.rebuilt[name] = array[()] if kind == "scalar" and isinstance(array, np.ndarray) else array
+        return self.rebuilt[name]
 
     def _wrapped(self, kind: str, json: Mapping[str, Json]) -> Any:
         data = self.value(json["data"])
         if kind == "key":
             return jax.random.wrap_key_data(jnp.asarray(data), impl=json["impl"]) if _is_array(data) else data
         name = json["data"]["name"]
-        if self._tensors is None or not isinstance(data, torch.Tensor) or name in self._typed:
+        is_tensor_already = isinstance(self._leaves[name], torch.Tensor)
+        if self._tensors is None or not isinstance(data, torch.Tensor) or name in self._typed or is_tensor_already:
             return data
         self._typed.add(name)
         if kind == "readable":
-            self._rebuilt[name] = self._tensors.readable(data)
+            self.rebuilt[name] = self._tensors.readable(data)
         else:
-            self._rebuilt[name] = self._tensors.parameter(data, requires_grad=json["requires_grad"])
-        return self._rebuilt[name]
+            self.rebuilt[name] = self._tensors.parameter(data, requires_grad=json["requires_grad"])
+        return self.rebuilt[name]
 
 
 def _is_array(value: Any) -> bool:

@@ -38,6 +38,7 @@ def encode(
     node_of: Callable[[Any, Path], Node | None] = lambda value, path: None,
     *,
     tensors: Tensors,
+    containers: list[Any] | None = None,
 ) -> Json:
     """`value` as JSON, with its arrays and tensors added to `leaves`.
 
@@ -48,11 +49,16 @@ def encode(
         path: the path of `value`, for names and errors.
         node_of: describes a value of a type that is not built in; None if such a value cannot be kept.
         tensors: tells the kinds of tensors apart.
+        containers: the mutable containers are added to it, in the order in which they are numbered.
 
     Raises:
         UnsupportedLeafError: a value has a type that could not be rebuilt, or contains itself. The error names it.
     """
-    return _Encoder(leaves, name_of, node_of, tensors).json(value, path)
+    encoder = _Encoder(leaves, name_of, node_of, tensors)
+    json = encoder.json(value, path)
+    if containers is not None:
+        containers += encoder.containers
+    return json
 
 
 class _Encoder:
@@ -71,7 +77,8 @@ class _Encoder:
         self._names: dict[int, str] = {}  # the names of arrays, by id
         self._numbers: dict[int, int] = {}  # the numbers of mutable containers, by id
         self._open: set[int] = set()  # the ids of the containers around the current value
-        self._met: list[Any] = []  # keeps the containers alive, because the id of a freed one may be given to another
+        # The containers by number. They are kept alive, because the id of a freed one may be given to another.
+        self.containers: list[Any] = []
 
     def json(self, value: Any, path: Path) -> Json:
         if value is None or type(value) in (bool, str):
@@ -86,7 +93,7 @@ class _Encoder:
             if id(value) in self._numbers:
                 return self._same(value, path)
             self._numbers[id(value)] = len(self._numbers)
-            self._met.append(value)
+            self.containers.append(value)
         if id(value) in self._open or len(path) > DEEPEST:
             reason = "contains itself" if id(value) in self._open else f"is nested more than {DEEPEST} levels deep"
             raise UnsupportedLeafError(".".join(path[:5]), f"a {type(value).__qualname__} below it {reason}")

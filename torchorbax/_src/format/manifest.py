@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.format.decode import decode
@@ -71,6 +71,22 @@ class LeafMeta:
         return 0 in self.shape
 
 
+class Shared(NamedTuple):
+    """An object of an item that is in another item, too.
+
+    Attributes:
+        here: the name of a leaf, or the number of a mutable container among those of the item's values.
+        item: the other item.
+        there: the name or number there.
+        detached: is it another tensor or array with the same memory?
+    """
+
+    here: str | int
+    item: str
+    there: str | int
+    detached: bool = False
+
+
 @dataclass(frozen=True)
 class ItemMeta:
     """One item of a step.
@@ -80,12 +96,14 @@ class ItemMeta:
         leaves: the stored arrays by name.
         ties: further names of stored arrays, `{alias: name}`.
         values: everything that is not an array, as `format.values.encode` writes it.
+        shared: what is in other items, too; None if the step does not say, because an older version wrote it.
     """
 
     kind: str
     leaves: Mapping[str, LeafMeta]
     ties: Mapping[str, str] = field(default_factory=dict)
     values: Json = None
+    shared: tuple[Shared, ...] | None = None
 
     def to_json(self) -> dict[str, Json]:
         """The JSON object of this item in the manifest."""
@@ -93,7 +111,8 @@ class ItemMeta:
             name: {key: value for key, value in vars(leaf).items() if _OMITTED.get(key, ...) is not value}
             for name, leaf in self.leaves.items()
         }
-        return {**vars(self), "leaves": leaves}
+        shared = {} if self.shared is None else {"shared": self.shared}
+        return {"kind": self.kind, "leaves": leaves, "ties": self.ties, "values": self.values, **shared}
 
 
 @dataclass(frozen=True)
@@ -242,7 +261,15 @@ def _item_meta(name: str, content: Json) -> ItemMeta:
     # A single encoded value, or several by name. They are decoded once here, so that later code can rely on their form.
     for value in values.values() if isinstance(values, dict) and "$" not in values else [values]:
         decode(value, dict.fromkeys(leaves))
-    return ItemMeta(str(content["kind"]), leaves, ties, values)
+    shared = content.get("shared")
+    return ItemMeta(str(content["kind"]), leaves, ties, values, None if shared is None else tuple(map(_shared, shared)))
+
+
+def _shared(content: Json) -> Shared:
+    match content:
+        case [str() | int() as here, str(item), str() | int() as there, bool(detached)]:
+            return Shared(here, item, there, detached)
+    raise ValueError(f"{str(content)[:200]} does not say what two items share")
 
 
 def _file_digest(path: str, content: Json) -> FileDigest:

@@ -24,6 +24,7 @@ from torchorbax._src.restore.checked_read import CheckedReader
 from torchorbax._src.restore.plan import Plan, planned
 from torchorbax._src.state.item import Item, ItemPlan
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring, in_order
 from torchorbax._src.storage.storage import Source
 from torchorbax.errors import MismatchError, Problem, summary
 
@@ -144,8 +145,12 @@ class Restore:
 
     def _apply(self, arrays: Mapping[str, Mapping[str, Array]], undo: ExitStack) -> None:
         """Write into the live objects, and register on `undo` how to reverse it."""
-        for item, plan in self._plan.items.items():
-            self._items[item].apply(self._manifest.items[item], plan, arrays[item], undo)
+        restoring = Restoring()
+        for item in in_order({name: self._items[name] for name in self._plan.items}):
+            saved = self._manifest.items[item]
+            # An older version did not write what items share: then each is restored as if it were alone.
+            known = restoring if saved.shared is not None else Restoring()
+            self._items[item].apply(saved, self._plan.items[item], arrays[item], undo, known)
 
     def _warn(self) -> None:
         path, manifest, count = self._source.path, self._manifest, self._channel.processes.count

@@ -45,7 +45,8 @@ class Checkpointer:
             nothing else.
         state: names to modules, `torch.optim` optimizers, `OptaxOptimizer`s, objects with `state_dict` and
             `load_state_dict` (schedulers), or pytrees of tensors, arrays and plain values. Optimizers are keyed by the
-            names that their parameters have in the modules given.
+            names that their parameters have in the modules given. A mapping that can be written to is the run's
+            `state` itself: what it holds at a save is saved, and a restore writes into it.
         **options: the attributes of `RunOptions`, each as a keyword.
 
     Attributes:
@@ -69,7 +70,7 @@ class Checkpointer:
         self._processes = Processes(settings.barrier_timeout_s)
         self._preemption = PreemptionNotice()
         # The live objects by name, and as items.
-        self._state: MutableMapping[str, Any] = dict(state)
+        self._state: MutableMapping[str, Any] = state if isinstance(state, MutableMapping) else dict(state)
         self._items = items_of(self._state, rng=settings.rng)
         # Where they are saved, and what does the work.
         channel = Channel(self._processes, "run")
@@ -93,8 +94,11 @@ class Checkpointer:
         return self._main.storage.path
 
     @property
-    def state(self) -> Mapping[str, Any]:
-        """The live objects by name. A pytree that could not be restored in place is replaced here."""
+    def state(self) -> MutableMapping[str, Any]:
+        """The live objects by name: the very mapping that was given, if it can be written to.
+
+        A tree that could not be restored in place is replaced here, and so in the mapping that was given.
+        """
         return self._state
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from torchorbax._src.run.checkpointer import Checkpointer, get_ready, listen_for_preemption, restore_from
 from torchorbax._src.run.init_from import Params, check_init_from, starting_point
 from torchorbax._src.run.options import RunKeywords, run_options, takes_run_options
+from torchorbax._src.state.capture import check_movable
 from torchorbax._src.state.registry import objects_in
 from torchorbax._src.state.request import Rename, request
 from torchorbax._src.tensors.optimizers import Optimizer
@@ -43,7 +45,8 @@ def resume(
         model: the module; on CPU, on meta (if there is a checkpoint) or on jax. Or a list or dict of modules.
         optimizer: a `torch.optim` optimizer of its parameters, an `OptaxOptimizer`, a list or dict of them, or None.
         path: the run's folder or `gs://` URI, see `Checkpointer`.
-        state: further objects to save and restore, by name.
+        state: further objects to save and restore, by name. Each save reads this very mapping, and a restore writes
+            into it, unless it cannot be written to; then `run.state` alone has what is restored.
         init_from: the path of another run or of one of its steps, whose full state is taken, including the number of
             the step; or `torchorbax.params(path)` for its parameters and buffers only, from step 0.
         strict: see `Checkpointer.restore`.
@@ -67,10 +70,12 @@ def resume(
     _check_rename(rename, cast, init_from)
     modules, optimizers = _modules(model), _optimizers(optimizer)
     objects = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
-    run = Checkpointer(path, {**objects, **_further(state)}, **options)
+    # The user's own mapping comes first, so that what is written goes there.
+    run = Checkpointer(path, ChainMap(_further(state), objects), **options)
     try:
         # Rules that cannot work must be found before a restore changes anything.
         if shardings is not None:
+            check_movable(run._items)
             for module in modules:
                 check_placeable(module, shardings)
         # Restore from this run, or else from another one.
@@ -103,15 +108,15 @@ def _check_rename(rename: Rename | None, cast: bool, init_from: object) -> None:
         raise ConfigError("with init_from=params(...), rename and cast are arguments of params")
 
 
-def _further(state: object) -> dict[str, Any]:
-    """The entries of `state=`.
+def _further(state: object) -> MutableMapping[str, Any]:
+    """What was given as `state=`: that mapping itself, if it can be written to.
 
     Raises:
         ConfigError: it is not a mapping, or has a name that `resume` gives itself.
     """
     if not isinstance(state, Mapping | None):
         raise ConfigError(f"state must be a mapping from names to objects, not a {type(state).__name__}")
-    further = dict(state or {})
+    further = state if isinstance(state, MutableMapping) else dict(state or {})
     if taken := {"model", "optimizer"} & further.keys():
         raise ConfigError(f"state must not name {' or '.join(sorted(taken))}: resume takes them as arguments")
     return further

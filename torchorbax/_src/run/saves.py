@@ -16,6 +16,7 @@ from torchorbax._src.run.step_metrics import checked
 from torchorbax._src.run.tier import Tier
 from torchorbax._src.save.save import Save, SaveRecord
 from torchorbax._src.save.staging import prepare as prepare_snapshots
+from torchorbax._src.state.capture import capture_all
 from torchorbax._src.state.item import Captured, Item
 from torchorbax.errors import ConfigError, ProcessError, TorchorbaxError
 
@@ -149,7 +150,7 @@ class Saves:
             raise ConfigError(f"save got state for {', '.join(unknown)}, but there is only {', '.join(self._items)}")
 
     def _capture(self, state: Mapping[str, Any]) -> dict[str, Captured]:
-        return {name: item.capture(state.get(name)) for name, item in self._items.items()}
+        return capture_all(self._items, state)
 
     def _start(self, tier: Tier, save: Save) -> None:
         if tier is self._main:

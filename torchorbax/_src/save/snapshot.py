@@ -48,7 +48,7 @@ class Snapshot:
         self._to_write = list(staged)
         # Without the live leaves, which must not be kept alive.
         self._captured = {
-            item: (of_item.kind, list(of_item.leaves), of_item.ties, of_item.values)
+            item: (of_item.kind, list(of_item.leaves), of_item.ties, of_item.values, of_item.shared)
             for item, of_item in captured.items()
         }
         self._held = held
@@ -65,7 +65,7 @@ class Snapshot:
         staged, self._staged = self._staged, {}
         return {
             (item, name): as_array(staged.pop((item, name)))
-            for item, (_, names, _, _) in self._captured.items()
+            for item, (_, names, *_) in self._captured.items()
             for name in names
             if (item, name) in staged
         }
@@ -75,8 +75,8 @@ class Snapshot:
         """The descriptions of the items for the manifest, without fingerprints."""
         held, self._held = self._held, {}  # these are live arrays, which must not be kept alive
         return {
-            item: ItemMeta(kind, {name: self._meta(item, name, held) for name in names}, ties, values)
-            for item, (kind, names, ties, values) in self._captured.items()
+            item: ItemMeta(kind, {name: self._meta(item, name, held) for name in names}, ties, values, shared)
+            for item, (kind, names, ties, values, shared) in self._captured.items()
         }
 
     def _meta(self, item: str, name: str, held: Mapping[Key, Any]) -> LeafMeta:

@@ -9,7 +9,7 @@ is captured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,9 +20,10 @@ from jax.sharding import Sharding
 from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
-from torchorbax._src.format.manifest import ItemMeta, LeafMeta
+from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Shared
 from torchorbax._src.format.values import Json
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring
 from torchorbax.errors import ConfigError, Problem, TorchorbaxError
 
 RNG = "rng"
@@ -58,6 +59,8 @@ class Captured:
 
     Attributes:
         frozen: leaves that nothing is expected to change.
+        containers: the mutable containers among its values, in the order in which they are numbered there.
+        shared: what is in other items, too.
     """
 
     kind: str
@@ -65,6 +68,8 @@ class Captured:
     ties: Mapping[str, str] = field(default_factory=dict)
     values: Json = None
     frozen: frozenset[str] = frozenset()
+    containers: Sequence[Any] = ()
+    shared: tuple[Shared, ...] = ()
 
 
 @dataclass
@@ -117,5 +122,10 @@ class Item(Protocol):
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         """Compare what is asked for of the stored item with the live object. Touches nothing."""
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
-        """Write what is planned, loaded and converted, into the live object; registers how to undo it."""
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
+        """Write what is planned, loaded and converted, into the live object; registers how to undo it.
+
+        What it shares with the items before it, `restoring` has; those after it learn from that what it has become.
+        """

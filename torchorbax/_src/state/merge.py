@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from torchorbax._src.arrays.leaves import is_key, place_like
 from torchorbax._src.format.values import MAPPINGS, LayoutError, Node, key_name
+from torchorbax._src.state.sharing import Restoring, is_same_view
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import array_in, live_dtype, settle
 
@@ -31,6 +32,8 @@ class Merge:
 
     Args:
         undo: gets how to undo everything.
+        restoring: what the items before this one have become.
+        given: those of their live objects that are among the new values, and stay as they are.
         children: what is below a live node of a type that only the program knows; nothing if it is none.
         build: makes such a node of its path, its merged children and the live value there.
         to_jax: may a live CPU tensor become one on jax, in place?
@@ -39,12 +42,16 @@ class Merge:
     def __init__(
         self,
         undo: ExitStack,
+        restoring: Restoring,
+        given: Collection[Any],
         children: Callable[[Any], Mapping[str, Any]] = lambda live: {},
         build: Callable[[Path, Mapping[str, Any]], Any] | None = None,
         *,
         to_jax: bool = False,
     ) -> None:
         self._undo = undo
+        self._restoring = restoring
+        self._given = {id(one): one for one in given}
         self._children = children
         self._build = build
         self._to_jax = to_jax
@@ -55,6 +62,8 @@ class Merge:
         """What to put in the place of `live`: itself, if it could take the value of `new`."""
         if new is live:
             return live
+        if id(new) in self._given:
+            return live if is_same_view(live, new) else new
         if id(new) in self._merged:
             return self._merged[id(new)][1]
         if isinstance(new, Node):
@@ -68,6 +77,11 @@ class Merge:
             self._merged[id(new)] = new, result
             return result
         return new
+
+    def became(self, objects: Mapping[str | int, Any]) -> dict[str | int, Any]:
+        """What these objects, which have been among the new values, have become."""
+        there = {key: self._merged.get(id(one), (one, self._given.get(id(one)))) for key, one in objects.items()}
+        return {key: live for key, (_, live) in there.items() if live is not None}
 
     def _node(self, live: Any, new: Node, path: Path) -> Any:
         if self._build is None:
@@ -108,7 +122,7 @@ class Merge:
 
     def _take(self, live: Any) -> bool:
         """Is the live object still free to take a value?"""
-        if id(live) in self._taken:
+        if id(live) in self._taken or not self._restoring.is_free(live):
             return False
         self._taken[id(live)] = live
         return True

@@ -24,6 +24,16 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield prefix + name, tensor
 
 
+def buffer_slots(module: nn.Module) -> dict[str, tuple[dict[str, torch.Tensor | None], str]]:
+    """Where the persistent buffers are under each of their names, those that are None included: mapping and key."""
+    return {
+        prefix + name: (one._buffers, name)
+        for prefix, one in _modules(module)
+        for name in one._buffers
+        if name not in one._non_persistent_buffers_set
+    }
+
+
 def extra_state_owners(module: nn.Module) -> dict[str, nn.Module]:
     """The modules that have extra state, by the name that it has in a `state_dict`."""
     default = nn.Module.get_extra_state

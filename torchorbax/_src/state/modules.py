@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from torchorbax._src.arrays.dtypes import dtype_name
+from torchorbax._src.arrays.dtypes import BY_NAME, NUMPY_TO_TORCH, dtype_name
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
@@ -17,13 +17,16 @@ from torchorbax._src.format.values import leaves_in
 from torchorbax._src.state.compare import compare_leaves, compare_ties, compare_values
 from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, below_item, calling
 from torchorbax._src.state.live_leaves import as_typed, live_meta, on_their_side
-from torchorbax._src.state.module_names import extra_state_owners, own_tensors, saved_names
+from torchorbax._src.state.module_names import buffer_slots, extra_state_owners, own_tensors, saved_names
 from torchorbax._src.state.request import Request, selected
+from torchorbax._src.state.sharing import Restoring, leaves_among
 from torchorbax._src.state.values import decode, encode
-from torchorbax._src.tensors.live import live_dtype, settle
+from torchorbax._src.tensors.live import live_dtype, settle, tensor_of
 from torchorbax._src.tensors.placement import placed_dtype, target_shardings
 from torchorbax.errors import ConfigError, MismatchError, Problem, UnsupportedLeafError
 
+_FILLED, _EMPTIED = "*filled*", "*emptied*"
+"""Among the values: buffers that were None when the run was opened and are tensors now; and the other way round."""
 _Outline = tuple[dict[str, tuple[Any, ...]], dict[str, str]]
 """Shapes and dtypes by the first name of a tensor, and for every name the first."""
 
@@ -35,6 +38,7 @@ class ModuleItem:
         name: the item's name.
         module: the module.
         by_rules: do sharding rules say where it belongs? Otherwise it stays where it is.
+        before: the modules that are saved before it, by item, with which it may share tensors.
 
     Raises:
         ConfigError: it could never be restored from what it is saved as.
@@ -42,12 +46,21 @@ class ModuleItem:
 
     kind: ClassVar[str] = "module"
 
-    def __init__(self, name: str, module: torch.nn.Module, *, by_rules: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        *,
+        by_rules: bool = True,
+        before: Mapping[str, torch.nn.Module] | None = None,
+    ) -> None:
         self._name = name
         self._module = module
         self._by_rules = by_rules
+        self._before = dict(before or {})
         _check_methods(name, module)
         self._saved_as: dict[str, str] | None = None
+        self._none_at_start = {name for name, (slot, key) in buffer_slots(module).items() if slot[key] is None}
         self._at_start: _Outline | None = None
         with suppress(NotReadyError):  # its hooks may be when something is to be saved or restored
             self._at_start = self._outline(*self._tensors())
@@ -67,6 +80,14 @@ class ModuleItem:
             tensors.setdefault(first_of[name], tensor)
         return tensors, first_of
 
+    def _shared(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """The tensors that are those of a module before it, by name, and that module's item."""
+        items: dict[int, str] = {}
+        for item, module in self._before.items():
+            for _, tensor in own_tensors(module):
+                items.setdefault(id(tensor), item)
+        return {name: items[id(tensor)] for name, tensor in tensors.items() if id(tensor) in items}
+
     def _extra(self) -> dict[str, Any]:
         """What `get_extra_state` of its modules gives, by name."""
         extra = {}
@@ -81,24 +102,39 @@ class ModuleItem:
         tensors, first_of = self._tensors()
         now = self._outline(tensors, first_of)
         self._at_start = self._at_start or now
-        if now != self._at_start:
-            self._refuse_change(self._at_start, now)
+        changed = {} if now == self._at_start else self._changed_buffers(self._at_start, now)
         leaves: dict[str, Any] = dict(tensors)
         if handed is not None:
             leaves.update(self._checked(handed, tensors, first_of))
         extra = {name: encode(value, leaves, below_item, (self._name, name)) for name, value in self._extra().items()}
         ties = {name: first for name, first in first_of.items() if name != first}
         frozen = (name for name, tensor in tensors.items() if is_parameter(tensor) and not tensor.requires_grad)
-        return Captured(self.kind, leaves, ties, extra, frozenset(frozen))
+        return Captured(self.kind, leaves, ties, {**extra, **changed}, frozenset(frozen))
 
-    @staticmethod
-    def _outline(tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]) -> _Outline:
+    def _outline(self, tensors: Mapping[str, torch.Tensor], first_of: Mapping[str, str]) -> _Outline:
         """What must not change, or a fresh module could not take it: names, shapes, dtypes and ties."""
         described = {
             name: (tuple(tensor.shape), torch.int32 if tensor.dtype is torch.int64 else tensor.dtype)  # as on jax
             for name, tensor in tensors.items()
         }
-        return described, dict(first_of)
+        shared = {name: f"{name} of {item}" for name, item in self._shared(tensors).items()}
+        return described, {**first_of, **shared}
+
+    def _changed_buffers(self, at_start: _Outline, at_save: _Outline) -> dict[str, list[str]]:
+        """The buffers that were None and are tensors now, or the other way round.
+
+        Raises:
+            ConfigError: something else has changed.
+        """
+        ties_at_start, ties = at_start[1], at_save[1]
+        slots = buffer_slots(self._module)
+        new = {name for name in ties if name not in ties_at_start and name in self._none_at_start}
+        filled = [name for name in ties if name in new and ties[name] in new]
+        gone = [name for name in ties_at_start if name not in ties]
+        emptied = [name for name in gone if name in slots and slots[name][0][slots[name][1]] is None]
+        if _without(at_start, emptied) != _without(at_save, filled):
+            self._refuse_change(at_start, at_save)
+        return {_FILLED: filled, _EMPTIED: emptied}
 
     def _refuse_change(self, at_start: _Outline, at_save: _Outline) -> None:
         (start, ties_at_start), (now, ties) = at_start, at_save
@@ -113,7 +149,7 @@ class ModuleItem:
         raise ConfigError(
             f"{self._name}: the module has changed since the run was opened, so the same program could not restore it: "
             f"{', '.join(changes[:5])}{', ...' if len(changes) > 5 else ''}. Close the run and open another with the "
-            "module as it is now"
+            "module as it is now, and build it like that when the program is started again"
         )
 
     def _checked(
@@ -143,6 +179,7 @@ class ModuleItem:
         plan = ItemPlan()
         tensors, first_of = self._tensors()
         values = dict(saved.values or {})
+        self._plan_buffers(values.pop(_FILLED, []), values.pop(_EMPTIED, []), tensors, first_of, plan, saved, rules)
         named: dict[str, str] = {}
         for name in [name for name, value in values.items() if name in first_of and _is_leaf(value)]:
             named[name] = values.pop(name)["name"]  # a tensor called like extra state was once taken for that
@@ -158,6 +195,7 @@ class ModuleItem:
         found = {name: saved.leaves[leaf] for name, leaf in stored.items()}
         plan.problems += compare_leaves(self._name, live, found, cast=request.cast)
         plan.problems += compare_ties(self._name, first_of, stored)
+        plan.problems += self._compare_shared(tensors, live, stored, saved, request)
         self._plan_values(plan, selected(self._name, {name: name for name in values}, request), request)
         if plan.problems and request.strict:
             return plan
@@ -165,13 +203,60 @@ class ModuleItem:
         plan.sources = {first_of[name]: leaf for name, leaf in plan.sources.items()}
         shardings = target_shardings(tensors, rules, host=True)
         plan.targets = {leaf: shardings[first] for first, leaf in plan.sources.items()}
-        plan.targets |= dict.fromkeys(set().union(*(of_values[name] for name in plan.values.values())))
+        plan.targets |= dict.fromkeys(set().union(*(of_values.get(name, ()) for name in plan.values.values())))
         return plan
+
+    def _plan_buffers(
+        self,
+        filled: Collection[str],
+        emptied: Collection[str],
+        tensors: dict[str, torch.Tensor],
+        first_of: dict[str, str],
+        plan: ItemPlan,
+        saved: ItemMeta,
+        rules: ShardingRules | None,
+    ) -> None:
+        """Buffers that had been made, or set to None, since the saving program opened its run.
+
+        The former get a tensor without values among the live ones, the latter are no longer compared.
+        """
+        slots = buffer_slots(self._module)
+        for name in filled:
+            first = saved.ties.get(name, name)
+            if name in slots and name not in first_of and first in saved.leaves:
+                meta = saved.leaves[first]
+                dtype, device = NUMPY_TO_TORCH[BY_NAME[meta.dtype]], "cpu" if rules is None else "meta"
+                first_of[name] = first
+                tensors.setdefault(first, torch.empty(meta.shape, dtype=dtype, device=device))
+        for name in emptied:
+            if name in slots and name in first_of:
+                del first_of[name]
+                plan.values[name] = _EMPTIED
+
+    def _compare_shared(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        live: Collection[str],
+        stored: Mapping[str, str],
+        saved: ItemMeta,
+        request: Request,
+    ) -> list[Problem]:
+        """Tensors that are those of another module on one side only, or of different modules."""
+        if saved.shared is None:
+            return []
+        was = {one.here: one.item for one in saved.shared if one.item in self._before and not one.detached}
+        now = {name: item for name, item in self._shared(tensors).items() if request.concerns(item)}
+        both = {name: was.get(stored[name]) for name in tensors if name in live and name in stored}
+        return [
+            Problem("ties", self._name, name, _tied_to(now.get(name)), _tied_to(item))
+            for name, item in both.items()
+            if now.get(name) != item and (item is None or request.concerns(item))
+        ]
 
     def _plan_values(self, plan: ItemPlan, stored: Mapping[str, str], request: Request) -> None:
         live = [name for name in extra_state_owners(self._module) if request.selects(self._name, name)]
         plan.problems += compare_values(self._name, live, stored)
-        plan.values = {name: stored[name] for name in live if name in stored}
+        plan.values |= {name: stored[name] for name in live if name in stored}
 
     def _expected(self, name: str, tensor: torch.Tensor, rules: ShardingRules | None, plan: ItemPlan) -> LeafMeta:
         """What a checkpoint must have for a live tensor, which by the rules, or coming from meta, ends up on jax."""
@@ -184,21 +269,55 @@ class ModuleItem:
             plan.problems.append(Problem("placement", self._name, name, "a dtype that fits on the devices", str(error)))
             return meta
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
         tensors, _ = self._tensors()
         typed = as_typed(saved, arrays)
+        given = restoring.given(saved)
+        slots = buffer_slots(self._module)
         for name, leaf in plan.sources.items():
-            settle(tensors[name], typed[leaf], undo)
+            if name not in tensors:
+                tensors[name] = tensor_of(on_their_side(saved, {leaf: typed[leaf]})[leaf])
+                for alias in (name, *(one for one, first in saved.ties.items() if first == leaf)):
+                    _put(slots[alias], tensors[name], undo)
+            elif given.get(leaf) is not tensors[name]:  # else an item before this one has written it
+                settle(tensors[name], typed[leaf], undo)
+        became: dict[str | int, Any] = {leaf: tensors[name] for name, leaf in plan.sources.items()}
         owners = extra_state_owners(self._module)
         for name, stored in plan.values.items():
+            if stored == _EMPTIED:
+                _put(slots[name], None, undo)
+                continue
             value = saved.values[stored]
             loaded = on_their_side(saved, {leaf: arrays[leaf] for leaf in leaves_in(value)})
-            self._set_extra_state(owners[name], decode(value, as_typed(saved, loaded)), undo)
+            leaves = {**as_typed(saved, loaded), **leaves_among(given)}
+            self._set_extra_state(owners[name], decode(value, leaves, objects=became), undo)
+        restoring.finish(self._name, {key: one for key, one in became.items() if isinstance(key, str)})
 
     def _set_extra_state(self, owner: torch.nn.Module, state: Any, undo: ExitStack) -> None:
         with calling(self._name, f"the extra state of {type(owner).__name__}"):
             undo.callback(owner.set_extra_state, owner.get_extra_state())
             owner.set_extra_state(state)
+
+
+def _without(outline: _Outline, names: Collection[str]) -> _Outline:
+    described, first_of = outline
+    return (
+        {name: one for name, one in described.items() if name not in names},
+        {name: first for name, first in first_of.items() if name not in names},
+    )
+
+
+def _put(slot: tuple[dict[str, torch.Tensor | None], str], buffer: torch.Tensor | None, undo: ExitStack) -> None:
+    """Give a buffer's place another content."""
+    buffers, key = slot
+    undo.callback(buffers.__setitem__, key, buffers[key])
+    buffers[key] = buffer
+
+
+def _tied_to(item: str | None) -> str:
+    return "not tied" if item is None else f"tied to a tensor of {item}"
 
 
 def is_parameter(tensor: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from torchorbax._src.state.compare import compare_leaves
 from torchorbax._src.state.item import Captured, ItemPlan
 from torchorbax._src.state.live_leaves import as_typed, default_device
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring
 from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors.optimizers import OptaxOptimizer
 from torchorbax._src.tensors.placement import target_shardings
@@ -137,7 +138,9 @@ class OptaxItem:
             return renamed + leaf.removeprefix(owner)
         return request.live_name(self._name, leaf)
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
         if not plan.restores_something:
             return
         undo.callback(self._optimizer.adopt, self._optimizer.state, list(self._optimizer.state_params()))

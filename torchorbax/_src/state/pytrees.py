@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from torchorbax._src.state.item import Captured, ItemPlan, below_item
 from torchorbax._src.state.live_leaves import as_typed, on_their_side, target_beside
 from torchorbax._src.state.merge import Merge
 from torchorbax._src.state.request import Request, selected
+from torchorbax._src.state.sharing import Restoring, containers_among, leaves_among
 from torchorbax._src.state.trees import (
     are_alike,
     children_of,
@@ -68,17 +69,26 @@ class PytreeItem:
 
     def capture(self, handed: Any = None) -> Captured:
         tree = self._slot[self._key] if handed is None else handed
-        structure, arrays = _arrays_only(tree)
+        structure, arrays, met = _arrays_only(tree)
         if self._known is not None and self._known.is_like(structure, arrays):
-            return Captured(self.kind, dict(zip(self._known.names, arrays, strict=True)), values=self._known.values)
-        leaves: dict[str, Any] = {}
-        values = built(self._outline, encode(tree, leaves, below_item, (self._name,), self._node_of))
+            leaves = dict(zip(self._known.names, arrays, strict=True))
+            containers = [met[index] for index in self._known.order]
+            return Captured(self.kind, leaves, values=self._known.values, containers=containers)
+        leaves, containers = {}, []
+        values = built(self._outline, encode(tree, leaves, below_item, (self._name,), self._node_of, containers))
         if handed is not None:
             self._check_handed(handed)
-        if arrays:
+        if arrays and len(leaves) == len(arrays):  # else some keys are numpy scalars, which are leaves, too
             names = {id(leaf): name for name, leaf in leaves.items()}
-            self._known = _Known(structure, _described(arrays), [names[id(leaf)] for leaf in arrays], values)
-        return Captured(self.kind, leaves, values=values)
+            order = {id(one): index for index, one in enumerate(met)}
+            self._known = _Known(
+                structure,
+                _described(arrays),
+                [names[id(leaf)] for leaf in arrays],
+                values,
+                [order[id(one)] for one in containers],
+            )
+        return Captured(self.kind, leaves, values=values, containers=containers)
 
     def _node_of(self, value: Any, path: Path) -> Node | None:
         """A node of a registered type, if one like it was there at the start, of which a restore can make it anew."""
@@ -146,14 +156,20 @@ class PytreeItem:
         plan.targets = {leaf: target_beside(live[name], saved.leaves[leaf]) for name, leaf in plan.sources.items()}
         return plan
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
         live = self._slot[self._key]
-        loaded = as_typed(saved, on_their_side(saved, arrays))
-        tree = _tree_of(saved, {**dict.fromkeys(saved.leaves), **loaded})
+        given = restoring.given(saved)
+        loaded = as_typed(saved, on_their_side(saved, arrays)) | leaves_among(given)
+        objects: dict[str | int, Any] = {}
+        tree = _tree_of(saved, {**dict.fromkeys(saved.leaves), **loaded}, containers_among(given), objects)
         if plan.values != {_WHOLE: _WHOLE}:
             stored = flat(tree)
             tree = with_leaves(live, {name: stored[old] for name, old in plan.values.items()})
-        merged = Merge(undo, children_of, self._built, to_jax=True).into(live, tree, (self._name,))
+        merge = Merge(undo, restoring, given.values(), children_of, self._built, to_jax=True)
+        merged = merge.into(live, tree, (self._name,))
+        restoring.finish(self._name, merge.became(objects))
         if merged is not live:  # a tuple cannot hold another value, and need not
             undo.callback(self._slot.__setitem__, self._key, live)
             self._slot[self._key] = merged
@@ -180,12 +196,14 @@ class _Known:
         described: shape and dtype of each array.
         names: of the leaves, in JAX's order.
         values: `Captured.values`.
+        order: for each of `Captured.containers`, which of those that JAX meets it is.
     """
 
     structure: Any
     described: list[tuple[Any, Any]]
     names: list[str]
     values: Json
+    order: list[int]
 
     def is_like(self, structure: Any, arrays: list[Any]) -> bool:
         """Can the same be said of this tree?"""
@@ -200,32 +218,49 @@ def _described(arrays: list[Any]) -> list[tuple[Any, Any]]:
     return [(array.shape, array.dtype) for array in arrays]
 
 
-def _arrays_only(tree: Any) -> tuple[Any, list[Any]]:
-    """JAX's structure of a tree and its leaves, if all are arrays on devices, each in one place; else nothing."""
-    met: set[int] = set()
+def _arrays_only(tree: Any) -> tuple[Any, list[Any], list[Any]]:
+    """JAX's structure of a tree, its leaves, and its mutable containers, in JAX's order.
+
+    Only if all leaves are arrays on devices, each in one place; else nothing.
+    """
+    met: dict[int, Any] = {}
 
     def repeats(node: Any) -> bool:
         """Is this a container that has been met? JAX would follow one that is in itself until Python breaks down."""
         if not isinstance(node, list | dict):
             return is_iterable_leaf(node)
         found = id(node) in met
-        met.add(id(node))
-        return found
+        met[id(node)] = node
+        return found or (isinstance(node, dict) and not _can_be_sorted(node))
 
     try:
         leaves, structure = jax.tree.flatten(tree, is_leaf=repeats)
-    except (TypeError, ValueError):  # keys that cannot be sorted
-        return None, []
+    except (TypeError, ValueError):  # from a node that is no container, but looks like one to JAX
+        return None, [], []
     one_of_each_type = {type(leaf): leaf for leaf in leaves}.values()
     if not all(isinstance(leaf, jax.Array) and not is_key(leaf) for leaf in one_of_each_type):
-        return None, []
-    return (structure, leaves) if len(set(map(id, leaves))) == len(leaves) else (None, [])
+        return None, [], []
+    return (structure, leaves, [*met.values()]) if len(set(map(id, leaves))) == len(leaves) else (None, [], [])
 
 
-def _tree_of(saved: ItemMeta, leaves: Mapping[str, Any]) -> Any:
+def _can_be_sorted(keys: Iterable[Any]) -> bool:
+    """Can JAX sort these keys? If not, its error costs the thread a level of recursion each time, for good."""
+    try:
+        sorted(keys)
+    except TypeError:
+        return False
+    return True
+
+
+def _tree_of(
+    saved: ItemMeta,
+    leaves: Mapping[str, Any],
+    containers: Mapping[int, Any] | None = None,
+    objects: dict[str | int, Any] | None = None,
+) -> Any:
     """The tree on storage; by flat names as one without structure, as long as steps had no more to say."""
     if how_built(saved.values) is not None:
-        return decode(saved.values, leaves)
+        return decode(saved.values, leaves, containers, objects)
     if not isinstance(saved.values, dict):
         raise LayoutError("not the values of a tree")
     return {name: decode(value, leaves) for name, value in saved.values.items()}

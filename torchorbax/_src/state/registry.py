@@ -19,6 +19,7 @@ from torchorbax._src.state.optax_optimizers import OptaxItem
 from torchorbax._src.state.pytrees import PytreeItem
 from torchorbax._src.state.request import Request
 from torchorbax._src.state.rng import RngItem
+from torchorbax._src.state.sharing import Restoring, in_order
 from torchorbax._src.state.stateful import ObjectItem
 from torchorbax._src.state.torch_optimizers import TorchOptimizerItem
 from torchorbax._src.state.torchmetrics import Metrics, is_metric
@@ -135,8 +136,10 @@ class _Kept:
     def plan(self, saved: ItemMeta, rules: ShardingRules | None, request: Request) -> ItemPlan:
         return self._item.plan(saved, rules, request)
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
-        self._item.apply(saved, plan, arrays, undo)
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
+        self._item.apply(saved, plan, arrays, undo, restoring)
 
 
 def objects_in(value: Any) -> Iterator[Any]:
@@ -201,7 +204,9 @@ def _item(name: str, place: _Place, modules: Mapping[str, torch.nn.Module], by_r
     if is_metric(value):
         return ObjectItem(name, Metrics(value))
     if isinstance(value, torch.nn.Module):
-        return ModuleItem(name, value, by_rules=name in by_rules)
+        names = in_order(dict.fromkeys(modules, ModuleItem))
+        before = {one: modules[one] for one in names[: names.index(name)]}
+        return ModuleItem(name, value, by_rules=name in by_rules, before=before)
     if isinstance(value, torch.optim.Optimizer):
         return TorchOptimizerItem(name, value, modules, by_rules)
     if isinstance(value, OptaxOptimizer):

@@ -18,13 +18,18 @@ from torchorbax._src.format.manifest import ItemMeta
 from torchorbax._src.state.generators import python_state, set_python_state
 from torchorbax._src.state.item import Captured, ItemPlan
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring
 from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax.errors import ConfigError, MismatchError, Problem
 
 
 class RngItem:
-    """The state of all generators of the calling thread. The jax key is saved in either of its forms, typed or raw."""
+    """The state of all generators. The jax key is saved in either of its forms, typed or raw.
+
+    torchax has a key for each thread: that of the thread which saves is saved, and all threads go on from it, because
+    the training loop may run in another thread than the restore.
+    """
 
     kind: ClassVar[str] = "rng"
 
@@ -42,11 +47,15 @@ class RngItem:
             return ItemPlan()
         return ItemPlan(targets=dict.fromkeys(saved.leaves))  # small: loaded on the host and put where needed
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
         if plan.restores_something:
-            undo.callback(_write, _read())
+            undo.callback(_write_global, _read())
             try:
-                _write(decode(saved.values, arrays))
+                state = decode(saved.values, arrays)
+                _write_global(state)
+                torchax_tensors.set_rng_key_of_all_threads(_key_of(state["torchax"]), undo)
             except Exception as error:  # a file may say anything, and each generator has its own way to refuse it
                 refused = f"one that they refuse: {type(error).__name__}: {error}"
                 problem = Problem("placement", self._name, "", "a state that the generators take", refused)
@@ -68,10 +77,15 @@ def _read() -> dict[str, Any]:
     }
 
 
-def _write(state: Mapping[str, Any]) -> None:
-    impl = state["torchax"]["impl"]
-    key = jax.device_put(np.asarray(state["torchax"]["key"]))
-    torchax_tensors.set_rng_key(key if impl is None else jax.random.wrap_key_data(key, impl=impl))
+def _key_of(state: Mapping[str, Any]) -> jax.Array:
+    key: jax.Array = jax.device_put(np.asarray(state["key"]))
+    impl = state["impl"]
+    typed: jax.Array = key if impl is None else jax.random.wrap_key_data(key, impl=impl)
+    return typed
+
+
+def _write_global(state: Mapping[str, Any]) -> None:
+    """Write the states of the generators that the process has only one of."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     set_python_state(_PYTHON, state["python"])

@@ -18,6 +18,7 @@ from torchorbax._src.state.compare import compare_values
 from torchorbax._src.state.item import Captured, ItemPlan, below_item, calling
 from torchorbax._src.state.live_leaves import as_typed, on_their_side, target_beside
 from torchorbax._src.state.request import Request
+from torchorbax._src.state.sharing import Restoring, leaves_among
 from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.live import host_copy, live_array
@@ -94,10 +95,14 @@ class ObjectItem:
         stored = decode(saved.values, dict.fromkeys(saved.leaves))
         return compare_values(self._name, sorted(self._state()), sorted(stored))
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
         if not plan.values:
             return
-        state = decode(saved.values, as_typed(saved, on_their_side(saved, arrays)))
+        given = leaves_among(restoring.given(saved))
+        became: dict[str | int, Any] = {}
+        state = decode(saved.values, {**as_typed(saved, on_their_side(saved, arrays)), **given}, objects=became)
         self._register_undo(undo)
         try:
             self._obj.load_state_dict(state)
@@ -105,6 +110,7 @@ class ObjectItem:
                 # Makes the iterator now, before the random numbers are restored, of which it takes some: the run that
                 # nobody interrupted took them at the start of the epoch.
                 self._obj.state_dict()
+            restoring.finish(self._name, became)
         except Exception as error:  # whatever the object thinks of it, nothing is changed and the caller reads why
             refused = f"one that it refuses: {type(error).__name__}: {error}"
             problem = Problem("placement", self._name, "", f"a state that {type(self._obj).__name__} takes", refused)

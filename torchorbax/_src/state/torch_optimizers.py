@@ -19,6 +19,7 @@ from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, callin
 from torchorbax._src.state.live_leaves import as_typed, on_their_side
 from torchorbax._src.state.merge import Merge
 from torchorbax._src.state.request import Request, selected
+from torchorbax._src.state.sharing import Restoring, containers_among, leaves_among
 from torchorbax._src.state.torch_optimizer_tree import (
     anywhere,
     beside,
@@ -177,13 +178,14 @@ class TorchOptimizerItem:
             **({"others": others} if others else {}),
         }
         leaves: dict[str, Any] = {}
-        values = encode(tree, leaves, short_name, (self._name,))
+        containers: list[Any] = []
+        values = encode(tree, leaves, short_name, (self._name,), containers=containers)
         if own := [name for name, leaf in leaves.items() if id(leaf) in names]:
             raise ConfigError(
                 f"{self._name}: {own[0]} is a parameter of the model itself, and would come back apart from it; "
                 "keep a clone in the optimizer's state"
             )
-        return Captured(self.kind, leaves, values=built(self._groups_at_start, values))
+        return Captured(self.kind, leaves, values=built(self._groups_at_start, values), containers=containers)
 
     # --------------------------------------------------------------------------------------------------------- restore
 
@@ -315,12 +317,17 @@ class TorchOptimizerItem:
             problems.append(Problem("groups", self._name, "param_groups", f"{len(live)} of them", str(len(saved))))
         return problems
 
-    def apply(self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack) -> None:
+    def apply(
+        self, saved: ItemMeta, plan: ItemPlan, arrays: Mapping[str, Array], undo: ExitStack, restoring: Restoring
+    ) -> None:
         by_name = self._by_name()
         if _UNMOVED in plan.values:
             arrays = on_their_side(saved, arrays)
-        tree = decode(saved.values, {**dict.fromkeys(saved.leaves), **as_typed(saved, arrays)})
-        merge = Merge(undo)
+        given = restoring.given(saved)
+        loaded = {**dict.fromkeys(saved.leaves), **as_typed(saved, arrays), **leaves_among(given)}
+        objects: dict[str | int, Any] = {}
+        tree = decode(saved.values, loaded, containers_among(given), objects)
+        merge = Merge(undo, restoring, given.values())
         state = self._optimizer.state
         undo.callback(reset, state, dict(state))
         for name, owner in plan.values.items():
@@ -333,6 +340,7 @@ class TorchOptimizerItem:
             else:
                 state.pop(by_name[name], None)
         self._restore_groups(tree, plan, saved, merge, undo)
+        restoring.finish(self._name, merge.became(objects))
 
     def _restore_others(self, others: Mapping[Any, Any], merge: Merge) -> None:
         state = self._optimizer.state

@@ -45,11 +45,17 @@ def encode(
     name_of: Callable[[Path], str] = ".".join,
     path: Path = (),
     node_of: Callable[[Any, Path], Node | None] = lambda value, path: None,
+    containers: list[Any] | None = None,
 ) -> Json:
     """`value` as JSON, with its arrays and tensors added to `leaves`; see `format.encode`."""
-    return encoding.encode(value, leaves, name_of, path, node_of, tensors=_TENSORS)
+    return encoding.encode(value, leaves, name_of, path, node_of, tensors=_TENSORS, containers=containers)
 
 
-def decode(json: Json, leaves: Mapping[str, Any]) -> Any:
+def decode(
+    json: Json,
+    leaves: Mapping[str, Any],
+    containers: Mapping[int, Any] | None = None,
+    objects: dict[str | int, Any] | None = None,
+) -> Any:
     """The value that `encode` took apart: a CPU tensor for a numpy array, a torchax tensor for a `jax.Array`."""
-    return decoding.decode(json, leaves, _TENSORS)
+    return decoding.decode(json, leaves, _TENSORS, containers, objects)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -41,6 +42,12 @@ def array_of(tensor: torch.Tensor) -> jax.Array:
     """The `jax.Array` behind a torchax tensor (no copy), or the one that a View describes."""
     array: jax.Array = tensor.jax()  # type: ignore[attr-defined]
     return array
+
+
+def undetached(tensor: torch.Tensor) -> torch.Tensor:
+    """The torchax tensor whose values a detached one shares; any other tensor itself."""
+    source: torch.Tensor = tensor._source if isinstance(tensor, torchax_lowerings.Detached) else tensor
+    return source
 
 
 def wrap(array: jax.Array, *, requires_grad: bool = False) -> torch.Tensor:
@@ -122,3 +129,16 @@ def rng_key() -> jax.Array:
 def set_rng_key(key: jax.Array) -> None:
     """Set torchax's random key of this thread."""
     torchax.default_env().param.prng = key
+
+
+def set_rng_key_of_all_threads(key: jax.Array, undo: ExitStack) -> None:
+    """Set torchax's random key in this thread and in every other, started or not; registers how to undo it.
+
+    torchax keeps the key of each thread in a `threading.local`, which cannot be reached from another thread. So it gets
+    a new one, in which every thread finds this key.
+    """
+    env = torchax.default_env()
+    now, before = env.param, env._property
+    undo.callback(setattr, env, "_property", before)
+    env._property = type(before)(content_factory=lambda: type(now)(mesh=None, prng=key, autocast_dtype=None))
+    env._property.content = type(now).override(now, prng=key)
