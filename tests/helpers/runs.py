@@ -34,3 +34,8 @@ def value_of(path: Path, step: int | None = None) -> float:
 def save_and_wait(run: Checkpointer, step: int) -> None:
     run.save(step, state(step), force=True)
     run.wait()
+
+
+def visible(folder: Path | str) -> list[str]:
+    """The names in a folder that are not hidden."""
+    return sorted(entry.name for entry in Path(folder).iterdir() if not entry.name.startswith("."))

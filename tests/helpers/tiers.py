@@ -37,4 +37,6 @@ def value_of(run: Checkpointer) -> float:
 
 
 def host(folder: Path) -> str:
-    return str(folder / "fast" / "process_0")
+    """The only folder of process 0 below the fast folder."""
+    (found,) = (folder / "fast").glob("*/process_0")
+    return str(found)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torchorbax import ConfigError, CorruptCheckpointError, load, verify
 
+from tests.helpers.runs import visible
 from tests.helpers.several import RunProcesses
 from tests.helpers.tiers import host, opened, train
 
@@ -34,7 +35,7 @@ def test_a_damaged_local_step_is_skipped_and_gives_its_memory_back(
         assert run.restore() == 9
         assert "step 10" in caplog.text
         train(run, 10, 11)
-    assert sorted(entry.name for entry in Path(host(tmp_path)).iterdir()) == ["10", "9"]
+    assert visible(host(tmp_path)) == ["10", "9"]
     assert verify(host(tmp_path)) == [9, 10]
 
 
@@ -46,17 +47,19 @@ def test_if_only_damaged_local_steps_are_left_that_is_an_error(tmp_path: Path) -
         run.restore()
 
 
-def test_what_another_run_has_left_in_the_folder_does_not_count(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_runs_may_share_a_folder_and_leave_each_other_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with opened(tmp_path) as run:
         train(run, 0, 11)
+    first = host(tmp_path)
     shutil.rmtree(tmp_path / "rare")  # to start again
     with opened(tmp_path) as run, caplog.at_level(logging.WARNING):
         assert run.restore() is None
         train(run, 0, 3)
         assert run.all_steps() == [0]
-    assert verify(host(tmp_path)) == [1, 2]
+    (second,) = {str(path) for path in (tmp_path / "fast").glob("*/process_0")} - {first}
+    assert verify(first) == [9, 10]
+    assert verify(second) == [1, 2]
+    assert "has steps of other runs" in caplog.text
 
 
 TRAIN = """
@@ -97,19 +100,20 @@ def test_hosts_restore_from_their_own_folders_and_feed_each_other(tmp_path: Path
         return facts[0][key]
 
     first = run(11)
+    (own,) = local.iterdir()
     assert same(first, "steps") == [0, 6]
     assert same(first, "here") == [8, 10]
     with pytest.raises(ConfigError, match="what one of several processes holds of 'model'"):
-        load(str(local / "process_0"))
+        load(str(own / "process_0"))
     for process in range(2):
-        assert verify(str(local / f"process_{process}")) == [8, 10]
+        assert verify(str(own / f"process_{process}")) == [8, 10]
 
     again = run(12)  # all from their own folders
     assert same(again, "step") == 10
     assert same(again, "before") == same(first, "after")
     assert [one["position"] for one in again] == [one["left"] for one in first] == [11, 21]
 
-    shutil.rmtree(local / "process_1")  # a host was replaced; the other slice has all that it held
+    shutil.rmtree(own / "process_1")  # a host was replaced; the other slice has all that it held
     fed = run(13)
     assert same(fed, "step") == 10
     assert same(fed, "before") == same(first, "after")
@@ -117,7 +121,7 @@ def test_hosts_restore_from_their_own_folders_and_feed_each_other(tmp_path: Path
 
     assert same(fed, "steps") == [0, 6, 12]
     assert [one["here"][-1] for one in fed] == [12, 12]
-    flip(largest(local / "process_1" / "12"))
+    flip(largest(own / "process_1" / "12"))
     damaged = run(13)  # one has 12 damaged, so the local 12 is of no use to anybody
     assert same(damaged, "step") == 12
     assert same(damaged, "before") == same(fed, "after")
@@ -136,7 +140,9 @@ LIVES = """
     from tests.helpers.several_state import spread
 
     root = pathlib.Path(sys.argv[1])
-    mine = root / "fast" / f"process_{index}"
+    def mine():
+        (found,) = (root / "fast").glob(f"*/process_{index}")
+        return found
 
     def opened(value):
         state = {"state": {"w": spread(np.full((8, 4), value, np.float32))}}
@@ -147,12 +153,12 @@ LIVES = """
         with opened(value) as run:
             run.save(5)
             run.wait()
-        shutil.move(mine / "5", root / f"{index}.{value}")
+        shutil.move(mine() / "5", root / f"{index}.{value}")
         meet(f"life {value}")
     found = []
     for lives in ((1, 1), (2, 1), (2, 2)):
-        shutil.rmtree(mine / "5", ignore_errors=True)
-        shutil.copytree(root / f"{index}.{lives[index]}", mine / "5")
+        shutil.rmtree(mine() / "5", ignore_errors=True)
+        shutil.copytree(root / f"{index}.{lives[index]}", mine() / "5")
         meet(f"copied {lives}")
         with opened(0) as run:
             step = run.restore()

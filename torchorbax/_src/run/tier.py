@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Collection, Mapping
@@ -99,6 +101,7 @@ def _open_local(
     run = channel.first("open local", main.storage.identity)
     start = channel.first("open local", lambda: uuid.uuid4().hex)
     origin = f"{run}/{start}/{processes.count}"
+    _warn_of_other_runs(os.path.abspath(path), run)
     storage = open_storage(os.path.join(path, run, f"process_{processes.index}"), traffic_of(options))
     channel.attempt("open local", functools.partial(storage.create, takeover=options.takeover))
     steps = Steps(storage, storage.steps(), preservation_policy(options.local_keep), keep_damaged=False)
@@ -107,6 +110,13 @@ def _open_local(
     policy = save_policy(options.local_save)
     decider = Decider(processes, "decide local", policy, notice)
     return Tier(storage, steps, writer, policy, decider, uses_bases=not several, raises=not several)
+
+
+def _warn_of_other_runs(folder: str, run: str) -> None:
+    """Say in the log that other runs have steps in a fast folder, which take room there until somebody deletes them."""
+    with contextlib.suppress(OSError):  # not there yet; if it cannot be used, `create` says so
+        if others := [name for name in os.listdir(folder) if re.fullmatch("[0-9a-f]{32}", name) and name != run]:
+            _logger.warning("%s has steps of other runs; if those are over, delete: %s", folder, ", ".join(others))
 
 
 class Tier:
