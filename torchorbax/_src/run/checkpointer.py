@@ -187,12 +187,9 @@ class Checkpointer:
             ConfigError: it is called from a policy or hook, or in a forked process.
         """
         self._turns.check("wait")
-        with self._turns.lock:
-            self._saves.attend()
+        self._turns.take(self._saves.attend)
         self._saves.wait()  # other threads may go on meanwhile
-        with self._turns.lock:
-            self._saves.attend()
-            self._saves.raise_unreported()
+        self._turns.take(self._saves.take_note)
 
     @in_turn
     def restore(
@@ -264,10 +261,7 @@ class Checkpointer:
         if self._turns.is_forked:
             return
         self._turns.check("close")
-        with self._turns.lock:
-            self._closed = True
-            self._saves.drop_unsaved()
-            self._preemption.remove()
+        self._turns.take(self._stop)
         for tier in self._tiers:
             if tier.saver.step_in_flight is not None:
                 _logger.info("%s: waiting for step %d to be committed", tier.storage.path, tier.saver.step_in_flight)
@@ -278,6 +272,11 @@ class Checkpointer:
             raise
         # After Ctrl-C in `wait`, this is not reached: the run stays open, and the save is waited for at exit.
         self._end()
+
+    def _stop(self) -> None:
+        self._closed = True
+        self._saves.drop_unsaved()
+        self._preemption.remove()
 
     def _end(self) -> None:
         at_exit.closed(self)
@@ -299,8 +298,7 @@ class Checkpointer:
         try:
             if exc is not None and not self._closed:
                 self._processes.fail(f"{type(exc).__name__}: {exc}")
-                with self._turns.lock:
-                    self._saves.save_unsaved()
+                self._turns.take(self._saves.save_unsaved)
             self.close()
         except SaveError as error:
             if exc is None:

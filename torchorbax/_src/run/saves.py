@@ -148,6 +148,15 @@ class Saves:
         for tier in self._tiers:
             tier.saver.collect()
 
+    def take_note(self) -> None:
+        """Take note of the saves that have ended, and raise an error that has not been reported.
+
+        Raises:
+            SaveError: see `raise_unreported`.
+        """
+        self.attend()
+        self.raise_unreported()
+
     def raise_unreported(self) -> None:
         """Raise the error of a collected save, once.
 

@@ -6,9 +6,14 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from torchorbax.errors import ConfigError
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Self = TypeVar("Self", bound="_HasTurns")
 
 
 class Turns:
@@ -17,14 +22,11 @@ class Turns:
     Args:
         path: the path of the run, for messages.
         is_saving_thread: is the current thread one of those that write the saves of this run?
-
-    Attributes:
-        lock: held during a call. It is a lock of the interpreter itself, used in a plain `with`, so that Ctrl-C cannot
-            come between taking it and giving it back.
     """
 
     def __init__(self, path: str, is_saving_thread: Callable[[], bool]) -> None:
-        self.lock = threading.RLock()
+        # A lock of the interpreter itself: Ctrl-C cannot come between the ends of a plain `with` and what they do to it.
+        self._lock = threading.RLock()
         self._path = path
         self._is_saving_thread = is_saving_thread
         self._pid = os.getpid()
@@ -42,22 +44,22 @@ class Turns:
                 "to which this run belongs. Call it there, or start this process with 'spawn' and have it open a run "
                 "on a path of its own"
             )
-        if self._is_saving_thread() or self.lock._is_owned():  # type: ignore[attr-defined]  # not declared
+        if self._is_saving_thread() or self._lock._is_owned():  # type: ignore[attr-defined]  # not declared
             raise ConfigError(
                 f"{self._path}: {call} was called while this run is busy with another call or save of the same thread. "
                 "A policy, hook or signal handler must not call save, wait, restore or close; set a flag instead, and "
                 "call it from the training loop"
             )
 
+    def take(self, action: Callable[[], R]) -> R:
+        """Wait until no other thread is at it, and do something."""
+        with self._lock:
+            return action()
+
 
 class _HasTurns(Protocol):
     @property
     def _turns(self) -> Turns: ...
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Self = TypeVar("Self", bound=_HasTurns)
 
 
 def in_turn(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
@@ -68,9 +70,8 @@ def in_turn(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[S
     """
 
     @functools.wraps(method)
-    def call(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+    def call(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         self._turns.check(method.__name__)
-        with self._turns.lock:
-            return method(self, *args, **kwargs)
+        return self._turns.take(lambda: method(self, *args, **kwargs))
 
     return call
