@@ -17,7 +17,7 @@ from torchorbax._src.run.step_metrics import MetricReader
 from torchorbax._src.run.tier import Tier
 from torchorbax._src.save.save import Save, SaveRecord
 from torchorbax._src.save.staging import prepare as prepare_snapshots
-from torchorbax._src.state.item import Captured, Item
+from torchorbax._src.state.item import Captured, Item, NotReadyError
 from torchorbax.errors import ConfigError, ProcessError, TorchorbaxError
 
 _logger = logging.getLogger(__name__)
@@ -92,12 +92,12 @@ class Saves:
             tier.saver.collect()  # two saves never overlap
             try:
                 save = save_for(tier)
-            except TorchorbaxError as error:  # this state cannot be saved
-                if self._processes.count > 1:  # the others have started this save, and learn of the error through it
-                    self._start(tier, Save(step, now, {}, started_s, error))
-                raise
-            except Exception as error:  # no memory, or code of the user's that raises: a save that fails like any other
+            except Exception as error:
                 save = Save(step, now, {}, started_s, _without_locals(error))
+                if _is_refusal(error):  # this state cannot be saved
+                    if self._processes.count > 1:  # the others have started this save, and learn of the error by it
+                        self._start(tier, save)
+                    raise
             self._start(tier, save)
         # Keep a step that is not saved, in case an exception makes it the last one.
         if self._main not in due and self._save_on_exception and step > self._main.newest:
@@ -109,9 +109,9 @@ class Saves:
         """A save that is not due, for the case that an exception comes; None if there is no room for it."""
         try:
             return save()
-        except TorchorbaxError:
-            raise
         except Exception as error:
+            if _is_refusal(error):
+                raise
             _logger.warning(
                 "%s: step %d could not be kept for the case of an exception: %s: %s",
                 self._main.storage.path,
@@ -222,6 +222,14 @@ class Saves:
         if len(set(steps)) > 1:
             _logger.warning("%s: step %d is not saved: the processes ended at %s", path, step, steps)
         return len(set(steps)) == 1
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Does an error say that the state cannot be saved? All others may pass: no memory, code of the user's that raises.
+
+    They make a save that fails like any other, and never end the loop from within `save`.
+    """
+    return isinstance(error, TorchorbaxError) and not isinstance(error, NotReadyError)
 
 
 def _without_locals(error: Exception) -> Exception:

@@ -85,9 +85,13 @@ def _checked(value: Any) -> float | jax.Array:
         held.dtype == np.bool_ or jnp.issubdtype(held.dtype, np.integer) or jnp.issubdtype(held.dtype, np.floating)
     ):
         raise _UnusableError(f"{_NUMBER}, not an array of {held.dtype}")
-    if held.is_deleted():
-        raise _UnusableError("its array has been deleted, most likely donated to a jitted function")
+    _check_exists(held)
     return held
+
+
+def _check_exists(array: jax.Array) -> None:
+    if array.is_deleted():
+        raise _UnusableError("its array has been deleted, most likely donated to a jitted function")
 
 
 def _protected(array: jax.Array) -> float | jax.Array:
@@ -95,9 +99,10 @@ def _protected(array: jax.Array) -> float | jax.Array:
 
     A metric may be part of a state that the next step donates.
     """
+    _check_exists(array)
     local = array.addressable_data(0)  # a 0-d array has the same value on all its devices
     with own_context():
-        if all(device.platform == "cpu" for device in local.devices()) and local.is_ready():  # type: ignore[attr-defined]
+        if all(device.platform == "cpu" for device in local.devices()) and _is_there(local):
             return float(local)
         copy: jax.Array = _copy(local)
         return copy
@@ -112,7 +117,12 @@ def ready(metrics: Mapping[str, Any]) -> dict[str, str]:
     """The metrics that can be shown without waiting for the device, as text; `metrics` have been `checked`."""
     texts: dict[str, str] = {}
     for name, value in metrics.items():
-        with contextlib.suppress(RuntimeError):  # it has been donated since, or its computation has failed
-            if not isinstance(value, jax.Array) or value.is_ready():  # type: ignore[attr-defined]
+        with contextlib.suppress(RuntimeError):  # its computation has failed
+            if not isinstance(value, jax.Array) or _is_there(value):
                 texts[name] = f"{float(value):.4g}"
     return texts
+
+
+def _is_there(array: jax.Array) -> bool:
+    """Has it been computed, and not been donated since? To ask a deleted array whether it is ready would crash Python."""
+    return not array.is_deleted() and bool(array.is_ready())  # type: ignore[attr-defined]
