@@ -32,6 +32,7 @@ class _InFlight:
     Attributes:
         save: what is to be saved.
         record: its record.
+        entry: `time.monotonic()` when `save` was called, and the record.
         ended: done when the thread has nothing more to do for it. Its result is None, whatever came of the save.
         started_s: `time.monotonic()` when it was started.
         handed_over: the thread has been told of it.
@@ -40,6 +41,7 @@ class _InFlight:
     def __init__(self, save: Save, path: str) -> None:
         self.save = save
         self.record = SaveRecord(save.step, save.time, path=path)
+        self.entry = save.started_s, self.record
         self.ended: Future[None] = Future()
         self.started_s = time.monotonic()
         self.handed_over = False
@@ -68,7 +70,7 @@ class BackgroundSaver:
         # One thread for all saves: `submit` returns at once, whereas to start a thread is to wait until it runs.
         self._executor = ThreadPoolExecutor(1, "torchorbax-save")
         self._in_flight: _InFlight | None = None
-        self._past: list[SaveRecord] = []
+        self._past: list[tuple[float, SaveRecord]] = []
         self._writing_thread: int | None = None
         self._slow = SlowSaves(path)
         self._unreported: SaveError | None = None
@@ -90,12 +92,12 @@ class BackgroundSaver:
         return None if in_flight is None or in_flight.record.commit_s is not None else in_flight.record.step
 
     @property
-    def records(self) -> list[SaveRecord]:
-        """A record of every save that has been started, in order."""
+    def started(self) -> list[tuple[float, SaveRecord]]:
+        """Every save that has been started, in order: `time.monotonic()` when `save` was called, and its record."""
         past, in_flight = list(self._past), self._in_flight
-        if in_flight is None or (past and past[-1] is in_flight.record):
+        if in_flight is None or in_flight.entry in past[-1:]:
             return past
-        return [*past, in_flight.record]
+        return [*past, in_flight.entry]
 
     @property
     def is_this_thread(self) -> bool:
@@ -191,8 +193,8 @@ class BackgroundSaver:
             else:
                 _logger.error("%s", error)
                 self._unheard.clear()
-        if not self._past or self._past[-1] is not in_flight.record:
-            self._past.append(in_flight.record)
+        if in_flight.entry not in self._past[-1:]:
+            self._past.append(in_flight.entry)
         self._in_flight, self._unreported = None, unreported  # one line: see `start`
 
     def _warn_of(self, in_flight: _InFlight) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import logging
+import operator
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,7 +51,8 @@ class Saves:
     @property
     def history(self) -> list[SaveRecord]:
         """A record of every save that has been started, in order."""
-        return sorted((record for tier in self._tiers for record in tier.saver.records), key=lambda one: one.time)
+        started = [entry for tier in self._tiers for entry in tier.saver.started]
+        return [record for _, record in sorted(started, key=operator.itemgetter(0))]
 
     @property
     def is_saving_thread(self) -> bool:
@@ -78,7 +79,7 @@ class Saves:
             ConfigError, UnsupportedLeafError, DeletedArrayError, MismatchError: as `Checkpointer.save`.
         """
         self.attend()
-        now = datetime.datetime.now(datetime.UTC)
+        now = self._main.steps.clock.now()
         capture = functools.cache(functools.partial(self._capture, state))  # once for all tiers
 
         def save_for(tier: Tier) -> Save:
@@ -93,12 +94,13 @@ class Saves:
             try:
                 save = save_for(tier)
             except Exception as error:
-                save = Save(step, now, {}, started_s, _without_locals(error))
-                if _is_refusal(error):  # this state cannot be saved
-                    if self._processes.count > 1:  # the others have started this save, and learn of the error by it
-                        self._start(tier, save)
+                refused = _is_refusal(error)
+                if not refused or self._processes.count > 1:  # others, if any, have started this save, and learn of it
+                    self._start(tier, Save(step, now, {}, started_s, _without_locals(error)))
+                if refused:
                     raise
-            self._start(tier, save)
+            else:
+                self._start(tier, save)
         # Keep a step that is not saved, in case an exception makes it the last one.
         if self._main not in due and self._save_on_exception and step > self._main.newest:
             self._check(self._main, step, state)

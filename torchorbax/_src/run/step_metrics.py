@@ -124,5 +124,5 @@ def ready(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_there(array: jax.Array) -> bool:
-    """Has it been computed, and not been donated since? To ask a deleted array whether it is ready would crash Python."""
+    """Has it been computed, and not been donated since? Python crashes if a deleted array is asked for `is_ready`."""
     return not array.is_deleted() and bool(array.is_ready())  # type: ignore[attr-defined]

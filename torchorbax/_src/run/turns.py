@@ -10,7 +10,6 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from torchorbax.errors import ConfigError
 
-
 P = ParamSpec("P")
 R = TypeVar("R")
 Self = TypeVar("Self", bound="_HasTurns")
@@ -25,7 +24,7 @@ class Turns:
     """
 
     def __init__(self, path: str, is_saving_thread: Callable[[], bool]) -> None:
-        # A lock of the interpreter itself: Ctrl-C cannot come between the ends of a plain `with` and what they do to it.
+        # A lock of the interpreter itself: Ctrl-C cannot come between the ends of a plain `with` and its lock.
         self._lock = threading.RLock()
         self._path = path
         self._is_saving_thread = is_saving_thread
