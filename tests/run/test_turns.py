@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from torchorbax import Checkpointer, ConfigError, MismatchError, verify
+from torchorbax._src.run.checkpointer import listen_for_preemption
 
 from tests.helpers.fake_runs import fake_run
 from tests.helpers.memory_storage import MemoryStorage
@@ -89,6 +90,32 @@ def test_closed_by_another_thread_while_the_loop_goes_on(storage: MemoryStorage)
         loop()
     closing.join(30)
     assert storage.steps() == [record.step for record in run.history][-3:]
+
+
+@pytest.mark.parametrize("another_run", [False, True])
+def test_a_run_that_another_thread_has_closed_does_not_listen_for_sigterm(
+    storage: MemoryStorage, another_run: bool
+) -> None:
+    """The program's own handler is called again; that of a run which is still open comes first."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        run, other = fake_run(storage), fake_run(storage)
+        listen_for_preemption(run)
+        if another_run:
+            listen_for_preemption(other)
+        closing = threading.Thread(target=run.close)
+        closing.start()
+        closing.join(30)
+        signal.raise_signal(signal.SIGTERM)
+        assert not run.preempted
+        assert other.preempted is another_run
+        assert heard == ([] if another_run else [signal.SIGTERM])
+        other.close()
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * (1 if another_run else 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # From inside a call.

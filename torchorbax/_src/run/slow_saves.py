@@ -11,7 +11,7 @@ _TIMES = 10
 """How many times as long as usual a save must take to be worth a warning."""
 _LEAST_S = 5.0
 """Seconds that it must take at least: small saves vary for all sorts of reasons."""
-_FIRST_S = 180.0
+_FIRST_S = 120.0
 """Seconds after which a save is worth a warning if none has been committed before."""
 _REMEMBERED = 16
 """The number of saves that say what is usual."""
