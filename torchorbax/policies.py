@@ -11,8 +11,9 @@ import datetime
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as orbax_policies
 
@@ -127,7 +128,19 @@ class NeverPolicy:
         return False
 
 
-# What torchorbax itself needs of Orbax's policies; not public.
+# What torchorbax itself needs of policies; not public.
+
+
+def decision(answer: Any) -> bool:
+    """What a policy has decided, from what its method has returned.
+
+    Raises:
+        TypeError: it is no bool. A policy that returns nothing, or steps instead of decisions, has not meant `False`.
+    """
+    is_array = getattr(answer, "dtype", None) == np.bool_ and answer.shape == ()
+    if isinstance(answer, bool) or is_array:
+        return bool(answer)
+    raise TypeError(f"a policy must answer with True or False, not with {type(answer).__name__}")
 
 
 def decision_context(*, saving: bool, preempted: bool) -> DecisionContext:

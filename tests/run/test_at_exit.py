@@ -130,22 +130,6 @@ def test_no_thread_is_left_when_a_run_is_closed(tmp_path: Path) -> None:
     assert {thread.name for thread in set(threading.enumerate()) - before} <= {"asyncio_0"}  # Orbax's, one for good
 
 
-def test_a_forked_process_saves_with_a_thread_of_its_own(tmp_path: Path, run_python: RunPython) -> None:
-    program = """
-        import os, sys, warnings, numpy as np, torchorbax
-        from torchorbax._src.run import checkpointer
-        warnings.simplefilter("ignore")  # that jax has threads; but nothing of it has been used
-        run = torchorbax.Checkpointer(sys.argv[1], {"x": {"n": np.ones(70000)}}, rng=False, save=1)
-        checkpointer.get_ready(run)
-        if pid := os.fork():
-            sys.exit(os.waitpid(pid, 0)[1])
-        run.save(7)
-        run.close()
-        os._exit(run.all_steps() != [7])
-    """
-    assert run_python(program, tmp_path / "run").returncode == 0
-
-
 def test_forked_workers_leave_the_run_alone(tmp_path: Path, run_python: RunPython) -> None:
     """A DataLoader with workers, forked while a save is in flight."""
     program = """

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torchorbax
-from torchorbax import Checkpointer, SaveError, policies
+from torchorbax import Checkpointer, SaveError
+from torchorbax._src.save import snapshot
 
 from tests.helpers.fake_runs import fake_run, weights
 from tests.helpers.memory_storage import MemoryStorage
@@ -53,7 +56,7 @@ def test_errors_of_background_saves_are_raised_once_with_the_step(storage: Memor
     storage.failures[0] = OSError("disk full")
     run = fake_run(storage)
     run.save(0)
-    run._main.saver._in_flight[1].exception()
+    run._main.saver.wait()
     calls: dict[str, Callable[[], Any]] = {"save": lambda: run.save(1), "wait": run.wait, "close": run.close}
     with pytest.raises(SaveError, match="step 0 was not saved: OSError: disk full") as caught:
         calls[ask]()
@@ -64,16 +67,83 @@ def test_errors_of_background_saves_are_raised_once_with_the_step(storage: Memor
     assert [record.error is None for record in run.history] == ([False, True] if ask == "save" else [False])
 
 
-def test_a_preservation_policy_that_fails_is_told_and_loses_nothing(storage: MemoryStorage) -> None:
-    keep = policies.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
-    run = fake_run(storage, keep=keep)
-    run.save(0, metrics={"loss": 1.0})
-    run.wait()
-    run.save(1, metrics={"loss": 2.0})
-    with pytest.raises(SaveError, match="step 1 was saved, but letting older steps go failed: KeyError") as caught:
-        run.close()
-    assert caught.value.committed
-    assert storage.steps() == [0, 1]
+class Unusual:
+    """An object whose `state_dict` does something."""
+
+    def __init__(self, does: Callable[[], object]) -> None:
+        self.does = does
+
+    def state_dict(self) -> dict[str, Any]:
+        self.does()
+        return {"a": 1}
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), ZeroDivisionError("mine")])
+def test_a_snapshot_that_cannot_be_taken_is_a_save_that_failed(storage: MemoryStorage, error: Exception) -> None:
+    """It does not end the loop from within `save`, and the saves after it are as usual."""
+    errors: list[Exception] = []
+    run = Checkpointer("run", {"a": Unusual(lambda: raise_first(errors))}, rng=False, save=1)
+    errors.append(error)
+    assert run.save(0)
+    with pytest.raises(SaveError, match=f"step 0 was not saved: .*{type(error).__name__}: {error}") as caught:
+        run.wait()
+    assert run.save(1)
+    run.close()
+    assert storage.steps() == [1]
+    assert [record.error is caught.value for record in run.history] == [True, False]
+
+
+def raise_first(errors: list[Exception]) -> None:
+    if errors:
+        raise errors.pop()
+
+
+def test_no_memory_is_held_for_a_snapshot_that_failed(storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error stays in `history`, with a traceback whose frames would hold what had been copied."""
+    copied: list[weakref.ref[np.ndarray]] = []
+
+    def copy(array: np.ndarray) -> np.ndarray:
+        if copied:
+            raise MemoryError
+        copied.append(weakref.ref(mine := array.copy()))
+        return mine
+
+    monkeypatch.setattr(snapshot, "host_copy", copy)
+    with Checkpointer("run", {"w": {"a": np.ones(9), "b": np.ones(9)}}, rng=False, save=1) as run:
+        run.save(0)
+        with pytest.raises(SaveError, match="MemoryError"):
+            run.wait()
+        assert run.history[0].error is not None
+        assert copied[0]() is None
+
+
+def test_a_step_kept_for_an_exception_that_has_no_room_is_a_warning(
+    storage: MemoryStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[Exception] = []
+    state = {"a": Unusual(lambda: raise_first(errors))}
+    with Checkpointer("run", state, rng=False, save=None, save_on_exception=True) as run:
+        errors.append(MemoryError("no room"))
+        run.save(0)
+        assert "step 0 could not be kept for the case of an exception: NotReadyError: a: state_dict" in caplog.text
+        run.save(1)
+    assert run.history == []
+
+
+def test_no_thread_to_write_a_save(storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with fake_run(storage, save=1) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            run.save(0)
+        with pytest.raises(SaveError, match="step 0 was not saved: there is no thread to write it: can't start new"):
+            run.wait()
+        run.save(1)
+    assert storage.steps() == [1]
 
 
 def test_a_failed_save_never_stops_later_ones(storage: MemoryStorage) -> None:

@@ -56,6 +56,54 @@ def test_a_save_policy_sees_steps_times_and_context(storage: MemoryStorage) -> N
     ]
 
 
+class Answers:
+    """A policy that gives these answers, one after the other; an exception is raised."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> Any:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+MISTAKES = [KeyError("mine"), None, "no", 1, [False]]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=repr)
+def test_a_save_policy_that_makes_a_mistake_costs_a_warning_and_no_step(
+    storage: MemoryStorage, caplog: pytest.LogCaptureFixture, mistake: Any
+) -> None:
+    with fake_run(storage, save=Answers(mistake, mistake, False, np.bool_(True), mistake)) as run:
+        assert run.save(0)
+        run.wait()
+        assert run.save(1), "without an answer, a step is saved if no save is in flight"
+        run.wait()
+        assert not run.save(2), "it is asked again"
+        storage.gate.clear()
+        assert run.save(3)
+        assert not run.save(4)
+        storage.gate.set()
+    assert storage.steps() == [0, 1, 3]
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1, "once for each kind of mistake"
+    assert warned[0].startswith("run: save=Answers does not say whether to save, so a step is saved whenever no save ")
+    assert ("KeyError: 'mine'" if isinstance(mistake, KeyError) else "TypeError: a policy must answer") in warned[0]
+
+
+def test_processes_that_each_ask_a_policy_agree_on_its_mistake(service: FakeService) -> None:
+    """Whether a save is in flight may differ between them."""
+    policy = policies.FixedIntervalPolicy(0)
+    deciders = [
+        Decider(Processes(LONG_S, service, index, 2, "run"), "a", policy, PreemptionNotice()) for index in (0, 1)
+    ]
+    assert all(decider.is_asked_everywhere for decider in deciders)
+    one = Decider(Processes(LONG_S, service, 0, 1, "run"), "a", policy, PreemptionNotice())
+    assert not one.is_asked_everywhere
+
+
 def test_a_step_without_a_save_costs_microseconds(storage: MemoryStorage) -> None:
     """Structurally: nothing of the state is looked at, and nothing is allocated for it."""
     looked: list[str] = []

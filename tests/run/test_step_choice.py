@@ -18,6 +18,7 @@ from torchorbax import CorruptCheckpointError, verify
 
 from tests.helpers.damage import data_of, flip, flip_in, resumed, state_of_every_dtype
 from tests.helpers.models import objects, seeded
+from tests.helpers.runs import visible
 from tests.helpers.tensors import bits
 
 

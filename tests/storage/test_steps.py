@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torchorbax import Checkpointer, ConfigError, policies
+from torchorbax import Checkpointer, ConfigError, StorageError, policies
+from torchorbax._src.storage import steps
 from torchorbax._src.training.torchax_modes import readable
 
 from tests.helpers.fake_runs import fake_run, weights
@@ -80,25 +82,165 @@ def test_best_step_and_metrics_of_any_kind(storage: MemoryStorage) -> None:
         assert run.best_step("other") == 4
         with pytest.raises(ConfigError, match="mode must be"):
             run.best_step("loss", mode="median")
-        with pytest.raises(ConfigError, match="metric loss must be a real number"):
-            run.save(5, metrics={"loss": "low"}, force=True)
     assert storage.committed[1].metrics == {"loss": 1.0}
 
 
-def test_a_step_that_cannot_be_deleted_is_tried_again(storage: MemoryStorage, caplog: pytest.LogCaptureFixture) -> None:
+class Failing:
+    """A method of a storage that fails for a while.
+
+    Attributes:
+        calls: the arguments that it has been called with.
+        error: what it raises; None if it works.
+        fails_for: the arguments for which it fails; empty for all.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, storage: MemoryStorage, name: str, error: Exception) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.error: Exception | None = error
+        self.fails_for: set[tuple[Any, ...]] = set()
+        self._works = getattr(storage, name)
+        monkeypatch.setattr(storage, name, self)
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls.append(args)
+        if self.error is not None and (not self.fails_for or args in self.fails_for):
+            raise self.error
+        return self._works(*args)
+
+
+def save_each(run: Checkpointer, *steps: int) -> None:
+    for step in steps:
+        run.save(step, force=True)
+        run.wait()
+
+
+ERRORS = [PermissionError("not now"), StorageError("run", "a hold on the object"), ValueError("of some library")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_a_step_that_cannot_be_deleted_is_tried_again_at_each_retention(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    with fake_run(storage, keep=None) as run:
+        save_each(run, 0, 1)
+    delete = Failing(monkeypatch, storage, "delete", error)
+    delete.fails_for = {(0,)}
+    with fake_run(storage, keep=1) as run:
+        save_each(run, 2, 3)
+        assert run.all_steps() == [0, 3], "it stops no other deletion"
+        assert caplog.text.count("step 0 could not be deleted, trying later") == 2
+        delete.error = None
+        save_each(run, 4)
+        assert run.all_steps() == [4]
+        assert all(record.error is None for record in run.history)
+
+
+def test_what_is_left_of_a_deletion_is_tried_again_though_it_is_not_listed(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step is renamed before its files are deleted."""
     delete = storage.delete
 
-    def failing(step: int) -> None:
-        storage.delete = delete  # type: ignore[method-assign]
-        raise PermissionError("not now")
+    def half(step: int) -> None:
+        delete(step)
+        monkeypatch.setattr(storage, "delete", delete)
+        raise OSError("an unlink failed")
 
-    storage.delete = failing  # type: ignore[method-assign]
     with fake_run(storage, keep=1) as run:
-        for step in range(3):
-            run.save(step, force=True)
-        run.wait()
-        assert run.all_steps() == [2]
-    assert "step 0 could not be deleted" in caplog.text
+        save_each(run, 0)
+        monkeypatch.setattr(storage, "delete", half)
+        save_each(run, 1)
+        assert storage.log.count("clean") == 1
+        leftovers = Failing(monkeypatch, storage, "remove_leftovers", OSError("still fails"))
+        save_each(run, 2, 3)
+        assert len(leftovers.calls) == 4, "before and after each save"
+        leftovers.error = None
+        save_each(run, 4, 5)
+        assert len(leftovers.calls) == 5
+        assert storage.log.count("clean") == 2
+        assert run.all_steps() == [5]
+        assert 0 not in run._main.steps.infos
+    assert "step 0 could not be deleted, trying later: OSError: an unlink failed" in caplog.text
+    assert "what is left of interrupted saves could not be deleted, trying later: OSError: still fails" in caplog.text
+
+
+def test_leftovers_that_cannot_be_removed_cost_no_save(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    leftovers = Failing(monkeypatch, storage, "remove_leftovers", PermissionError("somebody else's"))
+    with fake_run(storage, keep=1) as run:
+        save_each(run, 0)
+        assert len(leftovers.calls) == 2
+        leftovers.error = None
+        save_each(run, 1)
+    assert storage.steps() == [1]
+    assert "could not be deleted, trying later: PermissionError: somebody else's" in caplog.text
+
+
+def test_a_storage_that_does_not_answer_is_not_asked_for_each_deletion(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would take as long to fail."""
+    now = [0.0]
+    monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with fake_run(storage, keep=None) as run:
+        save_each(run, *range(5))
+    tried: list[int] = []
+
+    def slow(step: int) -> None:
+        tried.append(step)
+        now[0] += 40.0
+        raise StorageError("run", "no answer")
+
+    with fake_run(storage, keep=1) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "delete", slow)
+            save_each(run, 5)
+            assert tried == [0, 1]
+            save_each(run, 6)
+            assert tried == [0, 1, 0, 1]
+        save_each(run, 7)
+        assert run.all_steps() == [7]
+
+
+def test_a_listing_that_fails_costs_no_save(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fake_run(storage, save=None, keep=1) as run:
+        save_each(run, 0)
+        listing = Failing(monkeypatch, storage, "steps", StorageError("run", "no answer"))
+        listing.error = None
+        write = storage.write
+
+        def write_then_lose_the_network(*args: Any) -> Any:
+            manifest = write(*args)
+            listing.error = StorageError("run", "no answer")
+            return manifest
+
+        monkeypatch.setattr(storage, "write", write_then_lose_the_network)
+        save_each(run, 1)
+        listing.error = None
+    assert "no step can be deleted now: StorageError: run: the storage does not answer" in caplog.text
+    assert storage.steps() == [0, 1]
+
+
+def test_a_base_that_cannot_be_deleted_is_tried_again(
+    storage: MemoryStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fake_run(storage, keep=1) as run:
+        save_each(run, 0)
+        for base in (7, 8):
+            storage.bases.committed[base] = storage.committed[0]
+            storage.bases._arrays[base] = {}
+        delete = Failing(monkeypatch, storage.bases, "delete", PermissionError("not now"))
+        delete.fails_for = {(7,)}
+        save_each(run, 1)
+        assert storage.bases.steps() == [7]
+        delete.error = None
+        save_each(run, 2)
+        assert storage.bases.steps() == []
+    assert "base 7 could not be deleted, trying later: PermissionError: not now" in caplog.text
+    assert storage.steps() == [2]
 
 
 def test_the_best_of_nan_and_of_deleted_steps(storage: MemoryStorage) -> None:

@@ -64,10 +64,14 @@ class Channel:
     Args:
         processes: the processes of the run.
         name: the name of this channel, the same in all processes. Each thread needs a channel of its own.
+
+    Attributes:
+        waiting_for: the process whose value is waited for now; None if none is.
     """
 
     def __init__(self, processes: Processes, name: str) -> None:
         self.processes = processes
+        self.waiting_for: int | None = None
         self._name = f"{processes.name}/{name}"
         self._sequence = ""
         self._counts: Counter[str] = Counter()
@@ -244,6 +248,13 @@ class Channel:
         return f"{self._name}/{self._sequence}{phase}.{self._counts[phase]}"
 
     def _wait(self, key: str, process: int, phase: str, deadline: float) -> str:
+        self.waiting_for = process
+        try:
+            return self._wait_for(key, process, phase, deadline)
+        finally:
+            self.waiting_for = None
+
+    def _wait_for(self, key: str, process: int, phase: str, deadline: float) -> str:
         """Wait until a process has set a key, and return its value.
 
         Raises:

@@ -54,7 +54,11 @@ def saving(save: concurrent.futures.Future[None], path: str) -> None:
 def wait_for_saves(path: str | None = None) -> None:
     """Wait for the saves of this process that are in flight: those under `path`, or all. The run may be dropped."""
     pid = os.getpid()
-    mine = [save for save, (owner, where) in list(_saves.items()) if owner == pid and path in (None, where)]
+    mine = [
+        save
+        for save, (owner, where) in list(_saves.items())
+        if owner == pid and path in (None, where) and not save.done()
+    ]
     if mine and path is not None:
         _logger.warning("%s: waiting for a save of a run that was not closed", path)
     concurrent.futures.wait(mine)

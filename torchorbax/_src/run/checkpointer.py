@@ -26,8 +26,8 @@ from torchorbax._src.run.options import (
 from torchorbax._src.run.preemption import PreemptionNotice
 from torchorbax._src.run.saves import Saves
 from torchorbax._src.run.step_choice import Restorer
-from torchorbax._src.run.step_metrics import checked
 from torchorbax._src.run.tier import open_tiers
+from torchorbax._src.run.turns import Turns, in_turn
 from torchorbax._src.save.save import SaveRecord
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Rename, Request, request
@@ -54,6 +54,10 @@ class Checkpointer:
         next_step: the step to run next; 0 in a fresh run.
         left_out: what did not fit when it was restored with `strict=False`.
 
+    Several threads may use it: their calls take turns. A forked process may not; a call there is an error, `close` and
+    the end of the `with` block do nothing. A policy, hook or signal handler that runs during a call cannot call `save`,
+    `wait`, `restore` or `close`: that is an error, too.
+
     With several processes (`jax.distributed`) every process makes the same calls in the same order, with a path that
     all of them see. Process 0 decides when to save, and its metrics are those of the step.
 
@@ -77,6 +81,7 @@ class Checkpointer:
         self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
         self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._saves = Saves(self._tiers, self._items, self._processes, settings)
+        self._turns = Turns(self._main.storage.path, lambda: self._saves.is_saving_thread)
         rules, verify = rules_of(settings), settings.verify
         self._restorer = Restorer(self._items, rules, self._main, self._local, channel, verify=verify)
         # Where the run stands.
@@ -133,6 +138,7 @@ class Checkpointer:
             return None
         return (min if mode == "min" else max)(values, key=lambda step: values[step])
 
+    @in_turn
     def save(
         self,
         step: int,
@@ -151,6 +157,7 @@ class Checkpointer:
             state: trees to save in place of live values, by item name, for loops that keep their state in local
                 variables.
             metrics: numbers of this step (Python numbers, or 0-d arrays and tensors, which are read in the background).
+                What is none is left out, with a warning.
             force: save whatever the policy says, waiting for a save in flight. Also after SIGTERM.
 
         Returns:
@@ -158,21 +165,22 @@ class Checkpointer:
 
         Raises:
             SaveError: an earlier save has failed; raised once. This step's save, if due, has been started all the same.
-            ConfigError: `step` is not above the newest step, an unknown item in `state`, or the checkpointer is closed.
+            ConfigError: `step` is not above the newest step, an unknown item in `state`, the checkpointer is closed, or
+                it is called from a policy or hook, or in a forked process.
             UnsupportedLeafError, DeletedArrayError, MismatchError: this state cannot be saved; older steps are
                 untouched.
         """
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         step = step_number(step)
         check_save_arguments(state, metrics)
         self._check_open()
+        self.next_step = max(self.next_step, step + 1)  # it has been run, whatever comes of its save
         given = self._given
-        given.metrics |= metrics or {}
+        given.metrics |= self._saves.checked(metrics or {})
         given.state = state or {}
         started = self._saves.offer(step, given.state, given.metrics, force=force, started_s=started_s)
         if not given.in_body:
             given.clear()
-        self.next_step = max(self.next_step, step + 1)
         self._saves.raise_unreported()
         return started
 
@@ -181,10 +189,14 @@ class Checkpointer:
 
         Raises:
             SaveError: a save has failed that has not been reported yet.
+            ConfigError: it is called from a policy or hook, or in a forked process.
         """
-        self._saves.collect()
-        self._saves.raise_unreported()
+        self._turns.check("wait")
+        self._turns.take(self._saves.attend)
+        self._saves.wait()  # other threads may go on meanwhile
+        self._turns.take(self._saves.take_note)
 
+    @in_turn
     def restore(
         self,
         step: int | None = None,
@@ -215,7 +227,8 @@ class Checkpointer:
             CheckpointNotFoundError: there is no such step.
             CorruptCheckpointError: the step asked for, or each of them, is damaged.
             MismatchError: the checkpoint does not fit the live objects; never skipped. `.problems` has all of them.
-            ConfigError: `only` or `rename` has a name that neither the step nor the live objects have.
+            ConfigError: `only` or `rename` has a name that neither the step nor the live objects have; or it is called
+                from a policy or hook, or in a forked process.
         """
         self._saves.collect()
         wanted = request(only, strict, rename, cast)
@@ -235,18 +248,25 @@ class Checkpointer:
         return run_steps(self, self._given, self._main, stop, progress=progress, save_last=save_last)
 
     def log(self, **metrics: Any) -> None:
-        """Metrics of the current step, for the bar, the manifest and `best_step`. Never waits for the device."""
-        self._given.metrics.update(checked(metrics))
+        """Metrics of the current step, for the bar, the manifest and `best_step`. Never waits for the device.
+
+        What is no real number, nor a 0-d array or tensor of one, is left out, with a warning.
+        """
+        self._given.metrics.update(self._saves.checked(metrics))
 
     def close(self) -> None:
         """Wait for the save in flight and stop listening for SIGTERM. Nothing can be saved afterwards.
 
+        In a forked process it does nothing.
+
         Raises:
             SaveError: a save has failed that has not been reported yet.
+            ConfigError: it is called from a policy or hook.
         """
-        self._closed = True
-        self._saves.drop_unsaved()
-        self._preemption.remove()
+        if self._turns.is_forked:
+            return
+        self._turns.check("close")
+        self._turns.take(self._stop)
         for tier in self._tiers:
             if tier.saver.step_in_flight is not None:
                 _logger.info("%s: waiting for step %d to be committed", tier.storage.path, tier.saver.step_in_flight)
@@ -257,6 +277,11 @@ class Checkpointer:
             raise
         # After Ctrl-C in `wait`, this is not reached: the run stays open, and the save is waited for at exit.
         self._end()
+
+    def _stop(self) -> None:
+        self._closed = True
+        self._saves.drop_unsaved()
+        self._preemption.remove()
 
     def _end(self) -> None:
         at_exit.closed(self)
@@ -277,10 +302,12 @@ class Checkpointer:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._turns.is_forked:
+            return
         try:
             if exc is not None and not self._closed:
                 self._processes.fail(f"{type(exc).__name__}: {exc}")
-                self._saves.save_unsaved()
+                self._turns.take(self._saves.save_unsaved)
             self.close()
         except SaveError as error:
             if exc is None:

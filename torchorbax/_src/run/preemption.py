@@ -38,11 +38,13 @@ class PreemptionNotice:
         _listening.add(self)
 
     def remove(self) -> None:
-        """Stop listening. The last notice to do so puts the previous handler back."""
-        if self in _listening and threading.current_thread() is threading.main_thread():
-            _listening.discard(self)
-            if not _listening:
-                _restore_handler()
+        """Stop listening. The last notice to do so puts the previous handler back.
+
+        Only the main thread can do that. If another one has removed the last notice, the next signal does it.
+        """
+        _listening.discard(self)
+        if _previous and not _listening and threading.current_thread() is threading.main_thread():
+            _restore_handler()
 
 
 _listening: weakref.WeakSet[PreemptionNotice] = weakref.WeakSet()  # weak: a run that has been dropped does not listen

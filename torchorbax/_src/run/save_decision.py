@@ -88,6 +88,11 @@ class Decider:
         """SIGTERM has arrived in some process, and all processes have learnt of it."""
         return self._preempted if self._processes.count > 1 else self._notice.received
 
+    @property
+    def is_asked_everywhere(self) -> bool:
+        """Are there several processes, each of which asks the policy?"""
+        return self._processes.count > 1 and self._asked_everywhere
+
     def due(self, ask: Callable[[], bool]) -> bool:
         """Is this step to be saved?
 

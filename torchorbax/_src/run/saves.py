@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+import operator
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.run.options import RunOptions
-from torchorbax._src.run.step_metrics import checked
+from torchorbax._src.run.step_metrics import MetricReader
 from torchorbax._src.run.tier import Tier
 from torchorbax._src.save.save import Save, SaveRecord
 from torchorbax._src.save.staging import prepare as prepare_snapshots
 from torchorbax._src.state.capture import capture_all
-from torchorbax._src.state.item import Captured, Item
+from torchorbax._src.state.item import Captured, Item, NotReadyError
 from torchorbax.errors import ConfigError, ProcessError, TorchorbaxError
 
 _logger = logging.getLogger(__name__)
@@ -32,14 +33,12 @@ class Saves:
         processes: all processes of the run, which call this in the same order.
         options: how snapshots are taken, and whether the last complete step is kept for an exception.
 
-    Attributes:
-        history: a record of every save that has been started, in order.
+    One thread at a time calls its methods, but for `wait`.
     """
 
     def __init__(
         self, tiers: Sequence[Tier], items: Mapping[str, Item], processes: Processes, options: RunOptions
     ) -> None:
-        self.history: list[SaveRecord] = []
         self._tiers = tiers
         self._main = tiers[0]
         self._items = items
@@ -48,6 +47,22 @@ class Saves:
         self._save_on_exception = options.save_on_exception
         self._unsaved: Save | None = None  # the last complete step, if it was not due
         self._preemption_saved = False
+        self._metrics = MetricReader(self._main.storage.path)
+
+    @property
+    def history(self) -> list[SaveRecord]:
+        """A record of every save that has been started, in order."""
+        started = [entry for tier in self._tiers for entry in tier.saver.started]
+        return [record for _, record in sorted(started, key=operator.itemgetter(0))]
+
+    @property
+    def is_saving_thread(self) -> bool:
+        """Is the current thread writing a save?"""
+        return any(tier.saver.is_this_thread for tier in self._tiers)
+
+    def checked(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """The metrics as floats and 0-d arrays, without those that cannot be used, of which a warning tells."""
+        return self._metrics.checked(metrics)
 
     def offer(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any], *, force: bool, started_s: float
@@ -57,39 +72,57 @@ class Saves:
         Args:
             step: the step just finished.
             state: trees to save in place of live values, by item name.
-            metrics: numbers of this step.
+            metrics: numbers of this step, as `checked`.
             force: save under the run's path, whatever the policy says.
-            started_s: `time.perf_counter()` when the caller called `save`.
+            started_s: `time.monotonic()` when the caller called `save`.
 
         Raises:
             ConfigError, UnsupportedLeafError, DeletedArrayError, MismatchError: as `Checkpointer.save`.
         """
-        now = datetime.datetime.now(datetime.UTC)
+        self.attend()
+        now = self._main.steps.clock.now()
         capture = functools.cache(functools.partial(self._capture, state))  # once for all tiers
 
         def save_for(tier: Tier) -> Save:
-            numbers = checked(metrics)
             with transfers_allowed():
+                numbers = self._metrics.protected(metrics)
                 return Save(step, now, numbers, started_s, tier.take(capture(), self._staging))
 
-        due = self._due(step, now, force)
+        due = self._due(step, force)
         for tier in due:
             self._check(tier, step, state)
             tier.saver.collect()  # two saves never overlap
             try:
                 save = save_for(tier)
             except Exception as error:
-                if self._processes.count > 1:  # the others have started this save, and learn of the error through it
-                    self._start(tier, Save(step, now, {}, started_s, error))
-                raise
-            self._start(tier, save)
+                refused = _is_refusal(error)
+                if not refused or self._processes.count > 1:  # others, if any, have started this save, and learn of it
+                    self._start(tier, Save(step, now, {}, started_s, _without_locals(error)))
+                if refused:
+                    raise
+            else:
+                self._start(tier, save)
         # Keep a step that is not saved, in case an exception makes it the last one.
-        if self._main in due:
-            self._unsaved = None
-        elif self._save_on_exception and step > self._main.newest:
+        if self._main not in due and self._save_on_exception and step > self._main.newest:
             self._check(self._main, step, state)
-            self._unsaved = save_for(self._main)
+            self._unsaved = self._kept_for_exception(functools.partial(save_for, self._main), step)
         return bool(due)
+
+    def _kept_for_exception(self, save: Callable[[], Save], step: int) -> Save | None:
+        """A save that is not due, for the case that an exception comes; None if there is no room for it."""
+        try:
+            return save()
+        except Exception as error:
+            if _is_refusal(error):
+                raise
+            _logger.warning(
+                "%s: step %d could not be kept for the case of an exception: %s: %s",
+                self._main.storage.path,
+                step,
+                type(error).__name__,
+                _without_locals(error),
+            )
+            return None
 
     def prepare(self) -> None:
         """Start the saving threads, and compile what the first snapshot will need."""
@@ -103,10 +136,29 @@ class Saves:
             return
         prepare_snapshots(captured, self._staging)
 
+    def attend(self) -> None:
+        """Do what the saves in flight need of the caller's thread, without waiting for them."""
+        for tier in self._tiers:
+            tier.saver.attend()
+
+    def wait(self) -> None:
+        """Wait for the saves in flight. Call `attend` before and after; several threads may wait at once."""
+        for tier in self._tiers:
+            tier.saver.wait()
+
     def collect(self) -> None:
         """Wait for the saves in flight, and take note of how they ended."""
         for tier in self._tiers:
             tier.saver.collect()
+
+    def take_note(self) -> None:
+        """Take note of the saves that have ended, and raise an error that has not been reported.
+
+        Raises:
+            SaveError: see `raise_unreported`.
+        """
+        self.attend()
+        self.raise_unreported()
 
     def raise_unreported(self) -> None:
         """Raise the error of a collected save, once.
@@ -128,7 +180,9 @@ class Saves:
         """Save the last complete step, if it was not due and all processes have ended after it."""
         self._main.saver.collect()
         unsaved, self._unsaved = self._unsaved, None
-        if unsaved is not None and self._all_ended_after(unsaved.step):
+        if unsaved is None or not self._all_ended_after(unsaved.step):
+            return
+        if unsaved.step > self._main.newest:  # Ctrl-C may have come when a later step had just been started
             self._start(self._main, unsaved)
 
     def close(self) -> None:
@@ -136,9 +190,9 @@ class Saves:
         for tier in self._tiers:
             tier.saver.close()
 
-    def _due(self, step: int, now: datetime.datetime, force: bool) -> list[Tier]:
+    def _due(self, step: int, force: bool) -> list[Tier]:
         """The tiers that are to save this step."""
-        due = [tier for tier in self._tiers if (force and tier is self._main) or tier.due(step, now)]
+        due = [tier for tier in self._tiers if (force and tier is self._main) or tier.due(step)]
         if self._main.decider.preempted and not self._preemption_saved and self._main not in due:
             due.insert(0, self._main)
         # A step may be offered twice: it may be in the local tier already, and now be saved under the path as well.
@@ -153,9 +207,11 @@ class Saves:
         return capture_all(self._items, state)
 
     def _start(self, tier: Tier, save: Save) -> None:
+        preempted = tier.decider.preempted
+        tier.start(save)
         if tier is self._main:
-            self._preemption_saved = tier.decider.preempted
-        self.history.append(tier.start(save))
+            self._preemption_saved = preempted
+            self._unsaved = None
 
     def _all_ended_after(self, step: int) -> bool:
         """Have all processes come to an end with the same step unsaved?"""
@@ -169,3 +225,17 @@ class Saves:
         if len(set(steps)) > 1:
             _logger.warning("%s: step %d is not saved: the processes ended at %s", path, step, steps)
         return len(set(steps)) == 1
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Does an error say that the state cannot be saved? All others may pass: no memory, code of the user's that raises.
+
+    They make a save that fails like any other, and never end the loop from within `save`.
+    """
+    return isinstance(error, TorchorbaxError) and not isinstance(error, NotReadyError)
+
+
+def _without_locals(error: Exception) -> Exception:
+    """An error that is kept, without the local variables of its traceback: they hold what has been copied so far."""
+    traceback.clear_frames(error.__traceback__)
+    return error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import logging
 import os
@@ -151,30 +150,47 @@ class Tier:
         self._writer = writer
         self._frozen = FrozenArrays()
         self._uses_bases = uses_bases
+        self._mistakes: set[type[Exception]] = set()  # of the policy, that have been warned of
 
     @property
     def newest(self) -> int:
         """The newest step there is, saved or being saved; -1 if there is none."""
-        return max(self.steps.infos, default=-1)
+        return max(list(self.steps.infos), default=-1)
 
     def standing(self) -> str:
         """Where the run stands, in a sentence for people."""
-        path, in_flight = self.storage.path, self.saver.step_in_flight
-        newest = max((step for step in self.steps.infos if step != in_flight), default=None)
+        path, uncommitted = self.storage.path, self.saver.uncommitted_step
+        newest = max((step for step in list(self.steps.infos) if step != uncommitted), default=None)
         if newest is None:
             return f"{path}: no step has been committed yet"
         return f"{path}: the last committed step is {newest}; the same program goes on from step {newest + 1}"
 
-    def due(self, step: int, now: datetime.datetime) -> bool:
+    def due(self, step: int) -> bool:
         """Is this step to be saved, by the policy?"""
-        if self.saver.step_in_flight is None:
-            self.saver.collect()
-        return self.decider.due(lambda: self._ask(step, now))
+        return self.decider.due(lambda: self._ask(step))
 
-    def _ask(self, step: int, now: datetime.datetime) -> bool:
+    def _ask(self, step: int) -> bool:
         saving = self.saver.step_in_flight is not None
         context = policies.decision_context(saving=saving, preempted=self.decider.preempted)
-        return bool(self.policy.should_save(ProposedStep(step, now), list(self.steps.infos.values()), context=context))
+        proposed, before = ProposedStep(step, self.steps.clock.now()), list(self.steps.infos.values())
+        try:
+            return policies.decision(self.policy.should_save(proposed, before, context=context))
+        except Exception as error:  # the policy's mistake; the run must not go unsaved because of it
+            # Processes that each ask the policy must come to the same answer, so there it cannot depend on the moment.
+            due = not saving or self.decider.is_asked_everywhere
+            self._warn_of_policy(error)
+            return due
+
+    def _warn_of_policy(self, mistake: Exception) -> None:
+        if type(mistake) not in self._mistakes:
+            self._mistakes.add(type(mistake))
+            _logger.warning(
+                "%s: save=%s does not say whether to save, so a step is saved whenever no save is in flight: %s: %s",
+                self.storage.path,
+                type(self.policy).__name__,
+                type(mistake).__name__,
+                mistake,
+            )
 
     def check_step(self, step: int) -> None:
         """Raise ConfigError unless the step is above the newest one."""
@@ -197,7 +213,7 @@ class Tier:
     def start(self, save: Save) -> SaveRecord:
         """Write a save in the background. The save before it must have been collected."""
         record = self.saver.start(save)
-        record.stall_s = time.perf_counter() - save.started_s
+        record.stall_s = time.monotonic() - save.started_s
         return record
 
     def note_restored(self, restored: Restored, items: Mapping[str, Item]) -> None:

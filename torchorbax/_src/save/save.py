@@ -46,9 +46,10 @@ class Save:
         step: the number of the step.
         time: when `save` was called, in UTC.
         metrics: the metrics given to `save`: numbers and 0-d arrays, which are read on the saving thread.
-        started_s: `time.perf_counter()` when `save` was called.
+        started_s: `time.monotonic()` when `save` was called.
         snapshot: what to write; or the error because of which this process could not take a snapshot; None after
             `take_snapshot` has handed it over.
+        phase: what the saving thread is doing for it, for people: "writing arrays".
     """
 
     step: int
@@ -56,6 +57,7 @@ class Save:
     metrics: Mapping[str, Any]
     started_s: float
     snapshot: Snapshot | Exception | None = field(repr=False)
+    phase: str = "waiting for the saving thread"
 
     def take_snapshot(self) -> Snapshot:
         """Hand over the snapshot and forget it, so that its arrays are freed as they are written.

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from torchorbax._src.save.save import Committed, Save
 from torchorbax._src.storage.steps import Steps
 from torchorbax._src.storage.storage import Folders, Storage
 from torchorbax.errors import ProcessError, SaveError
+
+_logger = logging.getLogger(__name__)
 
 
 class Writer:
@@ -59,6 +62,11 @@ class Writer:
         self._origin = origin
         self._localized = localized
         self._saves = 0
+
+    @property
+    def waiting_for(self) -> int | None:
+        """The process that this one is waiting for in a save; None if it is not waiting."""
+        return self._channel.waiting_for
 
     def write(self, save: Save, when_committed: Callable[[Committed], object]) -> None:
         """Write a step, commit it, and delete the steps that the policy does not preserve.
@@ -103,6 +111,7 @@ class _StepWriting:
 
     def start(self, origin: str, *, localized: bool) -> None:
         """Agree on what is written, and on the numbers of bases."""
+        self._save.phase = "describing its arrays"
         # Every process reports, process 0 decides.
         with self._as_save_error():
             answer = self._channel.agree(
@@ -146,13 +155,14 @@ class _StepWriting:
         if answer["refusal"] is not None:
             return answer
         # The manifest, with the numbers of bases.
+        self._save.phase = "removing what is in its way"
         self._steps.make_way(self._step)
+        self._save.phase = "describing its arrays"
         items, known = self._numbered(summaries)
-        metrics = {name: float(np.asarray(value)) for name, value in self._save.metrics.items()}
         self._manifest = Manifest(
             self._step,
             self._save.time,
-            metrics,
+            self._metrics(),
             items,
             _versions(),
             parts=mine.parts,
@@ -174,6 +184,22 @@ class _StepWriting:
             "known": known,
             "own": summaries[0].get("own"),
         }
+
+    def _metrics(self) -> dict[str, float]:
+        """The metrics as numbers. One that cannot be read must not cost the step, which is saved without it."""
+        metrics: dict[str, float] = {}
+        for name, value in self._save.metrics.items():
+            try:
+                metrics[name] = float(np.asarray(value))
+            except Exception as error:  # of the computation that the value comes from, of any type
+                _logger.warning(
+                    "%s: step %d is saved without metric %s, which cannot be read: %s",
+                    self._storage.path,
+                    self._step,
+                    name,
+                    _error_line(error),
+                )
+        return metrics
 
     def _disagreement(self, summaries: Sequence[dict[str, Json]]) -> str | None:
         """The reason if the processes do not agree on which frozen leaves have been written; None if they do.
@@ -256,6 +282,7 @@ class _StepWriting:
 
     def _write(self) -> Manifest:
         """Write the arrays of this process: first the new bases, then the step."""
+        self._save.phase = "making its folders"
         manifest, arrays = self._manifest, self._contribution.arrays
         keys = by_base(manifest.leaves, arrays)
         for base in self._bases:
@@ -278,12 +305,14 @@ class _StepWriting:
         if not self._processes.is_first:
             folders = self._channel.hear("folders")
             self._channel.collect("write", lambda: self._write_part(storage, folders, arrays, own))
+            self._save.phase = "committing"
             return manifest
         with self._channel.announcing("folders") as announce:
 
             def fill(folders: Folders) -> Manifest:
                 announce(folders)
                 parts = self._channel.collect("write", lambda: self._write_part(storage, folders, arrays, own))
+                self._save.phase = "committing and flushing"
                 return with_reports(manifest, parts or [])
 
             return storage.write(manifest.step, arrays, fill)
@@ -296,6 +325,7 @@ class _StepWriting:
         It is a JSON object: `sums` of the shards by item and leaf, and `own`, the SHA-256 of the file with the
         process's own state, or None.
         """
+        self._save.phase = "writing arrays"
         process = self._processes.index
         sums: dict[str, dict[str, str]] = {}
         for (item, name), of_leaf in storage.write_arrays(folders, arrays, process).items():
@@ -307,6 +337,7 @@ class _StepWriting:
 
     def end(self) -> None:
         """Delete the steps that the policy does not preserve."""
+        self._save.phase = "deleting older steps"
         with self._as_save_error(committed=True):
             deleted = self._channel.first("end", self._retain)
         if not self._processes.is_first:

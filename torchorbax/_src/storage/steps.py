@@ -1,76 +1,22 @@
-"""The steps of a run: what policies are told about them, which are good, and which are deleted after a save."""
+"""The steps of a run: which there are, which are good, and which are deleted after a save."""
 
 from __future__ import annotations
 
-import datetime
 import functools
 import logging
-import math
+import time
+from collections.abc import Callable, Sequence
 
 from torchorbax._src.format.manifest import Manifest
+from torchorbax._src.storage.preservation import preserved
+from torchorbax._src.storage.step_info import RunClock, StepInfo
 from torchorbax._src.storage.storage import Storage
-from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
-from torchorbax.policies import PreservationContext, PreservationPolicy
+from torchorbax.policies import PreservationPolicy
 
 _logger = logging.getLogger(__name__)
 
-
-class StepInfo:
-    """What a policy can ask about a step. It is read from the manifest when a policy asks for it.
-
-    Args:
-        step: the number of the step.
-        storage: where its manifest is.
-    """
-
-    def __init__(self, step: int, storage: Storage) -> None:
-        self.step = step
-        self._storage = storage
-
-    @functools.cached_property
-    def manifest(self) -> Manifest | None:
-        """The step's manifest; None if it cannot be read."""
-        try:
-            return self._storage.manifest(self.step)
-        except (CorruptCheckpointError, CheckpointNotFoundError) as error:  # damaged, or deleted by another program
-            _logger.warning("%s", error)
-            return None
-
-    @functools.cached_property
-    def time(self) -> datetime.datetime:
-        """When the step was saved; the start of 1970 if its manifest cannot be read."""
-        return datetime.datetime.fromtimestamp(0, datetime.UTC) if self.manifest is None else self.manifest.time
-
-    @functools.cached_property
-    def metrics(self) -> dict[str, float] | None:
-        """The metrics saved with the step; None if there are none."""
-        return None if self.manifest is None else dict(self.manifest.metrics) or None
-
-
-class _WithoutNaN:
-    """A `StepInfo` in which a number replaces every metric that is NaN.
-
-    Attributes:
-        had_nan: has a NaN been replaced? False until the metrics are asked for.
-    """
-
-    def __init__(self, info: StepInfo, number: float) -> None:
-        self.step = info.step
-        self.had_nan = False
-        self._info = info
-        self._number = number
-
-    @property
-    def time(self) -> datetime.datetime:
-        """When the step was saved."""
-        return self._info.time
-
-    @property
-    def metrics(self) -> dict[str, float] | None:
-        """The metrics saved with the step."""
-        found = self._info.metrics
-        self.had_nan = found is not None and any(map(math.isnan, found.values()))
-        return found and {name: self._number if math.isnan(value) else value for name, value in found.items()}
+_LONGEST_FAILING_S = 60.0
+"""Seconds that failing deletions may take, of one save. A storage that does not answer lets each take minutes."""
 
 
 class Steps:
@@ -83,18 +29,21 @@ class Steps:
         keep_damaged: when a damaged step is in the way, set it aside; otherwise delete it.
 
     Attributes:
+        clock: the time as policies see it.
         infos: the steps by number, with the one that is being saved, without those that are known to be damaged.
     """
 
     def __init__(
         self, storage: Storage, found: list[int], keep: PreservationPolicy, *, keep_damaged: bool = True
     ) -> None:
-        self.infos = {step: StepInfo(step, storage) for step in found}
+        self.clock = RunClock()
+        self.infos = {step: StepInfo(step, storage, self.clock) for step in found}
         self._storage = storage
         self._keep = keep
         self._keep_damaged = keep_damaged
         self._damaged: set[int] = set()
-        self._leftovers_removed = False
+        self._failing_s = 0.0  # seconds that failing deletions have taken, of this save
+        self._leftovers = True  # may there be leftovers, of an earlier life or of a deletion that has failed?
 
     def mark_damaged(self, step: int) -> None:
         """Note that a step is damaged: it no longer counts, and a save of the same number replaces it."""
@@ -105,15 +54,21 @@ class Steps:
         """The steps on storage that are not known to be damaged, in ascending order."""
         return [step for step in self._storage.steps() if step not in self._damaged]
 
-    def start(self, step: int, time: datetime.datetime) -> None:
-        """Note that a step is about to be saved. Its manifest does not exist yet."""
-        info = self.infos[step] = StepInfo(step, self._storage)
-        info.time, info.metrics = time, None
+    def to_be_saved(self, step: int, saved_s: float) -> StepInfo:
+        """What is known of a step that is about to be saved. Its manifest does not exist yet.
+
+        Args:
+            step: the number of the step.
+            saved_s: `time.monotonic()` when `save` was called.
+        """
+        info = StepInfo(step, self._storage, self.clock, saved_s)
+        info.metrics = None
+        return info
 
     def commit(self, manifest: Manifest) -> None:
         """Note that a step has been committed, with its manifest."""
         info = self.infos[manifest.step]
-        info.time, info.metrics, info.manifest = manifest.time, dict(manifest.metrics) or None, manifest
+        info.metrics, info.manifest = dict(manifest.metrics) or None, manifest
 
     def note_manifest(self, manifest: Manifest) -> None:
         """Note a manifest that has been read, so that it is not read again."""
@@ -130,11 +85,17 @@ class Steps:
         self.infos.pop(step, None)
 
     def make_way(self, step: int) -> None:
-        """Remove what is in the way of a save: leftovers of an interrupted run, and a damaged step of that number."""
-        if not self._leftovers_removed:
-            self._storage.remove_leftovers()
-            self._leftovers_removed = True
+        """Remove what is in the way of a save: leftovers of an interrupted run, and a damaged step of that number.
+
+        Leftovers that cannot be removed cost no save: each retention tries again.
+        """
+        self._failing_s = 0.0
+        self._remove_leftovers()
         self._dispose_of_damaged(step)
+
+    def _remove_leftovers(self) -> None:
+        if self._leftovers and self._cleaned_up("what is left of interrupted saves", self._storage.remove_leftovers):
+            self._leftovers = False
 
     def _dispose_of_damaged(self, step: int) -> None:
         """If a step is damaged, set it aside; or delete it, if damaged steps are not kept."""
@@ -154,49 +115,72 @@ class Steps:
     def retain(self, newest: int) -> list[int]:
         """Delete the steps that the policy does not preserve, after the newest step has been committed.
 
+        A mistake of the policy, or a deletion that fails, is a warning. The next retention tries again.
+
         Returns:
             The steps that have been deleted.
         """
+        self._failing_s = 0.0
+        try:
+            found = self._storage.steps()
+        except Exception as error:  # of the storage, of any type
+            _logger.warning("%s: no step can be deleted now: %s", self._storage.path, _error_line(error))
+            return []
+        for step in set(self.infos).difference(found):  # half deleted, or deleted by somebody else
+            self.drop(step)
+        unpreserved = self._unpreserved([step for step in found if step not in self._damaged], newest)
+        self._remove_leftovers()
         # Damaged steps go first: the next process does not know yet that they are damaged, and would list them.
-        for step in sorted(self._damaged & set(self._storage.steps())):
+        for step in sorted(self._damaged.intersection(found)):
             if step < newest or not self._keep_damaged:
-                self._dispose_of_damaged(step)
-        infos = [self.infos.get(step) or StepInfo(step, self._storage) for step in self.good()]
-        preserved = self._preserved(infos)
-        deleted: list[int] = []
-        for info, keep in zip(infos, preserved, strict=True):
-            if keep or info.step == newest or not self._storage.is_own(info.step):
-                continue
-            try:
-                self._storage.delete(info.step)
-            except OSError as error:
-                _logger.warning(
-                    "%s: step %d could not be deleted, trying later: %s", self._storage.path, info.step, error
-                )
-                if isinstance(error, StorageError):  # no answer: each further deletion would take as long to fail
-                    return deleted
-            else:
-                self.drop(info.step)
-                deleted.append(info.step)
-        self._delete_unused_bases()
+                self._cleaned_up(f"damaged step {step}", functools.partial(self._dispose_of_damaged, step))
+        deleted = [step for step in unpreserved if self._deleted(step)]
+        self._cleaned_up("frozen parameters that no step needs", self._delete_unused_bases)
         return deleted
 
-    def _preserved(self, infos: list[StepInfo]) -> list[bool]:
-        """For each step, whether the policy preserves it.
+    def _unpreserved(self, steps: Sequence[int], newest: int) -> list[int]:
+        """All steps that the policy does not preserve. If it makes a mistake, it preserves all."""
+        self.clock.now()
+        infos = [self.infos.get(step) or StepInfo(step, self._storage, self.clock) for step in steps]
+        try:
+            keep = preserved(self._keep, infos)
+        except Exception as error:  # it must not cost the step that has just been committed
+            _logger.warning(
+                "%s: keep=%s does not say which steps to keep after step %d, so all stay: %s",
+                self._storage.path,
+                type(self._keep).__name__,
+                newest,
+                _error_line(error),
+            )
+            return []
+        unkept = [step for step, kept in zip(steps, keep, strict=True) if not kept and step != newest]
+        return [step for step in unkept if self._storage.is_own(step)]
 
-        NaN has no place in an order, so a policy that sorts by a metric would keep random steps and might delete the
-        best one. The policy is therefore asked twice, with every NaN replaced by infinity and by minus infinity. A step
-        with a NaN is preserved if both answers preserve it; any other step if one of them does.
+    def _deleted(self, step: int) -> bool:
+        """Delete a step. Returns whether it is deleted."""
+        if not self._cleaned_up(f"step {step}", functools.partial(self._storage.delete, step)):
+            self._leftovers = True  # it may be half deleted, and then no longer be listed
+            return False
+        self.drop(step)
+        return True
+
+    def _cleaned_up(self, what: str, clean_up: Callable[[], object]) -> bool:
+        """Delete something that is no longer needed. Returns whether it worked; if it did not, that is a warning.
+
+        When failures have taken a minute, nothing else is tried until the next retention.
         """
-        high, low = ([_WithoutNaN(info, number) for info in infos] for number in (math.inf, -math.inf))
-        with_high = list(self._keep.should_preserve(high, context=PreservationContext()))
-        if not any(info.had_nan for info in high):  # no NaN, or the policy has not asked for metrics
-            return with_high
-        with_low = self._keep.should_preserve(low, context=PreservationContext())
-        return [
-            by_high and by_low if info.had_nan else by_high or by_low
-            for info, by_high, by_low in zip(high, with_high, with_low, strict=True)
-        ]
+        if self._failing_s > _LONGEST_FAILING_S:
+            return False
+        began_s = time.monotonic()
+        try:
+            clean_up()
+        except Exception as error:  # of the storage, of any type; it must cost no save and stop no other deletion
+            self._failing_s += time.monotonic() - began_s
+            _logger.warning(
+                "%s: %s could not be deleted, trying later: %s", self._storage.path, what, _error_line(error)
+            )
+            return False
+        return True
 
     def _delete_unused_bases(self) -> None:
         """Delete the bases that no step refers to. If the manifest of any step cannot be read, delete none."""
@@ -206,10 +190,14 @@ class Steps:
         for step in reversed(self._storage.steps()):  # the newest step usually refers to all bases
             if not unused:
                 return
-            manifest = (self.infos.get(step) or StepInfo(step, self._storage)).manifest
+            manifest = (self.infos.get(step) or StepInfo(step, self._storage, self.clock)).manifest
             if manifest is None:
                 _logger.info("%s: step %d is damaged, so no base is deleted", self._storage.path, step)
                 return
             unused -= {leaf.base for leaf in manifest.frozen_leaves.values()}
         for base in sorted(unused):
-            self._storage.bases.delete(base)
+            self._cleaned_up(f"base {base}", functools.partial(self._storage.bases.delete, base))
+
+
+def _error_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
