@@ -39,8 +39,8 @@ from torchorbax._src.arrays import fingerprint
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta, Manifest
-from torchorbax._src.restore import checked_read
-from torchorbax._src.save import writer
+from torchorbax._src.save import contribution
+from torchorbax._src.verification import checked_read
 
 from benchmarks.measure import median, timed
 
@@ -214,7 +214,7 @@ def summing_a_save(processes: int, leaves: int) -> Found:
     manifest = Manifest(
         0, datetime.datetime.now(datetime.UTC), {}, {"model": ItemMeta("module", dict.fromkeys(sums, meta))}
     )
-    seconds = _processor_s(lambda: writer.with_reports(manifest, [part] * processes))
+    seconds = _processor_s(lambda: contribution.with_reports(manifest, [part] * processes))
     return {"seconds": seconds, "bytes": len(json.dumps(part)), "entries": processes * leaves}
 
 

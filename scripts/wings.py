@@ -21,6 +21,7 @@ FLOORS = (
     {"integrations": "other trainers", "cli": "the command line", "report": "what a run has cost"},
     {"run": "resume, Checkpointer, tiers, signals"},
     {"save": "one save", "restore": "one restore", "convert": "other formats"},
+    {"verification": "stored steps read again"},
     {"training": "the jitted step", "state": "live objects as leaves", "storage": "steps on disk and in buckets"},
     {"tensors": "what a torch tensor is", "format": "what a step says of itself"},
     {"arrays": "shards, fingerprints, shardings", "distributed": "agreement of processes"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from torchorbax import CheckpointNotFoundError, CorruptCheckpointError, verify
-from torchorbax._src.restore import checked_read
+from torchorbax._src.verification import checked_read
 
 from tests.helpers.damage import flip_in
 

@@ -276,18 +276,42 @@ def test_a_damaged_base_is_found(how: str, tmp_path: Path) -> None:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    reason = (
-        "base/0, which has its frozen parameters, is missing"
-        if how == "gone"
-        else r"the data of model: base\.\d\.weight is not what was saved"
-    )
+    reason = "base 0 is missing" if how == "gone" else r"the data of model: base\.\d\.weight is not what was saved"
     with pytest.raises(CorruptCheckpointError, match=reason):
         verify(str(tmp_path))
+    # A live parameter that is not what the base had cannot stand in for it.
+    frozen = next(param for param in model.parameters() if not param.requires_grad)
+    was = frozen.clone()
+    with torch.no_grad():
+        frozen.add_(1)
     before = [bits(param) for param in model.parameters()]
     with Checkpointer(str(tmp_path), {"model": model}, save=None, rng=False) as run:
-        with pytest.raises(CorruptCheckpointError, match=reason):
+        with pytest.raises(CorruptCheckpointError, match="base"):
             run.restore()
         assert [bits(param) for param in model.parameters()] == before
+    # The same values can, and the next step writes them again.
+    with torch.no_grad():
+        frozen.copy_(was)
+    expected = [bits(param) for param in model.parameters()]
+    with Checkpointer(str(tmp_path), {"model": model}, save=None, rng=False) as run:
+        assert run.restore() == 0
+        assert [bits(param) for param in model.parameters()] == expected
+        run.save(1, force=True)
+    assert verify(str(tmp_path), 1) == [1]
+
+
+def test_a_base_that_lacks_a_file_is_written_again(tmp_path: Path) -> None:
+    """Somebody who deletes old files deletes those of bases first."""
+    model, _, _ = build()
+    place_(model)
+    with Checkpointer(str(tmp_path), {"model": model}, save=None, rng=False) as run:
+        run.save(0, force=True)
+    file = max((tmp_path / "base" / "0").rglob("*"), key=lambda one: one.stat().st_size)
+    file.unlink()
+    with Checkpointer(str(tmp_path), {"model": model}, save=None, rng=False) as run:
+        assert run.restore() == 0
+        run.save(1, force=True)
+    assert verify(str(tmp_path), 1) == [1]
 
 
 def test_frozen_parameters_cost_the_loop_nothing(tmp_path: Path) -> None:

@@ -160,6 +160,11 @@ class Manifest:
         """The leaves that the run's bases hold."""
         return {key: leaf for key, leaf in self.leaves.items() if leaf.base is not None}
 
+    @property
+    def bases(self) -> set[int]:
+        """The numbers of the bases that hold frozen leaves of the step."""
+        return {leaf.base for leaf in self.leaves.values() if leaf.base is not None}
+
     def of_base(self, base: int) -> Manifest:
         """The manifest of a base that this step writes: that of a step, with only the leaves that the base holds."""
         items = {

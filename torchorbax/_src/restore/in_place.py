@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
-from torchorbax._src.arrays import broadcast
+from torchorbax._src.arrays import broadcast, fingerprint
 from torchorbax._src.arrays.broadcast import FirstReplica
 from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
 from torchorbax._src.arrays.leaves import Array, put
@@ -20,13 +20,15 @@ from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.format.manifest import ItemMeta, Key, Manifest
 from torchorbax._src.format.per_process import HostItem
-from torchorbax._src.restore.checked_read import CheckedReader
 from torchorbax._src.restore.plan import Plan, planned
 from torchorbax._src.state.item import Item, ItemPlan
 from torchorbax._src.state.request import Request
 from torchorbax._src.state.sharing import Restoring, in_order
 from torchorbax._src.storage.storage import Source
-from torchorbax.errors import MismatchError, Problem, summary
+from torchorbax._src.tensors.live import live_array
+from torchorbax._src.verification.checked_read import CheckedReader
+from torchorbax._src.verification.step_check import twice
+from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, summary
 
 _logger = logging.getLogger(__name__)
 
@@ -39,11 +41,15 @@ class Restored:
         manifest: the manifest of the step.
         left_out: the problems of everything that does not fit and was not restored; empty if the request was strict.
         exact: the leaves that now have the same names and dtypes live as in the step.
+        damaged_bases: the bases that are missing or damaged, for which live frozen arrays have stood in.
+        proved: the whole step has been read and compared with its fingerprints.
     """
 
     manifest: Manifest
     left_out: tuple[Problem, ...]
     exact: frozenset[Key]
+    damaged_bases: frozenset[int]
+    proved: bool
 
 
 class Restore:
@@ -81,6 +87,7 @@ class Restore:
         self._own: Mapping[str, HostItem]  # this process's own state in the step, if it has a file of its own
         self._plan: Plan
         self._reader: CheckedReader
+        self._replaced: dict[Key, Array] = {}  # frozen arrays that stand in for a base that is missing or damaged
 
     def run(self) -> Restored:
         """Restore what the request asks for.
@@ -92,19 +99,24 @@ class Restore:
             ConfigError: the request names an item or leaf that neither side has.
             ProcessError: another process could not restore the step.
         """
-        # Plan and read.
-        arrays = self._channel.attempt("read", self._read)
-        arrays = self._channel.attempt("broadcast", functools.partial(_with_all_replicas, arrays))
-        # Verify and convert.
-        if self._verify:
-            self._channel.attempt("check", functools.partial(self._check, arrays))
+        # Plan, read and verify, again if something is wrong; then convert.
+        arrays = twice(self._read_and_check)
         converted = self._channel.attempt("convert", functools.partial(self._convert, arrays))
         # Write into the live objects. If it fails in any process, what was written is undone in all of them.
         with ExitStack() as undo:
             self._channel.attempt("apply", lambda: self._apply(converted, undo))
             undo.pop_all()
         self._warn()
-        return Restored(self._manifest, self._plan.left_out, self._exact())
+        proved = self._verify and self._request.only is None and not self._plan.left_out and not self._replaced
+        bases = frozenset(base for key in self._replaced if (base := self._manifest.leaves[key].base) is not None)
+        return Restored(self._manifest, self._plan.left_out, self._exact(), bases, proved)
+
+    def _read_and_check(self) -> dict[Key, Any]:
+        arrays = self._channel.attempt("read", self._read)
+        arrays = self._channel.attempt("broadcast", functools.partial(_with_all_replicas, arrays))
+        if self._verify:
+            self._channel.attempt("check", functools.partial(self._check, arrays))
+        return arrays
 
     def _read(self) -> dict[Key, Any]:
         """Plan, which raises every mismatch, and read what is planned. No live object is changed."""
@@ -120,12 +132,54 @@ class Restore:
         # Read, from the step or from the process's own file.
         stored = {key: target for key, target in targets.items() if not self._is_own(key)}
         self._reader = CheckedReader(self._source, self._manifest, verify=self._verify, channel=self._channel)
-        arrays = self._reader.read(stored)
+        arrays = self._read_with_bases(stored)
         for (item, name), target in targets.items():
             if (item, name) not in stored:
                 array = self._own[item].arrays[name]
                 arrays[item, name] = array if target is None else put(array, target)
         return arrays
+
+    def _read_with_bases(self, targets: Mapping[Key, Sharding | None]) -> dict[Key, Any]:
+        """Read leaves. If a base is missing or damaged, live frozen arrays that have its fingerprints stand in for it.
+
+        A model that was loaded from elsewhere has its frozen parameters before it is restored.
+        """
+        in_bases = self._manifest.frozen_leaves.keys() & targets.keys()
+        if not in_bases or not self._verify or self._channel.processes.count > 1:
+            return self._reader.read(targets)
+        arrays = self._reader.read({key: target for key, target in targets.items() if key not in in_bases})
+        of_bases = {key: target for key, target in targets.items() if key in in_bases}
+        try:
+            return arrays | twice(lambda: self._reader.read_and_check(of_bases))
+        except CorruptCheckpointError as error:
+            live = self._live_like(of_bases)
+            if live is None:
+                raise
+            _logger.warning(
+                "%s: the live frozen parameters, which have the same fingerprints, stand in for a base, and the next "
+                "step writes them again: %s",
+                self._source.path,
+                error,
+            )
+            self._replaced = live
+            return arrays | live
+
+    def _live_like(self, targets: Mapping[Key, Sharding | None]) -> dict[Key, Array] | None:
+        """The live arrays of these leaves, where they are to go; None if one is not what the manifest describes."""
+        leaves = self._manifest.leaves
+        captured = {item: self._items[item].capture() for item in {item for item, _ in targets}}
+        live: dict[Key, Array] = {}
+        for (item, name), target in targets.items():
+            if name not in captured[item].leaves:
+                return None
+            array: Any = live_array(name, captured[item].leaves[name])
+            meta = leaves[item, name]
+            if tuple(array.shape) != meta.shape or str(array.dtype) != meta.dtype:
+                return None
+            if fingerprint.text(fingerprint.start(array)()) != meta.fingerprint:
+                return None
+            live[item, name] = array if target is None else put(array, target)
+        return live
 
     def _is_own(self, key: Key) -> bool:
         """Is the leaf in the file with this process's own state?"""
@@ -134,7 +188,8 @@ class Restore:
 
     def _check(self, arrays: Mapping[Key, Array]) -> None:
         """Compare with the fingerprints. Own state is left out: the SHA-256 of its file has been compared already."""
-        self._reader.check({key: array for key, array in arrays.items() if not self._is_own(key)})
+        others = {key: array for key, array in arrays.items() if not self._is_own(key) and key not in self._replaced}
+        self._reader.check(others)
 
     def _convert(self, arrays: Mapping[Key, Array]) -> dict[str, dict[str, Array]]:
         """The arrays in the planned dtypes, by item and leaf."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
 from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
 from torchorbax._src.arrays.jax_context import transfers_allowed
@@ -13,9 +15,11 @@ from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules, Shardings
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
-from torchorbax._src.restore.checked_read import CheckedReader
+from torchorbax._src.format.manifest import Key
 from torchorbax._src.state.live_leaves import default_device
 from torchorbax._src.storage.opening import open_storage
+from torchorbax._src.verification.checked_read import CheckedReader
+from torchorbax._src.verification.step_check import twice
 from torchorbax.errors import ConfigError
 
 _TIMEOUT_S = 600.0
@@ -73,10 +77,17 @@ def load(
     reader = CheckedReader(storage, manifest, verify=verify, channel=channel)
     wanted = {(item, name): targets.get(name) for name in meta.leaves}
     with transfers_allowed():
-        read = reader.read(wanted) if channel is None else channel.attempt("read", lambda: reader.read(wanted))
-        reader.check(read)
+        read = twice(lambda: _read_and_check(reader, wanted, channel))
     arrays = {name: array for (_, name), array in read.items()}
     return {**arrays, **{alias: arrays[name] for alias, name in meta.ties.items()}}
+
+
+def _read_and_check(
+    reader: CheckedReader, wanted: Mapping[Key, Sharding | None], channel: Channel | None
+) -> dict[Key, Any]:
+    read = reader.read(wanted) if channel is None else channel.attempt("read", lambda: reader.read(wanted))
+    reader.check(read)
+    return read
 
 
 def _spans_processes(shardings: Shardings | None) -> bool:

@@ -28,8 +28,8 @@ from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import Key, LeafMeta, Manifest
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
-from torchorbax._src.restore.checked_read import CheckedReader, leaf_batches
 from torchorbax._src.storage.storage import Source, Storage
+from torchorbax._src.verification.checked_read import CheckedReader, leaf_batches
 from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 from torchorbax import policies
 from torchorbax._src.arrays.sharding_rules import ShardingRules, Shardings
 from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.save.read_back import VerifyAfterSave
 from torchorbax._src.save.staging import Staging, check_staging
 from torchorbax._src.storage.traffic import Traffic, traffic
 from torchorbax.errors import ConfigError
@@ -39,6 +40,10 @@ class RunOptions:
             `"auto"` is `"device"`, except that it takes views of the memory of CPU devices.
         rng: save and restore the random number generators as well, as the item `rng`.
         verify: compare what is restored with the fingerprints made when it was saved, before anything live changes.
+        verify_after_save: read a step again after its commit, on the background thread, and compare it with what was
+            saved, before older steps go: `"first"` (the first step of a life, every tenth, and whenever older steps
+            would go and none that has been read again would be left), True (every step), or False (none). A step that
+            differs no longer counts, and is a SaveError.
         compression: `"zstd"`, or None. Trained weights hardly become smaller, and saving takes several times as long.
         max_host_bytes: bytes of host memory for arrays on their way to storage or back; at least 64 MiB.
         save_on_exception: save the last complete step when an exception leaves the `with` block. This takes a snapshot
@@ -69,6 +74,7 @@ class RunOptions:
     staging: Staging = "auto"
     rng: bool = True
     verify: bool = True
+    verify_after_save: VerifyAfterSave = "first"
     compression: Literal["zstd"] | None = None
     max_host_bytes: int = 1 << 30
     save_on_exception: bool = False
@@ -89,6 +95,8 @@ class RunOptions:
         save_policy(self.local_save)
         preservation_policy(self.local_keep)
         check_staging(self.staging)
+        if self.verify_after_save not in ("first", True, False):
+            raise ConfigError(f"verify_after_save must be 'first', True or False, not {self.verify_after_save!r}")
         rules_of(self)
         traffic_of(self)
         if self.read_only and (self.takeover or self.local is not None):
@@ -106,6 +114,7 @@ class RunKeywords(TypedDict, total=False):
     staging: Staging
     rng: bool
     verify: bool
+    verify_after_save: VerifyAfterSave
     compression: Literal["zstd"] | None
     max_host_bytes: int
     save_on_exception: bool

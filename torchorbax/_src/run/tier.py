@@ -30,6 +30,7 @@ from torchorbax._src.state.item import Captured, Item
 from torchorbax._src.storage.opening import open_storage
 from torchorbax._src.storage.steps import Steps
 from torchorbax._src.storage.storage import Storage
+from torchorbax._src.verification.step_check import thinned_bases
 from torchorbax.errors import ConfigError
 from torchorbax.policies import SaveDecisionPolicy
 
@@ -85,8 +86,9 @@ def _open_main(
         channel.attempt("open", storage.check_visible)
     found = channel.first("steps", storage.steps)
     steps = Steps(storage, found, preservation_policy(options.keep))
+    writer = Writer(storage, steps, processes, verify_after_save=options.verify_after_save)
     policy = save_policy(options.save)
-    return Tier(storage, steps, Writer(storage, steps, processes), policy, Decider(processes, "decide", policy, notice))
+    return Tier(storage, steps, writer, policy, Decider(processes, "decide", policy, notice))
 
 
 def _open_local(
@@ -105,7 +107,14 @@ def _open_local(
     channel.attempt("open local", functools.partial(storage.create, takeover=options.takeover))
     steps = Steps(storage, storage.steps(), preservation_policy(options.local_keep), keep_damaged=False)
     # Each process writes as if there were no other, but all of them decide together when to save.
-    writer = Writer(storage, steps, Processes(processes.timeout_s, index=0, count=1), origin=origin, localized=several)
+    writer = Writer(
+        storage,
+        steps,
+        Processes(processes.timeout_s, index=0, count=1),
+        origin=origin,
+        localized=several,
+        verify_after_save=options.verify_after_save,
+    )
     policy = save_policy(options.local_save)
     decider = Decider(processes, "decide local", policy, notice)
     return Tier(storage, steps, writer, policy, decider, uses_bases=not several, raises=not several)
@@ -219,6 +228,11 @@ class Tier:
     def note_restored(self, restored: Restored, items: Mapping[str, Item]) -> None:
         """Remember the frozen arrays that have just been restored from here: they need not be written again."""
         self.steps.note_manifest(restored.manifest)
+        if restored.proved:
+            self.steps.proved.add(restored.manifest.step)
         self.saver.take_committed()  # dropped: it is not about the arrays that are live now
         in_base = {key: leaf for key, leaf in restored.manifest.frozen_leaves.items() if key in restored.exact}
+        # What a damaged base held is written again by the next step.
+        self.steps.damaged_bases |= restored.damaged_bases | thinned_bases(self.storage, restored.manifest)
+        in_base = {key: leaf for key, leaf in in_base.items() if leaf.base not in self.steps.damaged_bases}
         self._frozen.restored({item: items[item].capture() for item in {item for item, _ in in_base}}, in_base)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import importlib.metadata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchorbax._src.arrays import fingerprint
 from torchorbax._src.arrays.fingerprint import Sums
 from torchorbax._src.arrays.leaves import Array, is_global
 from torchorbax._src.format import per_process
-from torchorbax._src.format.manifest import ItemMeta, Key, digest, leaves_of
+from torchorbax._src.format.manifest import ItemMeta, Key, Manifest, digest, leaves_of
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
 from torchorbax._src.save import local_tier
@@ -94,3 +96,27 @@ def with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, i
         leaves = {name: dataclasses.replace(leaf, base=of_item.get(name)) for name, leaf in meta.leaves.items()}
         numbered[item] = dataclasses.replace(meta, leaves=leaves)
     return numbered
+
+
+def with_reports(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
+    """The manifest with the fingerprints, from the processes' reports of what they have written (see `Writer`)."""
+    texts: dict[Key, list[str]] = {}
+    for part in parts:
+        for item, of_item in part["sums"].items():
+            for name, text in of_item.items():
+                texts.setdefault((item, name), []).append(text)
+    fingerprints = {
+        key: several[0]
+        if len(several) == 1
+        else fingerprint.text(fingerprint.total([fingerprint.sums(text) for text in several]))
+        for key, several in texts.items()
+    }
+    own = {str(process): part["own"] for process, part in enumerate(parts) if part["own"]}
+    return dataclasses.replace(manifest.with_fingerprints(fingerprints), processes=len(parts), own=own)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of the libraries that write a step, by name."""
+    names = ("torchorbax", "torch", "torchax", "jax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}

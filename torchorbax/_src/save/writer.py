@@ -5,6 +5,7 @@ The phases of a save:
 start    every process reports what it is about to write; process 0 compares, and numbers the bases of frozen leaves
 write    process 0 has the folders created; every process writes its arrays; process 0 writes the manifest and commits
 commit   all processes learn whether the step was committed, and raise the same error or none
+read     if it is due, the processes read the step again and compare it
 end      process 0 deletes older steps; all processes learn which ones
 """
 
@@ -12,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,11 +27,12 @@ from torchorbax._src.format.manifest import ItemMeta, Key, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
 from torchorbax._src.save import frozen
-from torchorbax._src.save.contribution import Contribution, contribution, with_bases
+from torchorbax._src.save.contribution import Contribution, contribution, versions, with_bases, with_reports
+from torchorbax._src.save.read_back import ReadBack, VerifyAfterSave
 from torchorbax._src.save.save import Committed, Save
 from torchorbax._src.storage.steps import Steps
 from torchorbax._src.storage.storage import Folders, Storage
-from torchorbax.errors import ProcessError, SaveError
+from torchorbax.errors import CorruptCheckpointError, ProcessError, SaveError
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Writer:
         processes: the processes of the run; each writes its own shards.
         origin: in a local tier, the run and its start, for the manifest (see `Manifest`).
         localized: write this process's part of the state as a step of its own (see `save.local_tier`).
+        verify_after_save: which steps are read again after their commit (see `save.read_back`).
 
     Attributes:
         forget_frozen: the caller must forget which frozen leaves have been written, so that the next save writes all of
@@ -53,12 +54,20 @@ class Writer:
     """
 
     def __init__(
-        self, storage: Storage, steps: Steps, processes: Processes, *, origin: str = "", localized: bool = False
+        self,
+        storage: Storage,
+        steps: Steps,
+        processes: Processes,
+        *,
+        origin: str = "",
+        localized: bool = False,
+        verify_after_save: VerifyAfterSave = "first",
     ) -> None:
         self.forget_frozen = False
         self._storage = storage
         self._steps = steps
         self._channel = Channel(processes, "save")
+        self._read_back = ReadBack(storage, steps, self._channel, verify_after_save)
         self._origin = origin
         self._localized = localized
         self._saves = 0
@@ -88,6 +97,11 @@ class Writer:
             self.forget_frozen = self.forget_frozen or writing.forget_frozen
         committed = writing.commit()
         when_committed(committed)
+        try:
+            writing.read_back(self._read_back)
+        except SaveError:
+            self.forget_frozen = True  # a base that it has written may be damaged
+            raise
         writing.end()
 
 
@@ -164,7 +178,7 @@ class _StepWriting:
             self._save.time,
             self._metrics(),
             items,
-            _versions(),
+            versions(),
             parts=mine.parts,
             origin=origin,
             run=self._storage.identity(),
@@ -234,7 +248,7 @@ class _StepWriting:
     def _missing_base(self, written: Sequence[Key]) -> str | None:
         """The reason if a base is gone that the step refers to and does not write itself; None if all are there."""
         referred = self._manifest.frozen_leaves
-        bases = set(self._storage.bases.steps()) if referred else set()
+        bases = self._steps.good_bases() if referred else set()
         for key, leaf in referred.items():
             if leaf.base not in bases and key not in set(written):
                 return f"base {leaf.base}, which has its frozen parameters, is gone; the next save writes them again"
@@ -333,6 +347,27 @@ class _StepWriting:
                 sums.setdefault(item, {})[name] = fingerprint.text(of_leaf)
         return {"sums": sums, "own": storage.write_process_items(folders, own, process) if own else None}
 
+    # Read back.
+
+    def read_back(self, read_back: ReadBack) -> None:
+        """Read the step again if that is due. A step that is not what was saved no longer counts.
+
+        Raises:
+            SaveError: what is stored is not what was saved, or it could not be read.
+        """
+        self._save.phase = "reading it again"
+        try:
+            if read_back.is_due(self._step):
+                read_back.read(self._manifest, self._bases)
+        except CorruptCheckpointError as error:
+            self._steps.mark_damaged(self._step)
+            self._steps.damaged_bases |= self._manifest.bases
+            reason = f"what is read back is not what was saved: {'; '.join(error.reasons.values())}"
+            raise SaveError(self._step, self._storage.path, reason) from error
+        except Exception as error:  # it may be good all the same; but no older step goes for it
+            reason = f"it could not be read back: {_error_line(error)}"
+            raise SaveError(self._step, self._storage.path, reason, committed=True) from error
+
     # End.
 
     def end(self) -> None:
@@ -365,26 +400,3 @@ class _StepWriting:
 def _error_line(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {error}"
-
-
-def with_reports(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manifest:
-    """The manifest with the fingerprints, from the processes' reports of what they have written (see `_write_part`)."""
-    texts: dict[Key, list[str]] = {}
-    for part in parts:
-        for item, of_item in part["sums"].items():
-            for name, text in of_item.items():
-                texts.setdefault((item, name), []).append(text)
-    fingerprints = {
-        key: several[0]
-        if len(several) == 1
-        else fingerprint.text(fingerprint.total([fingerprint.sums(text) for text in several]))
-        for key, several in texts.items()
-    }
-    own = {str(process): part["own"] for process, part in enumerate(parts) if part["own"]}
-    return dataclasses.replace(manifest.with_fingerprints(fingerprints), processes=len(parts), own=own)
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    names = ("torchorbax", "torch", "torchax", "jax", "orbax-checkpoint", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}

@@ -246,11 +246,12 @@ class OrbaxStorage(RunFolder):
         def check() -> None:
             expected = manifest.files
             found: dict[str, Any] = self.files.digests(folder) if digests else self.files.sizes(folder)
-            wrong = [
-                f"{path} is missing" if path not in found else f"{path} has {found[path]}, but was written with {what}"
-                for path, digest in expected.items()
-                if found.get(path) != (what := digest if digests else digest[0])
-            ]
+            wrong = []
+            for path, digest in expected.items():
+                if path not in found:
+                    wrong.append(f"{path} is missing")
+                elif found[path] != (digest if digests else digest[0]):
+                    wrong.append(f"{path} is not what was written: expected {digest}, found {found[path]}")
             if wrong:
                 raise ValueError(few(wrong))
 
@@ -303,7 +304,7 @@ class OrbaxStorage(RunFolder):
             path = f"{self.path}/{step}/{item}"
             read = functools.partial(array_reader.read, path, wanted, self._traffic, then)
             try:
-                found = self._read_twice(step, read) if wanted else {}
+                found = self._translated(step, read) if wanted else {}
             except _CallerError as error:
                 raise error.error from None
             except CorruptCheckpointError as error:
@@ -316,26 +317,30 @@ class OrbaxStorage(RunFolder):
         return arrays
 
     def _read_twice(self, step: int, read: Callable[[], Result]) -> Result:
-        """Read something of a step. Only what is wrong twice is damage.
+        """Read something of a step, and again if it seems to be damaged: a wrong byte on the way is no damage."""
+        try:
+            return self._translated(step, read)
+        except CorruptCheckpointError as error:
+            _logger.info("%s: step %d is read again: %s", self.path, step, error.reasons[step])
+            return self._translated(step, read)
+
+    def _translated(self, step: int, read: Callable[[], Result]) -> Result:
+        """Read something of a step.
 
         Raises:
             CorruptCheckpointError: the files are proved to be wrong.
             StorageError: they could not be read, which says nothing about them.
         """
-        for attempt in range(2):
-            try:
-                return read()
-            except (TorchorbaxError, _CallerError):
-                raise
-            except Exception as error:  # on damaged files, TensorStore raises errors of many types
-                if not is_proof_of_damage(error):
-                    if isinstance(error, OSError | ValueError | RuntimeError | NotImplementedError):
-                        raise StorageError(self.path, f"step {step}: {gcs.error_line(error)}") from error
-                    raise
-                if attempt:
-                    raise CorruptCheckpointError(self.path, {step: gcs.error_line(error)}) from error
-                _logger.info("%s: step %d is read again: %s", self.path, step, gcs.error_line(error))
-        raise AssertionError  # the second attempt returns or raises
+        try:
+            return read()
+        except (TorchorbaxError, _CallerError):
+            raise
+        except Exception as error:  # on damaged files, TensorStore raises errors of many types
+            if is_proof_of_damage(error):
+                raise CorruptCheckpointError(self.path, {step: gcs.error_line(error)}) from error
+            if isinstance(error, OSError | ValueError | RuntimeError | NotImplementedError):
+                raise StorageError(self.path, f"step {step}: {gcs.error_line(error)}") from error
+            raise
 
 
 class _CallerError(Exception):

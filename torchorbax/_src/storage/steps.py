@@ -30,6 +30,8 @@ class Steps:
 
     Attributes:
         clock: the time as policies see it.
+        damaged_bases: the bases that are known to be damaged; new steps do without them.
+        proved: the steps that have been read back, or restored and compared, in this life.
         infos: the steps by number, with the one that is being saved, without those that are known to be damaged.
     """
 
@@ -41,6 +43,8 @@ class Steps:
         self._storage = storage
         self._keep = keep
         self._keep_damaged = keep_damaged
+        self.damaged_bases: set[int] = set()
+        self.proved: set[int] = set()
         self._damaged: set[int] = set()
         self._failing_s = 0.0  # seconds that failing deletions have taken, of this save
         self._leftovers = True  # may there be leftovers, of an earlier life or of a deletion that has failed?
@@ -48,6 +52,7 @@ class Steps:
     def mark_damaged(self, step: int) -> None:
         """Note that a step is damaged: it no longer counts, and a save of the same number replaces it."""
         self._damaged.add(step)
+        self.proved.discard(step)
         self.infos.pop(step, None)
 
     def good(self) -> list[int]:
@@ -104,11 +109,15 @@ class Steps:
             dispose(step)
             self._damaged.remove(step)
 
+    def good_bases(self) -> set[int]:
+        """The bases on storage that are not known to be damaged."""
+        return set(self._storage.bases.steps()) - self.damaged_bases
+
     def newest_with_bases(self, saving: int) -> Manifest | None:
         """The manifest of the newest good step, apart from the one that is being saved; None if it lacks a base."""
         others = [other for other in self.good() if other in self.infos and other != saving]
         manifest = self.infos[others[-1]].manifest if others else None
-        bases = set(self._storage.bases.steps())
+        bases = self.good_bases()
         has_all = manifest and all(leaf.base in bases for leaf in manifest.frozen_leaves.values())
         return manifest if has_all else None
 
@@ -128,7 +137,7 @@ class Steps:
             return []
         for step in set(self.infos).difference(found):  # half deleted, or deleted by somebody else
             self.drop(step)
-        unpreserved = self._unpreserved([step for step in found if step not in self._damaged], newest)
+        unpreserved = self.unpreserved(newest, found)
         self._remove_leftovers()
         # Damaged steps go first: the next process does not know yet that they are damaged, and would list them.
         for step in sorted(self._damaged.intersection(found)):
@@ -138,9 +147,15 @@ class Steps:
         self._cleaned_up("frozen parameters that no step needs", self._delete_unused_bases)
         return deleted
 
-    def _unpreserved(self, steps: Sequence[int], newest: int) -> list[int]:
-        """All steps that the policy does not preserve. If it makes a mistake, it preserves all."""
+    def unpreserved(self, newest: int, found: Sequence[int] | None = None) -> list[int]:
+        """All steps of this run that the policy does not preserve. If it makes a mistake, it preserves all.
+
+        Args:
+            newest: the newest step, which always stays.
+            found: the steps on storage; None to look.
+        """
         self.clock.now()
+        steps = [step for step in (self._storage.steps() if found is None else found) if step not in self._damaged]
         infos = [self.infos.get(step) or StepInfo(step, self._storage, self.clock) for step in steps]
         try:
             keep = preserved(self._keep, infos)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Sharding
@@ -122,12 +122,19 @@ def _listed(keys: list[Key]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def leaf_batches(manifest: Manifest) -> Iterator[list[Key]]:
-    """The leaves of a step, in batches that are small enough to be in memory at once. No batch spans items."""
+def leaf_batches(manifest: Manifest, *, without_bases: Collection[int] = ()) -> Iterator[list[Key]]:
+    """The leaves of a step, in batches that are small enough to be in memory at once. No batch spans items.
+
+    Args:
+        manifest: the manifest of the step.
+        without_bases: bases whose leaves are left out.
+    """
     for item, meta in manifest.items.items():
         batch: list[Key] = []
         size = 0
         for name, leaf in meta.leaves.items():
+            if leaf.base is not None and leaf.base in without_bases:
+                continue
             if batch and size + leaf.nbytes > _BATCH_BYTES:
                 yield batch
                 batch, size = [], 0

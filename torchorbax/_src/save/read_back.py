@@ -1,0 +1,88 @@
+"""Reads steps again after their commit: a step counts as proved when what is stored is what was saved.
+
+Without that, a machine that writes wrong bytes acknowledges one bad step after the other, and lets the good ones go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+from torchorbax._src.distributed.channel import Channel
+from torchorbax._src.format.manifest import Manifest
+from torchorbax._src.storage.steps import Steps
+from torchorbax._src.storage.storage import Storage
+from torchorbax._src.verification.checked_read import leaf_batches
+from torchorbax._src.verification.step_check import check_arrays, check_step, twice
+from torchorbax.errors import StorageError
+
+VerifyAfterSave = Literal["first"] | bool
+"""Which steps are read again after their commit: all (True), none (False), or the first of a life, every
+`EVERY`-th, and whenever older steps would go and no step that has been read again would be left ("first")."""
+
+EVERY = 10
+"""With "first", each step of this number since the last one that was read again is read again, too."""
+
+
+class ReadBack:
+    """Reads the steps of one run again.
+
+    Args:
+        storage: where they are.
+        steps: the steps of the run.
+        channel: to the other processes, each of which reads a part.
+        which: which steps are read.
+    """
+
+    def __init__(self, storage: Storage, steps: Steps, channel: Channel, which: VerifyAfterSave) -> None:
+        self._storage = storage
+        self._steps = steps
+        self._channel = channel
+        self._which = which
+        self._unproved: int | None = None  # saves since the last one that was read again; None if none was
+
+    def is_due(self, step: int) -> bool:
+        """Is a step that has just been committed to be read again? Process 0 decides."""
+        return bool(self._channel.first("read back?", lambda: self._is_due(step)))
+
+    def _is_due(self, step: int) -> bool:
+        self._unproved = None if self._unproved is None else self._unproved + 1
+        if isinstance(self._which, bool):
+            return self._which
+        if self._unproved is None or self._unproved >= EVERY:
+            return True
+        try:
+            going = set(self._steps.unpreserved(step))
+            return bool(going) and not (set(self._steps.good()) - going) & self._steps.proved
+        except StorageError:  # then no step can be deleted either
+            return False
+
+    def read(self, manifest: Manifest, new_bases: Collection[int]) -> None:
+        """Read a step again, in all processes, each a part of its arrays.
+
+        Args:
+            manifest: its manifest, in process 0 with its fingerprints.
+            new_bases: the bases that have been written with it. Of others, only the sizes of the files are compared.
+
+        Raises:
+            CorruptCheckpointError: what is stored is not what was saved.
+            StorageError: it could not be read.
+            ProcessError: another process could not read its part.
+        """
+        self._channel.attempt("read back", lambda: self._read_part(manifest, new_bases))
+        self._unproved = 0
+        self._steps.proved.add(manifest.step)
+
+    def _read_part(self, manifest: Manifest, new_bases: Collection[int]) -> None:
+        processes = self._channel.processes
+        if not processes.is_first:  # only process 0 has the fingerprints
+            manifest = self._storage.manifest(manifest.step)
+        old_bases = manifest.bases.difference(new_bases)
+        if processes.count == 1:
+            check_step(self._storage, manifest, skipped_bases=old_bases)
+            return
+        if processes.is_first:
+            twice(lambda: self._storage.check_files(manifest, digests=True))
+        for number, keys in enumerate(leaf_batches(manifest, without_bases=old_bases)):
+            if number % processes.count == processes.index:
+                twice(lambda keys=keys: check_arrays(self._storage, manifest, keys))  # type: ignore[misc]
