@@ -145,6 +145,8 @@ class Merge:
     def _can_take(self, live: torch.Tensor, new: torch.Tensor) -> bool:
         if live.shape != new.shape or live_dtype(live) != live_dtype(new):
             return False
+        if isinstance(live, torch.nn.Parameter) != isinstance(new, torch.nn.Parameter):
+            return False
         if isinstance(live, torchax_tensors.Readable) != isinstance(new, torchax_tensors.Readable):
             return False
         if torchax_tensors.is_torchax(live) or torchax_tensors.is_torchax(new):

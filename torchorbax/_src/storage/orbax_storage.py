@@ -103,8 +103,9 @@ class OrbaxStorage(RunFolder):
         except SaveError:
             raise
         except Exception as error:
-            self._remove_failed(folder, error)
-            raise SaveError(step, self.path, _reason(error, cut=self.is_uri)) from error
+            cause = self._loss() or error  # whoever has taken over has removed what this process was writing
+            self._remove_failed(folder, cause)
+            raise SaveError(step, self.path, _reason(cause, cut=self.is_uri)) from cause
         return manifest
 
     def _prepare(self, step: int) -> None:
@@ -115,11 +116,22 @@ class OrbaxStorage(RunFolder):
             self.remove_leftovers()
             in_the_way = self.files.exists(name)
         if in_the_way:
+            self.check_owned()
             raise self._in_the_way(step)
         if self.is_uri:
             self._begin(name)
         else:
             self.check_owned()
+
+    def _loss(self) -> OwnershipError | None:
+        """The error that says who has taken the run over, if somebody has."""
+        try:
+            self.check_owned()
+        except OwnershipError as error:
+            return error
+        except StorageError:
+            return None
+        return None
 
     def _in_the_way(self, step: int) -> SaveError:
         reason = (

@@ -346,7 +346,7 @@ def _same_system(system: str) -> bool:
 def _system() -> str:
     """The running system, the same until it is started again, and the namespace of this process."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:  # no Linux
         return f"{socket.gethostname()}-{uuid.getnode()}/0"
@@ -356,7 +356,7 @@ def _started(pid: int) -> str:
     """When a process started, in ticks since the system did; empty if there is no such process."""
     try:
         # The name, in brackets, may have spaces in it. The start is the 22nd field.
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except FileNotFoundError:
         return ""
     except OSError:
