@@ -183,7 +183,8 @@ class Campaign:
     def check_end(self, after: list[int]) -> None:
         if len(after) > KEEP:
             raise Failure(f"{KEEP} steps were to be kept, there are {after}")
-        if left := {name.split("/")[0] for name in self.objects()} - set(map(str, after)):
+        seen = {name.split("/")[0] for name in self.objects() if not name.startswith(".")}
+        if left := seen - set(map(str, after)):
             raise Failure(f"left behind: {sorted(left)}")
 
     def trial(self, number: int, at: int) -> str:
