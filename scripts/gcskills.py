@@ -214,7 +214,7 @@ def main() -> None:
         try:
             for number in range(options.trials):
                 # spread over the save; each request in turn if there are enough trials
-                at = number * max(campaign.requests // options.trials, 1) % campaign.requests
+                at = number * max(campaign.requests, options.trials) // options.trials % campaign.requests
                 try:
                     campaign.outcomes[campaign.trial(number, at)] += 1
                 except Failure as failure:
