@@ -1,0 +1,332 @@
+"""Inspects the array data of an item before TensorStore opens it.
+
+A checkpoint may come from anybody. TensorStore waits for a FIFO, follows links, and allocates whatever the files claim;
+if it cannot, it aborts the process. So an item on a local disk is inspected first, by its index and the sizes of its
+files: it consists of regular files and folders, arrays are described as `array_writer` describes them, and each chunk
+has the bytes that the description of its array demands. Then an array takes no more memory than its stored bytes
+account for: as much, or `MOST_RATIO` times as much if it is compressed or the disk stores it in less space.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torchorbax._src.arrays.dtypes import BY_NAME
+from torchorbax._src.storage import ocdbt, zstd
+from torchorbax._src.storage.ocdbt import Value
+from torchorbax._src.storage.traffic import CHUNK_BYTES
+from torchorbax._src.storage.zarr import Index, dtypes_by_zarr_name, first_chunk, zarr_metadata
+from torchorbax._src.storage.zstd import MOST_RATIO
+
+_LEAST_BYTES = 64 << 20
+"""What every index may take, and what every item may claim, however small its files are."""
+_NODES_RATIO = 4
+"""How many times the bytes of its files an index may take, unpacked. A million scalars take twice as many."""
+_MOST_DESCRIPTION_BYTES = 16 << 10
+"""The most bytes of a `.zarray`, which takes some 200."""
+_MOST_RECENT = 8
+_MOST_DIMENSIONS = 64  # numpy's limit
+_MOST_BYTES = 1 << 62
+_SECTOR_BYTES = 512  # of `st_blocks`
+_ZARRAY = b".zarray"
+
+
+def check_file(folder: str, name: str) -> None:
+    """Raise ValueError unless a file below a step's folder is a regular file, reached without a link.
+
+    Args:
+        folder: the step's folder, on a local disk.
+        name: the path of the file below it, with slashes. A file that is missing is left to whoever opens it.
+    """
+    _Files(folder).size(name, missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """An item that has been inspected.
+
+    Attributes:
+        folder: the item's folder.
+        compressed: the compressed arrays by name.
+    """
+
+    folder: str
+    compressed: Mapping[str, _Array]
+
+    def check_compressed(self, name: str, index: Index) -> None:
+        """Raise ValueError if chunks of a part of an array unpack to more than a chunk has.
+
+        Args:
+            name: the array; nothing is done for one that is not compressed.
+            index: the part.
+        """
+        array = self.compressed.get(name)
+        if array is None:
+            return
+        with _Files(self.folder) as files:
+            for key, value in array.chunks.items():
+                if array.touches(key, index):
+                    try:
+                        zstd.check_frame(functools.partial(files.read_value, value), value.length, array.chunk_bytes)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: chunk {key.decode()}: {error}") from error
+
+
+def inspect(folder: str) -> Inspected:
+    """Inspect an item's folder on a local disk.
+
+    The result is kept while the index and the folders with its files stay as they are, because `verify` reads an item
+    in many parts.
+
+    Raises:
+        FileNotFoundError: the index, or a file to which it refers, is missing.
+        ValueError: a file is not a regular file, or the data is not what `array_writer` writes.
+    """
+    if folder in _recent:
+        inspected, stamps = _recent.pop(folder)
+        if all(_stamp(path) == stamp for path, stamp in stamps.items()):
+            _recent[folder] = inspected, stamps
+            return inspected
+    with _Files(folder) as files:
+        inspected = Inspected(folder, _compressed_arrays(folder, files))
+        _recent[folder] = inspected, {path: _stamp(path) for path in files.decisive()}
+    while len(_recent) > _MOST_RECENT:
+        _recent.pop(next(iter(_recent)), None)
+    return inspected
+
+
+_recent: dict[str, tuple[Inspected, dict[str, object]]] = {}
+"""By folder, what has been inspected last, with the stamps of the files and folders that this depends on."""
+
+
+def _stamp(path: str) -> object:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _compressed_arrays(folder: str, files: _Files) -> dict[str, _Array]:
+    """The compressed arrays of an item, all of which has been found to be as it should be."""
+    size = files.size(ocdbt.MANIFEST_FILE)
+    if size > ocdbt.MOST_MANIFEST_BYTES:
+        raise ValueError(f"{ocdbt.MANIFEST_FILE} has {size} bytes; {ocdbt.MOST_MANIFEST_BYTES} are possible")
+    manifest = files.read(ocdbt.MANIFEST_FILE, 0, size)
+    budget = _LEAST_BYTES + _NODES_RATIO * _bytes_below(folder)
+    arrays: dict[bytes, _Array] = {}
+    claimed = 0
+    for key, value in ocdbt.entries(manifest, files.read, budget):
+        if value.file:
+            files.check_range(value.file, value.offset, value.length)
+        claimed += value.length
+        name, _, last = key.rpartition(b"/")
+        if last == _ZARRAY:
+            arrays[name] = _described(_shown(name), files, value)
+        elif name in arrays:
+            arrays[name].add(_shown(name), last, value)
+    # Each array is complete. No stored byte is counted twice, and no more than the disk can account for.
+    for name, array in arrays.items():
+        if array.count != array.expected:
+            raise ValueError(f"{_shown(name)} has {array.count} chunks, expected {array.expected}")
+    for most in (files.bytes_seen, MOST_RATIO * files.bytes_on_disk):
+        if claimed > _LEAST_BYTES + most:
+            raise ValueError(f"its values claim {claimed} bytes, but its files account for {most} at most")
+    return {name.decode(): array for name, array in arrays.items() if array.compressed}
+
+
+@dataclass
+class _Array:
+    """An array as its `.zarray` describes it, and its chunks that have been met."""
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    chunk_bytes: int
+    compressed: bool
+    expected: int
+    count: int = 0
+    chunks: dict[bytes, Value] = field(default_factory=dict)
+
+    def add(self, name: str, key: bytes, value: Value) -> None:
+        """Count a chunk. Raises ValueError if it is not one, or has a length that no such chunk has."""
+        if self.expected == 1:
+            is_chunk = key == first_chunk(len(self.shape)).encode()
+        else:
+            places = key.split(b".")
+            is_chunk = len(places) == len(self.shape) and all(
+                len(place) < 20 and place.isdigit() and place == b"%d" % int(place) and int(place) * chunk < size
+                for place, chunk, size in zip(places, self.chunk, self.shape, strict=True)
+            )
+        if not is_chunk:
+            raise ValueError(f"{name}: {_shown(key)} is no chunk of {self.shape} in chunks of {self.chunk}")
+        least, most = (1, zstd.longest_stored(self.chunk_bytes)) if self.compressed else [self.chunk_bytes] * 2
+        if not least <= value.length <= most:
+            raise ValueError(f"{name}: chunk {_shown(key)} has {value.length} bytes; {least} to {most} are possible")
+        self.count += 1
+        if self.compressed:
+            self.chunks[key] = value
+
+    def touches(self, key: bytes, index: Index) -> bool:
+        """Has a part of the array elements of a chunk?"""
+        places = map(int, key.split(b"."))
+        for part, place, chunk, size in zip(index, places, self.chunk, self.shape, strict=False):
+            start, stop, _ = part.indices(size)
+            if stop <= place * chunk or start >= (place + 1) * chunk:
+                return False
+        return True
+
+
+def _described(name: str, files: _Files, value: Value) -> _Array:
+    """The array of a `.zarray`. Raises ValueError if it is not one that `array_writer` writes."""
+    if value.length > _MOST_DESCRIPTION_BYTES:
+        raise ValueError(f"{name}/.zarray has {value.length} bytes; {_MOST_DESCRIPTION_BYTES} are possible")
+    text = files.read_value(value, 0, value.length)
+    try:
+        found = json.loads(text)
+        shape, chunk = tuple(found["shape"]), tuple(found["chunks"])
+        dtype = dtypes_by_zarr_name()[found["dtype"]]
+        compressed = found["compressor"] is not None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{name}/.zarray describes no array: {type(error).__name__}: {str(error)[:200]}") from error
+    itemsize = BY_NAME[dtype].itemsize
+    if (
+        len(shape) > _MOST_DIMENSIONS
+        or len(shape) != len(chunk)
+        or not all(
+            type(size) is type(part) is int and 1 <= part <= size for size, part in zip(shape, chunk, strict=True)
+        )
+        or math.prod(shape) * itemsize > _MOST_BYTES
+        or math.prod(chunk) * itemsize > CHUNK_BYTES
+    ):
+        raise ValueError(f"{name}/.zarray has the shape {str(shape)[:200]} in chunks of {str(chunk)[:200]}")
+    expected = json.loads(zarr_metadata(BY_NAME[dtype], shape, chunk, compressed))
+    if found != expected:
+        others = {key: found.get(key) for key in {*found, *expected} if found.get(key) != expected.get(key)}
+        raise ValueError(f"{name}/.zarray has {str(others)[:200]}, which torchorbax does not write")
+    count = math.prod(-(-size // part) for size, part in zip(shape, chunk, strict=True))
+    return _Array(shape, chunk, math.prod(chunk) * itemsize, compressed, count)
+
+
+class _Files:
+    """The files below a folder, opened as regular files only. A context manager, which closes them.
+
+    Attributes:
+        bytes_seen: the sizes of the files that have been looked at, together.
+        bytes_on_disk: what they take on the disk.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._folders: set[str] = set()
+        self._read: set[str] = set()
+        self._sizes: dict[str, int] = {}
+        self._open: dict[str, int] = {}
+        self.bytes_seen = 0
+        self.bytes_on_disk = 0
+        _check_folder(os.path.dirname(folder))
+        _check_folder(folder)
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def size(self, name: str, *, missing_ok: bool = False) -> int:
+        """The bytes of a file. Raises ValueError if it is not a regular file of its own."""
+        if name in self._sizes:
+            return self._sizes[name]
+        parts = name.split("/")
+        if "\0" in name or not all(part not in ("", ".", "..") for part in parts):
+            raise ValueError(f"{_shown(name.encode())} is no path below {self._folder}")
+        for depth in range(1, len(parts)):
+            if (parent := "/".join(parts[:depth])) not in self._folders:
+                _check_folder(os.path.join(self._folder, parent), missing_ok=missing_ok)
+                self._folders.add(parent)
+        try:
+            found = os.lstat(os.path.join(self._folder, name))
+        except (FileNotFoundError, NotADirectoryError):
+            if missing_ok:
+                return 0
+            raise
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(_strange(os.path.join(self._folder, name), found, "a regular file"))
+        self.bytes_seen += found.st_size
+        self.bytes_on_disk += found.st_blocks * _SECTOR_BYTES
+        self._sizes[name] = found.st_size
+        return found.st_size
+
+    def check_range(self, name: str, offset: int, length: int) -> None:
+        """Raise ValueError if a file does not have a range."""
+        if offset + length > (size := self.size(name)):
+            raise ValueError(f"{name} has {size} bytes, but should have {length} at {offset}")
+
+    def decisive(self) -> list[str]:
+        """The paths of the files that have been read, and of the folders of all that have been looked at."""
+        return [self._folder, *(os.path.join(self._folder, name) for name in (*self._folders, *self._read))]
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        """A range of a file. Raises ValueError if the file does not have it."""
+        self.check_range(name, offset, length)
+        if name not in self._open:
+            if len(self._open) >= 16:
+                os.close(self._open.pop(next(iter(self._open))))
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            self._open[name] = os.open(os.path.join(self._folder, name), flags)
+            self._read.add(name)
+        data = os.pread(self._open[name], length, offset)
+        while len(data) < length and (more := os.pread(self._open[name], length - len(data), offset + len(data))):
+            data += more
+        if len(data) < length:
+            raise ValueError(f"{name} ends after {offset + len(data)} bytes, but should have {length} at {offset}")
+        return data
+
+    def read_value(self, value: Value, offset: int, length: int) -> bytes:
+        """A range of a value that lies within it."""
+        if not value.file:
+            return value.inline[offset : offset + length]
+        return self.read(value.file, value.offset + offset, length)
+
+
+def _check_folder(path: str, *, missing_ok: bool = False) -> None:
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        if missing_ok:
+            return
+        raise
+    if not stat.S_ISDIR(found.st_mode):
+        raise ValueError(_strange(path, found, "a folder"))
+
+
+def _strange(path: str, found: os.stat_result, expected: str) -> str:
+    kinds = {
+        stat.S_IFLNK: "a symbolic link, and links are not followed; copy what it refers to (cp -rL)",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFREG: "a file",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+    }
+    return f"{path} should be {expected}, but is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}"
+
+
+def _bytes_below(folder: str) -> int:
+    """The bytes of all files below a folder, as far as the disk has them: a sparse file may claim any size."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            found = os.lstat(os.path.join(where, name))
+            total += min(found.st_size, 16 * _SECTOR_BYTES * found.st_blocks)
+    return total
+
+
+def _shown(name: bytes) -> str:
+    return repr(name[:200].decode(errors="replace"))
