@@ -16,10 +16,13 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torchorbax._src.arrays.dtypes import BY_NAME
-from torchorbax._src.storage import ocdbt, zstd
+from torchorbax._src.format import bounded_json
+from torchorbax._src.storage import gcs, ocdbt, zstd
 from torchorbax._src.storage.ocdbt import Value
+from torchorbax._src.storage.run_folder import BASE
 from torchorbax._src.storage.traffic import CHUNK_BYTES
 from torchorbax._src.storage.zarr import Index, dtypes_by_zarr_name, first_chunk, zarr_metadata
 from torchorbax._src.storage.zstd import MOST_RATIO
@@ -45,6 +48,17 @@ def check_file(folder: str, name: str) -> None:
         name: the path of the file below it, with slashes. A file that is missing is left to whoever opens it.
     """
     _Files(folder).size(name, missing_ok=True)
+
+
+def other_bytes(step: Any, manifest_bytes: int) -> int:
+    """The bytes of a step's files and of the run's bases, without the manifest.
+
+    Under a URI, where counting takes long, they are taken to be those of a million leaves.
+    """
+    if gcs.is_uri(str(step)):
+        return 1_000_000 * bounded_json.LEAF_BYTES
+    folder = str(step)
+    return _bytes_below(folder) + _bytes_below(os.path.join(os.path.dirname(folder), BASE)) - manifest_bytes
 
 
 @dataclass(frozen=True)

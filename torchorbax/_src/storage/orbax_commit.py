@@ -21,6 +21,7 @@ from jax.sharding import Sharding
 from orbax.checkpoint._src.metadata import sharding as sharding_metadata  # private: Orbax has no public access to it
 
 from torchorbax._src.arrays.leaves import Array
+from torchorbax._src.format import bounded_json
 from torchorbax._src.format.manifest import Key, Manifest
 from torchorbax._src.storage import array_writer
 from torchorbax._src.storage.run_folder import MANIFEST
@@ -217,5 +218,9 @@ class _ManifestWrite:
     content: Callable[[], Any]
 
     def result(self, timeout: int | None = None) -> None:
-        """Write the manifest."""
-        self.file.write_text(json.dumps(self.content()))
+        """Write the manifest. Raises ValueError if it is too large to be read again."""
+        content = self.content()
+        text = json.dumps(content)
+        leaves = sum(len(item["leaves"]) for item in content["items"].values())
+        bounded_json.check(text, lambda: leaves * bounded_json.LEAF_BYTES)
+        self.file.write_text(text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from torchorbax._src.arrays.leaves import Array, put
 from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import Key, LeafMeta, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
-from torchorbax._src.storage import array_reader, array_writer, gcs, orbax_commit
+from torchorbax._src.storage import array_reader, array_writer, gcs, inspection, orbax_commit
 from torchorbax._src.storage.run_folder import BASE, COMMITTED, MANIFEST, RunFolder, few, with_storage_errors
 from torchorbax._src.storage.storage import Folders
 from torchorbax._src.storage.traffic import Traffic
@@ -120,6 +119,8 @@ class OrbaxStorage(RunFolder):
         if str(process) not in manifest.own:
             return manifest, {}
         with self._as_corrupt(manifest.step):
+            if not self.is_uri:
+                inspection.check_file(str(self._folder(manifest.step)), f"{MANIFEST}/{_process_file(process)}")
             text = (self._folder(manifest.step) / MANIFEST / _process_file(process)).read_text()
             if per_process.digest_of(text) != manifest.own[str(process)]:
                 raise ValueError(f"{_process_file(process)} is not what was written: its SHA-256 differs")
@@ -139,13 +140,16 @@ class OrbaxStorage(RunFolder):
             raise CheckpointNotFoundError(self.path, step, self.steps())
         with self._as_corrupt(step):
             self._check_whole(folder)
-            manifest = Manifest.from_json(json.loads((folder / MANIFEST / "metadata").read_text()))
+            text = (folder / MANIFEST / "metadata").read_text()
+            manifest = Manifest.from_text(text, functools.partial(inspection.other_bytes, folder, len(text)))
             if manifest.step != step:
                 raise ValueError(f"its manifest is that of step {manifest.step}")
             return manifest
 
     def _check_whole(self, folder: Any) -> None:
         """Raise ValueError if the folder has no manifest, or metadata that is too large to be read."""
+        if not self.is_uri:
+            inspection.check_file(str(folder), f"{MANIFEST}/metadata")
         if not (folder / MANIFEST).exists():
             inside = sorted(entry.name for entry in folder.iterdir())
             if not inside:
