@@ -11,6 +11,10 @@ from torchorbax._src.storage.storage import Storage
 from torchorbax.errors import CorruptCheckpointError
 
 
+_MOST_REASONS = 20
+"""The most damaged files of processes that an error names. A manifest can claim any number of them."""
+
+
 def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
     """Read every byte of a run's steps and compare it with the fingerprints made when they were saved.
 
@@ -48,6 +52,9 @@ def _verify_step(storage: Storage, step: int) -> None:
     bad: list[str] = []
     # The files with the processes' own state.
     for process in manifest.own:
+        if len(bad) == _MOST_REASONS:
+            bad.append("and perhaps more")
+            break
         try:
             storage.as_seen_by(manifest, int(process))
         except CorruptCheckpointError as error:

@@ -333,12 +333,18 @@ def _strange(path: str, found: os.stat_result, expected: str) -> str:
 
 
 def _bytes_below(folder: str) -> int:
-    """The bytes of all files below a folder, as far as the disk has them: a sparse file may claim any size."""
+    """The bytes of all files below a folder, as far as the disk has them: a sparse file may claim any size.
+
+    Raises ValueError if one of them is not a regular file.
+    """
     total = 0
-    for where, _, names in os.walk(folder):
-        for name in names:
-            found = os.lstat(os.path.join(where, name))
-            total += min(found.st_size, 16 * _SECTOR_BYTES * found.st_blocks)
+    for where, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            found = os.lstat(path := os.path.join(where, name))
+            if stat.S_ISREG(found.st_mode):
+                total += min(found.st_size, 16 * _SECTOR_BYTES * found.st_blocks)
+            elif not stat.S_ISDIR(found.st_mode):
+                raise ValueError(_strange(path, found, "a regular file"))
     return total
 
 
