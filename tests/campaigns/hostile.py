@@ -114,21 +114,17 @@ def build(folder: Path) -> None:
     rewrite(folder / "several processes", lambda content: content.update(processes=2, own=own))
 
 
-def contents(live: dict[str, Any]) -> str:
-    """All of a live state, as text."""
-    found = []
-    for name, value in live.items():
-        if isinstance(value, torch.nn.Module):
-            value = {key: np.asarray(one).tobytes().hex() for key, one in torchorbax.to_jax(value).items()}
-        elif isinstance(value, torch.optim.Optimizer):
-            moments = [[np.asarray(one).tobytes().hex() for one in of.values()] for of in value.state.values()]
-            value = moments, [group["lr"] for group in value.param_groups]
-        elif isinstance(value, dict):
-            value = {
-                key: np.asarray(one).tobytes().hex() if hasattr(one, "dtype") else one for key, one in value.items()
-            }
-        found.append(f"{name}: {value!r}")
-    return "\n".join(found)
+def contents(value: Any) -> str:
+    """All of a live state, as text. Forged manifests can give an optimizer state of any kind."""
+    if isinstance(value, torch.nn.Module):
+        return contents(torchorbax.to_jax(value))
+    if isinstance(value, torch.optim.Optimizer):
+        return contents([*value.state.values(), *({**group, "params": None} for group in value.param_groups)])
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {contents(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return "\n".join(map(contents, value))
+    return np.asarray(value).tobytes().hex() if hasattr(value, "dtype") else repr(value)
 
 
 # -------------------------------------------------------------------------------------------------------------- worker

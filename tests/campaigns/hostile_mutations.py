@@ -1,4 +1,4 @@
-"""What the campaign in `hostile` does to a run: files of other kinds, spliced metadata, and data that claims too much."""
+"""What the campaign in `hostile` does to a run: strange files, spliced metadata, and data that claims too much."""
 
 from __future__ import annotations
 
@@ -292,20 +292,21 @@ def damaged(body: bytes, chance: random.Random) -> bytes:
 
 def hostile_node(chance: random.Random) -> bytes:
     """The body of a node that claims what would take all memory, or all time."""
-    no_files, one_file = varint(0), varint(1) + varint(1) + varint(0) + b"x"
-    many = 1 << 20
-    return chance.choice(
+    no_files, one_file, many = varint(0), varint(1) + varint(1) + varint(0) + b"x", 1 << 20
+    # Keys that share nearly all of their 64 KiB with each other.
+    prefixes, suffixes = varint(65534) * (many - 1), varint(65535) + b"\1" * (many - 1)
+    long_keys = no_files + varint(many) + prefixes + suffixes + b"a" * 65535 + b"b" * many
+    long_value = varint(1) + varint(1) + b"a" + varint(1 << 50)
+    return b"\0" + chance.choice(
         [
-            # keys that share nearly all of 64 KiB with each other
-            lambda: b"\0" + no_files + varint(many) + varint(65534) * (many - 1) + varint(65535) + b"\1" * (many - 1) + b"a" * 65535 + b"b" * many,
-            lambda: b"\0" + varint(1 << 40) + bytes(1 << 20),  # files
-            lambda: b"\0" + no_files + varint(1 << 31),  # entries
-            lambda: bytes(chance.choice([1 << 20, 1 << 28])),  # zeros
-            lambda: b"\0" + one_file + varint(1) + varint(1) + b"a" + varint(1 << 50) + b"\1" + varint(0) + varint(0),
-            lambda: b"\0" + no_files + varint(1) + varint(1) + b"a" + varint(1 << 50) + b"\0",
-            lambda: b"\5" + no_files + varint(1),
+            long_keys,
+            varint(1 << 40) + bytes(1 << 20),  # files
+            no_files + varint(1 << 31),  # entries
+            bytes(chance.choice([1 << 20, 1 << 28])),
+            one_file + long_value + b"\1" + varint(0) + varint(0),
+            no_files + long_value + b"\0",
         ]
-    )()  # fmt: skip
+    )
 
 
 def hostile_index(run: Path, chance: random.Random) -> None:

@@ -10,7 +10,6 @@ from torchorbax._src.storage.opening import open_storage
 from torchorbax._src.storage.storage import Storage
 from torchorbax.errors import CorruptCheckpointError
 
-
 _MOST_REASONS = 20
 """The most damaged files of processes that an error names. A manifest can claim any number of them."""
 

@@ -16,7 +16,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.format import bounded_json
@@ -87,7 +87,9 @@ class Inspected:
             for key, value in array.chunks.items():
                 if array.touches(key, index):
                     try:
-                        zstd.check_frame(functools.partial(files.read_value, value), value.length, array.chunk_bytes)
+                        zstd.check_frame(
+                            functools.partial(files.read_value, value), value.length, array.layout.chunk_bytes
+                        )
                     except ValueError as error:
                         raise ValueError(f"{name}: chunk {key.decode()}: {error}") from error
 
@@ -147,51 +149,67 @@ def _compressed_arrays(folder: str, files: _Files) -> dict[str, _Array]:
             arrays[name].add(_shown(name), last, value)
     # Each array is complete. No stored byte is counted twice, and no more than the disk can account for.
     for name, array in arrays.items():
-        if array.count != array.expected:
-            raise ValueError(f"{_shown(name)} has {array.count} chunks, expected {array.expected}")
+        if array.count != array.layout.chunk_count:
+            raise ValueError(f"{_shown(name)} has {array.count} chunks, expected {array.layout.chunk_count}")
     for most in (files.bytes_seen, MOST_RATIO * files.bytes_on_disk):
         if claimed > _LEAST_BYTES + most:
             raise ValueError(f"its values claim {claimed} bytes, but its files account for {most} at most")
-    return {name.decode(): array for name, array in arrays.items() if array.compressed}
+    return {name.decode(): array for name, array in arrays.items() if array.layout.compressed}
 
 
-@dataclass
-class _Array:
-    """An array as its `.zarray` describes it, and its chunks that have been met."""
+class _Layout(NamedTuple):
+    """An array as its `.zarray` describes it.
+
+    Attributes:
+        shape: of the array.
+        chunk: the shape of a chunk.
+        chunk_bytes: the bytes of a chunk, unpacked.
+        compressed: are the chunks compressed?
+        chunk_count: the number of chunks.
+    """
 
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     chunk_bytes: int
     compressed: bool
-    expected: int
+    chunk_count: int
+
+
+@dataclass
+class _Array:
+    """An array, and the chunks of it that have been met: their number, and where they are if they are compressed."""
+
+    layout: _Layout
     count: int = 0
     chunks: dict[bytes, Value] = field(default_factory=dict)
 
     def add(self, name: str, key: bytes, value: Value) -> None:
         """Count a chunk. Raises ValueError if it is not one, or has a length that no such chunk has."""
-        if self.expected == 1:
-            is_chunk = key == first_chunk(len(self.shape)).encode()
+        shape, chunk, nbytes, compressed, expected = self.layout
+        if expected == 1:
+            is_chunk = key == first_chunk(len(shape)).encode()
         else:
             places = key.split(b".")
-            is_chunk = len(places) == len(self.shape) and all(
-                len(place) < 20 and place.isdigit() and place == b"%d" % int(place) and int(place) * chunk < size
-                for place, chunk, size in zip(places, self.chunk, self.shape, strict=True)
+            is_chunk = len(places) == len(shape) and all(
+                len(place) < 20 and place.isdigit() and place == b"%d" % int(place) and int(place) * part < size
+                for place, part, size in zip(places, chunk, shape, strict=True)
             )
         if not is_chunk:
-            raise ValueError(f"{name}: {_shown(key)} is no chunk of {self.shape} in chunks of {self.chunk}")
-        least, most = (1, zstd.longest_stored(self.chunk_bytes)) if self.compressed else [self.chunk_bytes] * 2
+            raise ValueError(f"{name}: {_shown(key)} is no chunk of {shape} in chunks of {chunk}")
+        least, most = (1, zstd.longest_stored(nbytes)) if compressed else (nbytes, nbytes)
         if not least <= value.length <= most:
-            raise ValueError(f"{name}: chunk {_shown(key)} has {value.length} bytes; {least} to {most} are possible")
+            expectation = f"{nbytes} are expected" if least == most else f"{most} at most are possible"
+            raise ValueError(f"{name}: chunk {_shown(key)} has {value.length} bytes; {expectation}")
         self.count += 1
-        if self.compressed:
+        if compressed:
             self.chunks[key] = value
 
     def touches(self, key: bytes, index: Index) -> bool:
         """Has a part of the array elements of a chunk?"""
         places = map(int, key.split(b"."))
-        for part, place, chunk, size in zip(index, places, self.chunk, self.shape, strict=False):
+        for part, place, length, size in zip(index, places, self.layout.chunk, self.layout.shape, strict=False):
             start, stop, _ = part.indices(size)
-            if stop <= place * chunk or start >= (place + 1) * chunk:
+            if stop <= place * length or start >= (place + 1) * length:
                 return False
         return True
 
@@ -200,31 +218,34 @@ def _described(name: str, files: _Files, value: Value) -> _Array:
     """The array of a `.zarray`. Raises ValueError if it is not one that `array_writer` writes."""
     if value.length > _MOST_DESCRIPTION_BYTES:
         raise ValueError(f"{name}/.zarray has {value.length} bytes; {_MOST_DESCRIPTION_BYTES} are possible")
-    text = files.read_value(value, 0, value.length)
     try:
-        found = json.loads(text)
-        shape, chunk = tuple(found["shape"]), tuple(found["chunks"])
-        dtype = dtypes_by_zarr_name()[found["dtype"]]
-        compressed = found["compressor"] is not None
+        return _Array(_layout(files.read_value(value, 0, value.length)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{name}/.zarray describes no array: {type(error).__name__}: {str(error)[:200]}") from error
-    itemsize = BY_NAME[dtype].itemsize
+        raise ValueError(f"{name}/.zarray describes no array: {type(error).__name__}: {str(error)[:500]}") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(text: bytes) -> _Layout:
+    """Cached, because many arrays are described alike."""
+    found = json.loads(text)
+    shape, chunk, compressed = tuple(found["shape"]), tuple(found["chunks"]), found["compressor"] is not None
+    dtype = BY_NAME[dtypes_by_zarr_name()[found["dtype"]]]
     if (
         len(shape) > _MOST_DIMENSIONS
         or len(shape) != len(chunk)
         or not all(
             type(size) is type(part) is int and 1 <= part <= size for size, part in zip(shape, chunk, strict=True)
         )
-        or math.prod(shape) * itemsize > _MOST_BYTES
-        or math.prod(chunk) * itemsize > CHUNK_BYTES
+        or math.prod(shape) * dtype.itemsize > _MOST_BYTES
+        or math.prod(chunk) * dtype.itemsize > CHUNK_BYTES
     ):
-        raise ValueError(f"{name}/.zarray has the shape {str(shape)[:200]} in chunks of {str(chunk)[:200]}")
-    expected = json.loads(zarr_metadata(BY_NAME[dtype], shape, chunk, compressed))
+        raise ValueError(f"the shape is {str(shape)[:200]}, and that of chunks {str(chunk)[:200]}")
+    expected = json.loads(zarr_metadata(dtype, shape, chunk, compressed))
     if found != expected:
-        others = {key: found.get(key) for key in {*found, *expected} if found.get(key) != expected.get(key)}
-        raise ValueError(f"{name}/.zarray has {str(others)[:200]}, which torchorbax does not write")
+        others = {key: found.get(key) for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)}
+        raise ValueError(f"torchorbax does not write {str(others)[:200]}")
     count = math.prod(-(-size // part) for size, part in zip(shape, chunk, strict=True))
-    return _Array(shape, chunk, math.prod(chunk) * itemsize, compressed, count)
+    return _Layout(shape, chunk, math.prod(chunk) * dtype.itemsize, compressed, count)
 
 
 class _Files:
