@@ -309,6 +309,7 @@ def table(found: dict[str, Counter[str]]) -> str:
 def start_jax() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
+    torch.set_num_threads(1)
 
 
 def main() -> None:

@@ -61,6 +61,9 @@ def read(
             pass unchanged.
     """
     inspected = None if gcs.is_uri(folder) else inspect(folder)
+    if inspected is not None:
+        for name, (meta, _) in wanted.items():
+            inspected.check(name, meta)
     spec = tensorstore_utils.build_kvstore_tspec(folder)
     if gcs.is_uri(folder):  # by default, neighbouring chunks of any number are merged into one request, a single stream
         spec["experimental_read_coalescing_merged_bytes"] = _MERGED_BYTES

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torchorbax._src.arrays.dtypes import BY_NAME
+from torchorbax._src.arrays.dtypes import BY_NAME, dtype_name
 from torchorbax._src.format import bounded_json
+from torchorbax._src.format.manifest import LeafMeta
 from torchorbax._src.storage import gcs, ocdbt, zstd
 from torchorbax._src.storage.ocdbt import Value
 from torchorbax._src.storage.run_folder import BASE
@@ -33,7 +34,7 @@ _NODES_RATIO = 4
 """How many times the bytes of its files an index may take, unpacked. A million scalars take twice as many."""
 _MOST_DESCRIPTION_BYTES = 16 << 10
 """The most bytes of a `.zarray`, which takes some 200."""
-_MOST_RECENT = 8
+_MOST_RECENT = 2
 _MOST_DIMENSIONS = 64  # numpy's limit
 _MOST_BYTES = 1 << 62
 _SECTOR_BYTES = 512  # of `st_blocks`
@@ -67,11 +68,20 @@ class Inspected:
 
     Attributes:
         folder: the item's folder.
-        compressed: the compressed arrays by name.
+        arrays: its arrays by name.
     """
 
     folder: str
-    compressed: Mapping[str, _Array]
+    arrays: Mapping[str, _Array]
+
+    def check(self, name: str, meta: LeafMeta) -> None:
+        """Raise ValueError if an array is missing, or is not what the manifest describes."""
+        array = self.arrays.get(name)
+        if array is None:
+            raise ValueError(f"{name} is missing from the array data")
+        shape, dtype = array.layout.shape, array.layout.dtype
+        if shape != meta.shape or dtype != meta.dtype:
+            raise ValueError(f"{name} is {dtype}{shape}, but the manifest says {meta}")
 
     def check_compressed(self, name: str, index: Index) -> None:
         """Raise ValueError if chunks of a part of an array unpack to more than a chunk has.
@@ -80,16 +90,15 @@ class Inspected:
             name: the array; nothing is done for one that is not compressed.
             index: the part.
         """
-        array = self.compressed.get(name)
-        if array is None:
+        array = self.arrays[name]
+        if not array.layout.compressed:
             return
         with _Files(self.folder) as files:
             for key, value in array.chunks.items():
                 if array.touches(key, index):
+                    read = functools.partial(files.read_value, value)
                     try:
-                        zstd.check_frame(
-                            functools.partial(files.read_value, value), value.length, array.layout.chunk_bytes
-                        )
+                        zstd.check_frame(read, value.length, array.layout.chunk_bytes)
                     except ValueError as error:
                         raise ValueError(f"{name}: chunk {key.decode()}: {error}") from error
 
@@ -110,7 +119,7 @@ def inspect(folder: str) -> Inspected:
             _recent[folder] = inspected, stamps
             return inspected
     with _Files(folder) as files:
-        inspected = Inspected(folder, _compressed_arrays(folder, files))
+        inspected = Inspected(folder, _arrays(folder, files))
         _recent[folder] = inspected, {path: _stamp(path) for path in files.decisive()}
     while len(_recent) > _MOST_RECENT:
         _recent.pop(next(iter(_recent)), None)
@@ -129,8 +138,8 @@ def _stamp(path: str) -> object:
     return found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _compressed_arrays(folder: str, files: _Files) -> dict[str, _Array]:
-    """The compressed arrays of an item, all of which has been found to be as it should be."""
+def _arrays(folder: str, files: _Files) -> dict[str, _Array]:
+    """The arrays of an item, all of which has been found to be as it should be."""
     size = files.size(ocdbt.MANIFEST_FILE)
     if size > ocdbt.MOST_MANIFEST_BYTES:
         raise ValueError(f"{ocdbt.MANIFEST_FILE} has {size} bytes; {ocdbt.MOST_MANIFEST_BYTES} are possible")
@@ -154,20 +163,22 @@ def _compressed_arrays(folder: str, files: _Files) -> dict[str, _Array]:
     for most in (files.bytes_seen, MOST_RATIO * files.bytes_on_disk):
         if claimed > _LEAST_BYTES + most:
             raise ValueError(f"its values claim {claimed} bytes, but its files account for {most} at most")
-    return {name.decode(): array for name, array in arrays.items() if array.layout.compressed}
+    return {name.decode(): array for name, array in arrays.items()}
 
 
 class _Layout(NamedTuple):
     """An array as its `.zarray` describes it.
 
     Attributes:
-        shape: of the array.
+        dtype: the name of its dtype (see `arrays.dtypes`).
+        shape: its shape.
         chunk: the shape of a chunk.
         chunk_bytes: the bytes of a chunk, unpacked.
         compressed: are the chunks compressed?
         chunk_count: the number of chunks.
     """
 
+    dtype: str
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     chunk_bytes: int
@@ -185,7 +196,7 @@ class _Array:
 
     def add(self, name: str, key: bytes, value: Value) -> None:
         """Count a chunk. Raises ValueError if it is not one, or has a length that no such chunk has."""
-        shape, chunk, nbytes, compressed, expected = self.layout
+        _, shape, chunk, nbytes, compressed, expected = self.layout
         if expected == 1:
             is_chunk = key == first_chunk(len(shape)).encode()
         else:
@@ -245,7 +256,7 @@ def _layout(text: bytes) -> _Layout:
         others = {key: found.get(key) for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)}
         raise ValueError(f"torchorbax does not write {str(others)[:200]}")
     count = math.prod(-(-size // part) for size, part in zip(shape, chunk, strict=True))
-    return _Layout(shape, chunk, math.prod(chunk) * dtype.itemsize, compressed, count)
+    return _Layout(dtype_name(dtype), shape, chunk, math.prod(chunk) * dtype.itemsize, compressed, count)
 
 
 class _Files:
