@@ -39,7 +39,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchorbax._src.format import per_process
 from torchorbax.errors import TorchorbaxError
 
-from tests.campaigns.hostile_mutations import FORGED, MUTATIONS, rewrite
+from tests.campaigns.hostile_mutations import FORGED, MUTATIONS
+from tests.helpers.forgery import rewrite
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -121,9 +122,11 @@ def contents(value: Any) -> str:
     if isinstance(value, torch.optim.Optimizer):
         return contents([*value.state.values(), *({**group, "params": None} for group in value.param_groups)])
     if isinstance(value, dict):
-        return "\n".join(f"{name}: {contents(one)}" for name, one in value.items())
-    if isinstance(value, list):
+        return "\n".join(f"{contents(name)}: {contents(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
         return "\n".join(map(contents, value))
+    if type(value) is int:
+        return hex(value)  # Python refuses to write long ones in decimals
     return np.asarray(value).tobytes().hex() if hasattr(value, "dtype") else repr(value)
 
 

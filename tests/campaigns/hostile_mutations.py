@@ -13,9 +13,19 @@ from typing import Any
 
 import tensorstore as ts
 import zstandard
-from torchorbax._src.format.manifest import digest
 
 from scripts import fuzz
+from tests.helpers.forgery import (
+    MANIFEST_MAGIC,
+    NODE_MAGIC,
+    body_of,
+    bomb,
+    database,
+    manifest_file,
+    packed,
+    rewrite,
+    varint,
+)
 
 Mutation = Callable[[Path, random.Random], None]
 """Changes a run, which has the step 0."""
@@ -103,18 +113,6 @@ JUNK: list[Any] = [
 ]
 
 
-def manifest_file(run: Path) -> Path:
-    return run / "0" / "manifest" / "metadata"
-
-
-def rewrite(run: Path, change: Callable[[Any], Any]) -> None:
-    """Change a manifest and sign it again, as whoever means harm would."""
-    content = json.loads(manifest_file(run).read_text())
-    change(content)
-    content.pop("sha256", None)
-    manifest_file(run).write_text(json.dumps({**content, "sha256": digest(content)}))
-
-
 def places(value: Any) -> list[tuple[Any, Any]]:
     """All containers in a JSON value, each with each of its keys."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -168,10 +166,6 @@ def crowded_manifest(run: Path, chance: random.Random) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- array data
-
-
-def database(item: Path) -> ts.KvStore:
-    return ts.KvStore.open({"driver": "ocdbt", "base": f"file://{item}/"}).result()
 
 
 def arrays_of(data: ts.KvStore) -> list[str]:
@@ -229,15 +223,6 @@ def chunks_otherwise(run: Path, chance: random.Random) -> None:
         data[key] = chance.choice(values)
 
 
-def bomb(nbytes: int, declared: int | None = None) -> bytes:
-    """A zstd frame that unpacks to so many zeros, and perhaps says something else about it."""
-    whole, rest = divmod(nbytes, 128 << 10)
-    blocks = ((128 << 10) << 3 | 1 << 1).to_bytes(3, "little") + b"\0"
-    last = (rest << 3 | 1 << 1 | 1).to_bytes(3, "little") + b"\0"
-    size = b"" if declared is None else declared.to_bytes(8, "little")
-    return b"\x28\xb5\x2f\xfd" + bytes([0 if declared is None else 0xC0, 72]) + size + blocks * whole + last
-
-
 def unpacks_to_gigabytes(run: Path, chance: random.Random) -> None:
     """A compressed chunk is a bomb. An array that is not compressed becomes one that is."""
     data = database(chance.choice(items_of(run)))
@@ -252,34 +237,6 @@ def unpacks_to_gigabytes(run: Path, chance: random.Random) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- index
-
-
-def varint(number: int) -> bytes:
-    found = bytearray()
-    while number > 127:
-        found.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*found, number])
-
-
-def crc32c(data: bytes) -> bytes:
-    value = 0xFFFFFFFF
-    for byte in data:
-        value ^= byte
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-    return (value ^ 0xFFFFFFFF).to_bytes(4, "little")
-
-
-def packed(magic: bytes, body: bytes) -> bytes:
-    """A manifest or a node with a header and a checksum that are right."""
-    content = b"\0\1" + zstandard.ZstdCompressor().compress(body)
-    head = magic + (12 + len(content) + 4).to_bytes(8, "little") + content
-    return head + crc32c(head)
-
-
-def body_of(data: bytes) -> bytes:
-    return zstandard.ZstdDecompressor().decompressobj().decompress(data[14:-4])
 
 
 def damaged(body: bytes, chance: random.Random) -> bytes:
@@ -315,14 +272,14 @@ def hostile_index(run: Path, chance: random.Random) -> None:
     manifest = item / "manifest.ocdbt"
     whole = body_of(manifest.read_bytes())
     if chance.random() < 0.3:
-        manifest.write_bytes(packed(b"\x0c\xdb\x3a\x2a", damaged(whole, chance)))
+        manifest.write_bytes(packed(MANIFEST_MAGIC, damaged(whole, chance)))
         return
     nodes = sorted((item / "d").iterdir())
     node = chance.choice(nodes)
     old = node.read_bytes()
-    new = packed(b"\x0c\xdb\x20\xde", damaged(body_of(old), chance) if chance.random() < 0.6 else hostile_node(chance))
+    new = packed(NODE_MAGIC, damaged(body_of(old), chance) if chance.random() < 0.6 else hostile_node(chance))
     node.write_bytes(new)
-    manifest.write_bytes(packed(b"\x0c\xdb\x3a\x2a", whole.replace(varint(len(old)), varint(len(new)))))
+    manifest.write_bytes(packed(MANIFEST_MAGIC, whole.replace(varint(len(old)), varint(len(new)))))
 
 
 # ----------------------------------------------------------------------------------------------------------------- all
