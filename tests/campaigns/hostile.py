@@ -248,16 +248,7 @@ class Worker:
 
 def started(pristine: Path, errors: Path) -> Worker:
     folder = Path(tempfile.mkdtemp(prefix="worker-", dir=pristine.parent))
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        __spec__.name if __spec__ else __name__,
-        "--work",
-        str(pristine),
-        str(folder),
-    ]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.campaigns.hostile", "--work", str(pristine), str(folder)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with errors.open("a") as stderr:
         process = subprocess.Popen(

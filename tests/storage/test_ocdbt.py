@@ -86,7 +86,7 @@ NODES = {
     "zeros": (bytes(200 << 20), "unpack to more than 134217728"),
     "another height": (b"\1\0\1", "a node of height 1, where 0 is expected"),
     "a file that is not in the table": (b"\0\0\1\1a\1\1\7\0", "file 7 of 0"),
-    "a number of 70 bits": (b"\0" + b"\xff" * 12 + b"\0", "64 bits"),
+    "a number of 70 bits": (b"\0" + b"\xff" * 12 + b"\0", "a column of numbers is cut off"),
     "nothing": (b"", "ends after"),
 }
 

@@ -64,7 +64,7 @@ def test_damaged_frames_raise_no_other_error(content: bytes, data: st.DataObject
         (b"\x28\xb5\x2f\xfd\x00\xf8" + bomb(400)[6:], "a window of"),
         (b"\x28\xb5\x2f\xfd\x03\x48" + bomb(400)[6:], "dictionary"),
         (b"no zstd at all", "not zstd"),
-        (b"\x28\xb5\x2f\xfd\x00\x48" + bytes(3) * 100_000, "unpack|damaged|cut off"),
+        (b"\x28\xb5\x2f\xfd\x00\x48" + bytes(3) * 100_000, "unpacks to 0 bytes, expected 400"),
     ],
     ids=["bomb", "lying bomb", "size", "second frame", "cut", "window", "dictionary", "other data", "empty blocks"],
 )

@@ -62,6 +62,19 @@ def other_bytes(step: Any, manifest_bytes: int) -> int:
     return _bytes_below(folder) + _bytes_below(os.path.join(os.path.dirname(folder), BASE)) - manifest_bytes
 
 
+def check_claim(claimed: int, seen: int, on_disk: int) -> None:
+    """Raise ValueError if the values of an item claim more bytes than its files account for.
+
+    Args:
+        claimed: the lengths of all values together. Values do not overlap.
+        seen: the sizes of all files together.
+        on_disk: what they take on the disk. That is less if they have holes, or if the file system compresses.
+    """
+    for most in (_LEAST_BYTES + seen, _LEAST_BYTES + MOST_RATIO * on_disk):
+        if claimed > most:
+            raise ValueError(f"its values claim {claimed} bytes, but its files account for {most} at most")
+
+
 @dataclass(frozen=True)
 class Inspected:
     """An item that has been inspected.
@@ -160,9 +173,7 @@ def _arrays(folder: str, files: _Files) -> dict[str, _Array]:
     for name, array in arrays.items():
         if array.count != array.layout.chunk_count:
             raise ValueError(f"{_shown(name)} has {array.count} chunks, expected {array.layout.chunk_count}")
-    for most in (files.bytes_seen, MOST_RATIO * files.bytes_on_disk):
-        if claimed > _LEAST_BYTES + most:
-            raise ValueError(f"its values claim {claimed} bytes, but its files account for {most} at most")
+    check_claim(claimed, files.bytes_seen, files.bytes_on_disk)
     return {name.decode(): array for name, array in arrays.items()}
 
 

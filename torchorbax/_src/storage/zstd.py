@@ -75,7 +75,9 @@ def check_frame(read: Read, length: int, nbytes: int) -> None:
         most += _BLOCK_BYTES if kind == _COMPRESSED else size
         blocks += 1
         if most > 2 * nbytes + _BLOCK_BYTES or blocks > nbytes // 4096 + 16:  # small blocks, or a bomb
-            decompress(_exactly(read, 0, length, length), nbytes)
+            found = len(decompress(_exactly(read, 0, length, length), nbytes))
+            if found != nbytes:
+                raise ValueError(f"it unpacks to {found} bytes, expected {nbytes}")
             return
     if position + (4 if has_checksum else 0) != length:
         raise ValueError(f"its zstd frame ends at byte {position} of {length}")
