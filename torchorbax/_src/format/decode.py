@@ -49,6 +49,8 @@ class _Decoder:
         if kind == "leaf":
             return self._leaf(json["name"], json["as"])
         if kind == "built":
+            if not isinstance(json["how"], str):
+                raise ValueError("a note on how a value was built that is no text")
             return self.value(json["value"])
         if kind == "same":
             return self._containers[json["number"]]

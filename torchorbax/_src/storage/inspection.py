@@ -34,6 +34,7 @@ _NODES_RATIO = 4
 """How many times the bytes of its files an index may take, unpacked. A million scalars take twice as many."""
 _MOST_DESCRIPTION_BYTES = 16 << 10
 """The most bytes of a `.zarray`, which takes some 200."""
+_MOST_TEXT_BYTES = 1 << 30
 _MOST_RECENT = 2
 _MOST_DIMENSIONS = 64  # numpy's limit
 _MOST_BYTES = 1 << 62
@@ -48,7 +49,8 @@ def check_file(folder: str, name: str) -> None:
         folder: the step's folder, on a local disk.
         name: the path of the file below it, with slashes. A file that is missing is left to whoever opens it.
     """
-    _Files(folder).size(name, missing_ok=True)
+    if (size := _Files(folder).size(name, missing_ok=True)) > _MOST_TEXT_BYTES:
+        raise ValueError(f"{name} has {size} bytes; metadata has {_MOST_TEXT_BYTES} at most")
 
 
 def other_bytes(step: Any, manifest_bytes: int) -> int:
