@@ -203,6 +203,7 @@ def work(pristine: Path, folder: Path) -> None:
         shutil.rmtree(folder / "warm")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
+    print("ready", flush=True)
     for line in sys.stdin:
         place = folder / line.strip()
         place.mkdir()
@@ -219,7 +220,10 @@ class Worker:
 
     process: subprocess.Popen[str]
     folder: Path
+    errors: Path
     number: int = -1
+
+    ready: bool = False
 
     def ask(self, number: int) -> None:
         self.number = number
@@ -230,6 +234,9 @@ class Worker:
     def answer(self) -> tuple[str, str, str]:
         """What became of the mutation that was asked for last."""
         assert self.process.stdout is not None
+        if not self.ready and self.process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"a worker cannot use runs that nobody has changed\n{self.errors.read_text()[-3000:]}")
+        self.ready = True
         ready, _, _ = select.select([self.process.stdout], [], [], LIMIT_S)
         line = self.process.stdout.readline() if ready else ""
         if line:
@@ -254,7 +261,7 @@ def started(pristine: Path, errors: Path) -> Worker:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment, cwd=ROOT
         )
-    return Worker(process, folder)
+    return Worker(process, folder, errors)
 
 
 def campaign(numbers: range, workers: int, folder: Path) -> tuple[dict[str, Counter[str]], list[str]]:

@@ -49,8 +49,8 @@ class _Decoder:
         if kind == "leaf":
             return self._leaf(json["name"], json["as"])
         if kind == "built":
-            if not isinstance(json["how"], str):
-                raise ValueError("a note on how a value was built that is no text")
+            if "how" not in json:
+                raise ValueError("a note on how a value was built is missing")
             return self.value(json["value"])
         if kind == "same":
             return self._containers[json["number"]]
