@@ -37,7 +37,7 @@ import torch
 import torchorbax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from torchorbax._src.format import per_process
-from torchorbax.errors import TorchorbaxError
+from torchorbax.errors import CorruptCheckpointError, TorchorbaxError
 
 from tests.campaigns.hostile_mutations import FORGED, MUTATIONS
 from tests.helpers.forgery import rewrite
@@ -143,6 +143,7 @@ def attempt(number: int, pristine: Path, folder: Path) -> tuple[str, str, str]:
     name = mutation.__name__
     what = f"{number} {name} {layout}"
     mutation(run, chance)
+    stamps = stamps_of(run)
     outcomes = set()
     for use in (
         functools.partial(verified, run),
@@ -155,12 +156,22 @@ def attempt(number: int, pristine: Path, folder: Path) -> tuple[str, str, str]:
             outcomes.add("refused")
             if len(str(error)) > 20_000:
                 return name, "FAILURE", f"{what}: an error of {len(str(error))} characters"
+            if not isinstance(error, CorruptCheckpointError) and mutation not in FORGED:
+                return name, "FAILURE", f"{what}: {use.func.__name__}: {type(error).__name__}: {str(error)[:300]}"
         except Exception as error:  # whatever it is, it is a failure
             return name, "FAILURE", f"{what}: {use.func.__name__}: {type(error).__name__}: {str(error)[:300]}"
+    if stamps_of(run) != stamps:
+        return name, "FAILURE", f"{what}: what only reads has changed files"
     if "other values" in outcomes and mutation not in FORGED:
         return name, "FAILURE", f"{what}: other values than those that were saved"
     outcome = "refused" if "refused" in outcomes else "forged" if "other values" in outcomes else "restored"
     return name, outcome, what
+
+
+def stamps_of(run: Path) -> dict[Path, tuple[int, int, int]]:
+    """What changes when a file or folder of the step or of the bases does."""
+    found = {path: path.lstat() for folder in ("0", "base") for path in sorted((run / folder).rglob("*"))}
+    return {path: (stat.st_mode, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 def verified(run: Path) -> str:

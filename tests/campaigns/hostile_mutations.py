@@ -14,7 +14,7 @@ from typing import Any
 import tensorstore as ts
 import zstandard
 
-from scripts import fuzz
+from tests.campaigns.file_damages import DAMAGES
 from tests.helpers.forgery import (
     MANIFEST_MAGIC,
     NODE_MAGIC,
@@ -286,8 +286,8 @@ def hostile_index(run: Path, chance: random.Random) -> None:
 
 
 def damaged_file(run: Path, chance: random.Random) -> None:
-    """One of the mutations of `scripts/fuzz.py`."""
-    chance.choice(fuzz.MUTATIONS)(a_file(run, chance), chance, files_of(run))
+    """Damage that means no harm."""
+    chance.choice(DAMAGES)(a_file(run, chance), chance, files_of(run))
 
 
 def exchanged_folder(run: Path, chance: random.Random) -> None:
