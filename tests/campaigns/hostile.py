@@ -234,20 +234,18 @@ class Worker:
     errors: Path
     number: int = -1
 
-    ready: bool = False
 
     def ask(self, number: int) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if self.number < 0 and self.process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"a worker cannot use runs that nobody has changed\n{self.errors.read_text()[-3000:]}")
         self.number = number
-        assert self.process.stdin is not None
         self.process.stdin.write(f"{number}\n")
         self.process.stdin.flush()
 
     def answer(self) -> tuple[str, str, str]:
         """What became of the mutation that was asked for last."""
         assert self.process.stdout is not None
-        if not self.ready and self.process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"a worker cannot use runs that nobody has changed\n{self.errors.read_text()[-3000:]}")
-        self.ready = True
         ready, _, _ = select.select([self.process.stdout], [], [], LIMIT_S)
         line = self.process.stdout.readline() if ready else ""
         if line:
