@@ -234,9 +234,9 @@ class Worker:
     errors: Path
     number: int = -1
 
-
     def ask(self, number: int) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         if self.number < 0 and self.process.stdout.readline() != "ready\n":
             raise RuntimeError(f"a worker cannot use runs that nobody has changed\n{self.errors.read_text()[-3000:]}")
         self.number = number
