@@ -99,9 +99,8 @@ class Writer:
         when_committed(committed)
         try:
             writing.read_back(self._read_back)
-        except SaveError:
-            self.forget_frozen = True  # a base that it has written may be damaged
-            raise
+        finally:
+            self.forget_frozen = self.forget_frozen or writing.forget_frozen
         writing.end()
 
 
@@ -350,11 +349,7 @@ class _StepWriting:
     # Read back.
 
     def read_back(self, read_back: ReadBack) -> None:
-        """Read the step again if that is due. A step that is not what was saved no longer counts.
-
-        Raises:
-            SaveError: what is stored is not what was saved, or it could not be read.
-        """
+        """Read the step again if that is due. A step that is not what was saved no longer counts."""
         self._save.phase = "reading it again"
         try:
             if read_back.is_due(self._step):
@@ -362,11 +357,12 @@ class _StepWriting:
         except CorruptCheckpointError as error:
             self._steps.mark_damaged(self._step)
             self._steps.damaged_bases |= self._manifest.bases
+            self.forget_frozen = True
             reason = f"what is read back is not what was saved: {'; '.join(error.reasons.values())}"
             raise SaveError(self._step, self._storage.path, reason) from error
         except Exception as error:  # it may be good all the same; but no older step goes for it
-            reason = f"it could not be read back: {_error_line(error)}"
-            raise SaveError(self._step, self._storage.path, reason, committed=True) from error
+            unread = f"it could not be read back: {_error_line(error)}"
+            raise SaveError(self._step, self._storage.path, unread, committed=True) from error
 
     # End.
 
