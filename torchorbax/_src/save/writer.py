@@ -101,7 +101,7 @@ class Writer:
             writing.read_back(self._read_back)
         finally:
             self.forget_frozen = self.forget_frozen or writing.forget_frozen
-        writing.end()
+        writing.end(self._read_back)
 
 
 class _StepWriting:
@@ -366,11 +366,12 @@ class _StepWriting:
 
     # End.
 
-    def end(self) -> None:
-        """Delete the steps that the policy does not preserve."""
+    def end(self, read_back: ReadBack) -> None:
+        """Delete the steps that the policy does not preserve, and read an old one again if that is due."""
         self._save.phase = "deleting older steps"
         with self._as_save_error(committed=True):
             deleted = self._channel.first("end", self._retain)
+            read_back.scrub(self._step)
         if not self._processes.is_first:
             for step in deleted:
                 self._steps.drop(step)
