@@ -54,6 +54,7 @@ TESTED_ELSEWHERE = {
 ACROSS_MODULES = {
     "restore/test_resharding": "all of a save and a restore, on other numbers of devices",
     "restore/test_several_processes": "all of a restore, by several processes",
+    "run/test_interrupts": "Ctrl-C at every line of all that happens on the loop's thread",
     "run/test_several_processes": "all of a run, on changing numbers of processes",
     "state/test_growing": "state that has grown since the run was opened, of every kind",
     "state/test_law": "the law, with generated states: what save accepts comes back",
