@@ -60,6 +60,7 @@ TESTED_ELSEWHERE = {
 ACROSS_MODULES = {
     "restore/test_resharding": "all of a save and a restore, on other numbers of devices",
     "restore/test_several_processes": "all of a restore, by several processes",
+    "run/test_interrupts": "Ctrl-C at every line of all that happens on the loop's thread",
     "run/test_several_processes": "all of a run, on changing numbers of processes",
     "run/test_interrupts": "Ctrl-C at every line of a save, wherever the line stands",
     "storage/test_two_programs": "two programs on one path, from opening to deletion",
