@@ -4,7 +4,7 @@
 and then verifies, loads and restores it. `--write` puts the table in docs/reliability.md.
 
 All of it happens in worker processes whose memory is limited. A worker that ends, or does not answer in time, has found
-a failure, and so has one that restores wrong bytes, or raises what is not an error of torchorbax.
+a failure, and so has one that restores wrong bytes, changes the files, or raises an error of another kind.
 """
 
 from __future__ import annotations
