@@ -34,23 +34,11 @@ _NODES_RATIO = 4
 """How many times the bytes of its files an index may take, unpacked. A million scalars take twice as many."""
 _MOST_DESCRIPTION_BYTES = 16 << 10
 """The most bytes of a `.zarray`, which takes some 200."""
-_MOST_TEXT_BYTES = 1 << 30
 _MOST_RECENT = 2
 _MOST_DIMENSIONS = 64  # numpy's limit
 _MOST_BYTES = 1 << 62
 _SECTOR_BYTES = 512  # of `st_blocks`
 _ZARRAY = b".zarray"
-
-
-def check_file(folder: str, name: str) -> None:
-    """Raise ValueError unless a file below a step's folder is a regular file, reached without a link.
-
-    Args:
-        folder: the step's folder, on a local disk.
-        name: the path of the file below it, with slashes. A file that is missing is left to whoever opens it.
-    """
-    if (size := _Files(folder).size(name, missing_ok=True)) > _MOST_TEXT_BYTES:
-        raise ValueError(f"{name} has {size} bytes; metadata has {_MOST_TEXT_BYTES} at most")
 
 
 def other_bytes(step: Any, manifest_bytes: int) -> int:
@@ -299,7 +287,7 @@ class _Files:
             os.close(descriptor)
         self._open.clear()
 
-    def size(self, name: str, *, missing_ok: bool = False) -> int:
+    def size(self, name: str) -> int:
         """The bytes of a file. Raises ValueError if it is not a regular file of its own."""
         if name in self._sizes:
             return self._sizes[name]
@@ -308,14 +296,9 @@ class _Files:
             raise ValueError(f"{_shown(name.encode())} is no path below {self._folder}")
         for depth in range(1, len(parts)):
             if (parent := "/".join(parts[:depth])) not in self._folders:
-                _check_folder(os.path.join(self._folder, parent), missing_ok=missing_ok)
+                _check_folder(os.path.join(self._folder, parent))
                 self._folders.add(parent)
-        try:
-            found = os.lstat(os.path.join(self._folder, name))
-        except (FileNotFoundError, NotADirectoryError):
-            if missing_ok:
-                return 0
-            raise
+        found = os.lstat(os.path.join(self._folder, name))
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(_strange(os.path.join(self._folder, name), found, "a regular file"))
         self.bytes_seen += found.st_size
@@ -355,13 +338,8 @@ class _Files:
         return self.read(value.file, value.offset + offset, length)
 
 
-def _check_folder(path: str, *, missing_ok: bool = False) -> None:
-    try:
-        found = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        if missing_ok:
-            return
-        raise
+def _check_folder(path: str) -> None:
+    found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise ValueError(_strange(path, found, "a folder"))
 
