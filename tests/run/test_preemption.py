@@ -106,7 +106,7 @@ def test_sigterm_to_one_process_stops_all_with_the_same_step_saved(folder: Path,
     assert last >= 10
     assert there == [last]
     assert saved
-    assert "SIGTERM: saving the current step" in ended[1].stderr
+    assert "SIGTERM: saving step" in ended[1].stderr
     assert all(f"the last committed step is {one}" in ended[0].stderr for one in verify(path / "steps"))
 
 
@@ -141,7 +141,7 @@ def test_sigterm_saves_the_current_step_and_ends_the_loop(tmp_path: Path, run_py
     assert returncode == 0, err
     last_step = int(lines[-2])
     assert lines[-1] == f"ended True [{last_step}]"
-    assert "SIGTERM: saving the current step" in err
+    assert "SIGTERM: saving step" in err
     check = "import sys, torchorbax; print(float(torchorbax.load(sys.argv[1])['weight'][0, 0]))"
     assert float(run_python(check, tmp_path / "run").stdout) == last_step
 

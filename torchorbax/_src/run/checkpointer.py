@@ -67,12 +67,14 @@ class Checkpointer:
         settings = run_options(Checkpointer, options)
         refuse_torch_processes()
         self._processes = Processes(settings.barrier_timeout_s)
-        self._preemption = PreemptionNotice()
         # The live objects by name, and as items.
         self._state: MutableMapping[str, Any] = dict(state)
         self._items = items_of(self._state, rng=settings.rng)
         # Where they are saved, and what does the work.
         channel = Channel(self._processes, "run")
+        self._preemption = PreemptionNotice(
+            settings.preemption_patience_s, self._save_overdue, settings.preemption_notice
+        )
         self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
         self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._saves = Saves(self._tiers, self._items, self._processes, settings)
@@ -85,6 +87,7 @@ class Checkpointer:
         self.next_step = 0
         self.left_out: tuple[Problem, ...] = ()
         at_exit.opened(self, self._main.standing)
+        self._preemption.start()
 
     @property
     def path(self) -> str:
@@ -236,16 +239,20 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the save in flight and stop listening for SIGTERM. Nothing can be saved afterwards.
 
+        If SIGTERM has arrived, and the last complete step is not saved and still there, it is saved, too.
+
         Raises:
             SaveError: a save has failed that has not been reported yet.
         """
         self._closed = True
-        self._saves.drop_unsaved()
-        self._preemption.remove()
         for tier in self._tiers:
             if tier.saver.step_in_flight is not None:
                 _logger.info("%s: waiting for step %d to be committed", tier.storage.path, tier.saver.step_in_flight)
         try:
+            self._saves.collect()
+            # Other processes, if there are any, need not have heard the signal, so they would not take part.
+            if self._preemption.received and self._processes.count == 1:
+                self._saves.save_unsaved(preempted=True)
             self.wait()
         except SaveError:
             self._end()
@@ -256,11 +263,15 @@ class Checkpointer:
     def _end(self) -> None:
         at_exit.closed(self)
         self._saves.close()
+        self._preemption.remove()
         self._processes.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
+
+    def _save_overdue(self) -> None:
+        self._saves.save_overdue()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -271,7 +282,7 @@ class Checkpointer:
         try:
             if exc is not None and not self._closed:
                 self._processes.fail(f"{type(exc).__name__}: {exc}")
-                self._saves.save_unsaved()
+                self._saves.save_unsaved(preempted=self._preemption.received)
             self.close()
         except SaveError as error:
             if exc is None:

@@ -88,6 +88,11 @@ class Decider:
         """SIGTERM has arrived in some process, and all processes have learnt of it."""
         return self._preempted if self._processes.count > 1 else self._notice.received
 
+    @property
+    def watched(self) -> bool:
+        """Is somebody waiting for SIGTERM in this process, so that a step that is not due may have to be saved?"""
+        return self._notice.watched
+
     def due(self, ask: Callable[[], bool]) -> bool:
         """Is this step to be saved?
 

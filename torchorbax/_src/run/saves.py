@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.run.last_step import LastStep, References
 from torchorbax._src.run.options import RunOptions
 from torchorbax._src.run.step_metrics import checked
 from torchorbax._src.run.tier import Tier
@@ -19,7 +22,20 @@ from torchorbax._src.save.staging import prepare as prepare_snapshots
 from torchorbax._src.state.item import Captured, Item
 from torchorbax.errors import ConfigError, ProcessError, TorchorbaxError
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _logger = logging.getLogger(__name__)
+
+
+def _one_at_a_time(method: F) -> F:
+    """The loop's thread and the one that watches it after SIGTERM take turns."""
+
+    @functools.wraps(method)
+    def in_turn(self: Saves, *args: Any, **kwargs: Any) -> Any:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return in_turn  # type: ignore[return-value]  # it takes and returns the same
 
 
 class Saves:
@@ -45,9 +61,15 @@ class Saves:
         self._processes = processes
         self._staging = options.staging
         self._save_on_exception = options.save_on_exception
-        self._unsaved: Save | None = None  # the last complete step, if it was not due
+        # The last complete step, if it was not due: its snapshot, or references to what may still be its state.
+        self._unsaved: Save | LastStep | None = None
+        self._references: References | None = None
+        if processes.count == 1:  # several would have to agree on a step, on threads that their loops know nothing of
+            self._references = References(options.max_host_bytes)
         self._preemption_saved = False
+        self._turn = threading.RLock()
 
+    @_one_at_a_time
     def offer(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any], *, force: bool, started_s: float
     ) -> bool:
@@ -88,6 +110,10 @@ class Saves:
         elif self._save_on_exception and step > self._main.newest:
             self._check(self._main, step, state)
             self._unsaved = save_for(self._main)
+        elif step > self._main.newest:
+            self._unsaved = None
+            if self._references is not None and self._main.decider.watched and not self._preemption_saved:
+                self._unsaved = self._references.take(step, now, metrics, capture)
         return bool(due)
 
     def prepare(self) -> None:
@@ -102,6 +128,7 @@ class Saves:
             return
         prepare_snapshots(captured, self._staging)
 
+    @_one_at_a_time
     def collect(self) -> None:
         """Wait for the saves in flight, and take note of how they ended."""
         for tier in self._tiers:
@@ -119,21 +146,70 @@ class Saves:
         if errors:
             raise errors[0]
 
+    @_one_at_a_time
     def drop_unsaved(self) -> None:
         """Forget the last complete step, which is no longer to be saved if an exception comes."""
         self._unsaved = None
 
-    def save_unsaved(self) -> None:
-        """Save the last complete step, if it was not due and all processes have ended after it."""
+    @_one_at_a_time
+    def save_unsaved(self, *, preempted: bool) -> None:
+        """Save the last complete step, if it was not due and all processes have ended after it.
+
+        Args:
+            preempted: save it also without `save_on_exception`, if nothing has begun to change it.
+        """
+        if not (preempted or self._save_on_exception):
+            return
         self._main.saver.collect()
-        unsaved, self._unsaved = self._unsaved, None
+        unsaved = self._take_unsaved()
         if unsaved is not None and self._all_ended_after(unsaved.step):
             self._start(self._main, unsaved)
 
+    def save_overdue(self) -> None:
+        """After SIGTERM, the loop has not come back in time: save the last complete step, as far as it is known.
+
+        Called on the watching thread. If the loop comes back later, it saves its own step as well.
+        """
+        if self._processes.count > 1:
+            if not self._preemption_saved:
+                _logger.warning("%s: SIGTERM: the loop has not come back, so nothing is saved", self._main.storage.path)
+            return
+        with self._turn:
+            if self._unsaved is None:  # the newest complete step is saved, or being saved
+                return
+            step = self._unsaved.step
+            self._main.saver.collect()
+            save = self._take_unsaved()
+            if save is not None:
+                self.history.append(self._main.start(save))
+        # Only now: the loop may hang because stderr is full.
+        done = "is saved" if save is not None else "has begun to change and is not saved"
+        _logger.warning("%s: SIGTERM: the loop has not come back; step %d %s", self._main.storage.path, step, done)
+
+    @_one_at_a_time
     def close(self) -> None:
         """End the saving threads, once all saves have been collected."""
+        self._unsaved = None
         for tier in self._tiers:
             tier.saver.close()
+
+    def _take_unsaved(self) -> Save | None:
+        """The last complete step to be saved, if it was not due and its state is still there."""
+        unsaved, self._unsaved = self._unsaved, None
+        if not isinstance(unsaved, LastStep):
+            return unsaved
+        captured = unsaved.captured()
+        if captured is None:
+            return None
+        started_s = time.perf_counter()
+        try:
+            with transfers_allowed():
+                snapshot = self._main.take(captured, self._staging)
+            metrics = checked(unsaved.metrics)
+        except (TorchorbaxError, RuntimeError, MemoryError) as error:  # such as: the loop has just donated an array
+            _logger.debug("%s: no snapshot of step %d: %s", self._main.storage.path, unsaved.step, error)
+            return None
+        return Save(unsaved.step, unsaved.time, metrics, started_s, snapshot)
 
     def _due(self, step: int, now: datetime.datetime, force: bool) -> list[Tier]:
         """The tiers that are to save this step."""
@@ -152,9 +228,11 @@ class Saves:
         return {name: item.capture(state.get(name)) for name, item in self._items.items()}
 
     def _start(self, tier: Tier, save: Save) -> None:
-        if tier is self._main:
-            self._preemption_saved = tier.decider.preempted
         self.history.append(tier.start(save))
+        if tier is self._main:
+            first, self._preemption_saved = not self._preemption_saved, tier.decider.preempted
+            if first and self._preemption_saved:
+                _logger.warning("%s: SIGTERM: saving step %d, then stopping", tier.storage.path, save.step)
 
     def _all_ended_after(self, step: int) -> bool:
         """Have all processes come to an end with the same step unsaved?"""
