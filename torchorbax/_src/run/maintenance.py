@@ -12,7 +12,7 @@ from collections.abc import Callable
 _logger = logging.getLogger(__name__)
 
 _EVERY_S = 2.0
-"""Seconds between two questions. Clouds give notice half a minute to a minute ahead, at the least."""
+"""Seconds from an answer to the next question. Clouds give notice half a minute to a minute ahead, at the least."""
 _LONGEST_JOIN_S = 5.0
 """Seconds to wait for an answer when the run is closed."""
 
@@ -23,15 +23,12 @@ class Poll:
     Args:
         ask: is the machine about to go away? An error of it counts as no; the first one is logged.
         tell: called when it says yes. Its owner is not kept alive; when it is gone, nobody is asked any more.
-        every_s: seconds from an answer to the next question.
     """
 
-    def __init__(
-        self, ask: Callable[[], bool], tell: weakref.WeakMethod[Callable[[], None]], every_s: float = _EVERY_S
-    ) -> None:
+    def __init__(self, ask: Callable[[], bool], tell: weakref.WeakMethod[Callable[[], None]]) -> None:
         self._ended = threading.Event()
         self._thread = threading.Thread(
-            target=_poll, args=(ask, tell, every_s, self._ended), name="torchorbax-maintenance", daemon=True
+            target=_poll, args=(ask, tell, self._ended), name="torchorbax-maintenance", daemon=True
         )
 
     def start(self) -> None:
@@ -45,9 +42,7 @@ class Poll:
             self._thread.join(_LONGEST_JOIN_S)
 
 
-def _poll(
-    ask: Callable[[], bool], tell: weakref.WeakMethod[Callable[[], None]], every_s: float, ended: threading.Event
-) -> None:
+def _poll(ask: Callable[[], bool], tell: weakref.WeakMethod[Callable[[], None]], ended: threading.Event) -> None:
     failed = False
     while tell() is not None and not ended.is_set():
         try:
@@ -59,7 +54,7 @@ def _poll(
             if not failed:
                 _logger.warning("preemption_notice raised %s: %s; it is asked again", type(error).__name__, error)
             failed = True
-        ended.wait(every_s)
+        ended.wait(_EVERY_S)
 
 
 class GceMaintenanceNotice:
