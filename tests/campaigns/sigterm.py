@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Moment:
     steps: int = 12
 
 
-MOMENTS = (
+MOMENTS = [
     Moment("training", "anywhere in a loop of short steps", 1.0),
     Moment("first compilation", "in the first step of a start, which compiles", 1.5, steps=0),
     Moment("compilation", "in a compilation of seconds, later on", 2.0),
@@ -74,7 +74,7 @@ MOMENTS = (
     Moment("wait", "in `wait()`", 0.8),
     Moment("close", "in `close()`", 0.8),
     Moment("restore", "in `resume`, while it reads", 0.8, steps=0),
-)
+]
 
 
 @dataclass
@@ -203,15 +203,15 @@ class Campaign:
             program.wait()
 
 
-def run_trials(folder: Path, trials: int, seed: int) -> Campaign:
-    """Trials at all moments in turn.
+def run_trials(folder: Path, moments: Sequence[Moment], trials: int, seed: int) -> Campaign:
+    """Trials at these moments in turn.
 
     Raises:
         Failure: a step was lost or is wrong.
     """
     campaign = Campaign(folder, random.Random(seed))
     for number in range(trials):
-        campaign.trial(number, MOMENTS[number % len(MOMENTS)])
+        campaign.trial(number, moments[number % len(moments)])
         if sys.stdout.isatty() or number % 20 == 19:
             print(f"{number + 1} trials, 0 failures", flush=True)
     campaign.last_start(trials)
@@ -221,7 +221,9 @@ def run_trials(folder: Path, trials: int, seed: int) -> Campaign:
 def table(outcomes: Counter[str]) -> str:
     """How the trials went, for the docs."""
     rows = [f"| {moment.says} | {outcomes[moment.name]} | {outcomes[moment.name]} |" for moment in MOMENTS]
-    return "\n".join(["| SIGTERM comes | trials | the last complete step was there, bit for bit |", "|---|---|---|", *rows])
+    return "\n".join(
+        ["| SIGTERM comes | trials | the last complete step was there, bit for bit |", "|---|---|---|", *rows]
+    )
 
 
 @contextlib.contextmanager
@@ -240,7 +242,7 @@ def main() -> None:
     options = parser.parse_args()
     with scratch() as folder:
         try:
-            campaign = run_trials(folder, options.trials, options.seed)
+            campaign = run_trials(folder, MOMENTS, options.trials, options.seed)
         except Failure as failure:
             sys.exit(f"seed {options.seed}: {failure}")
     print(table(campaign.outcomes))

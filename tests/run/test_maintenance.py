@@ -100,6 +100,7 @@ def test_sigterm_after_a_notice_is_the_first() -> None:
     finally:
         notice.remove()
 
+
 # ------------------------------------------------------------------------------------------------------ Google Cloud
 
 

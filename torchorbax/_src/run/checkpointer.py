@@ -299,10 +299,11 @@ class Checkpointer:
 
 def restore_from(run: Checkpointer, storage: Storage, step: int | None, wanted: Request) -> int | None:
     """Restore a step of this run or of another; None for its newest good one. Returns the step, if there is one."""
-    found = run._restorer.restore(storage, step, wanted)
-    if found is None:
-        return None
-    run._saves.drop_unsaved()  # the last complete step is no longer what is live
+    with run._saves.turn:
+        found = run._restorer.restore(storage, step, wanted)
+        if found is None:
+            return None
+        run._saves.drop_unsaved()  # the last complete step is no longer what is live
     run.left_out = found.left_out
     if wanted.only is None:
         run.step = found.manifest.step

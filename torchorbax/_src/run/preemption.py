@@ -51,6 +51,11 @@ class PreemptionNotice:
         self._poll = None if ask is None else Poll(ask, weakref.WeakMethod(self._announce))
 
     @property
+    def reason(self) -> str:
+        """Why the run stops."""
+        return "the preemption notice" if self.received and not self.signalled else "SIGTERM"
+
+    @property
     def watched(self) -> bool:
         """Will `overdue` be called when the loop does not come back?"""
         return preemption_watch.is_watched(self)

@@ -32,7 +32,7 @@ def _one_at_a_time(method: F) -> F:
 
     @functools.wraps(method)
     def in_turn(self: Saves, *args: Any, **kwargs: Any) -> Any:
-        with self._turn:
+        with self.turn:
             return method(self, *args, **kwargs)
 
     return in_turn  # type: ignore[return-value]  # it takes and returns the same
@@ -49,6 +49,7 @@ class Saves:
 
     Attributes:
         history: a record of every save that has been started, in order.
+        turn: held by whichever thread is saving or restoring.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Saves:
         if processes.count == 1:  # several would have to agree on a step, on threads that their loops know nothing of
             self._references = References(options.max_host_bytes)
         self._preemption_saved = False
-        self._turn = threading.RLock()
+        self.turn = threading.RLock()
 
     @_one_at_a_time
     def offer(
@@ -170,12 +171,13 @@ class Saves:
 
         Called on the watching thread. If the loop comes back later, it saves its own step as well.
         """
+        what = f"{self._main.storage.path}: {self._main.decider.reason}, and the loop does not come back"
         if self._processes.count > 1:
             if not self._preemption_saved:
-                _logger.warning("%s: SIGTERM: the loop has not come back, so nothing is saved", self._main.storage.path)
+                _logger.warning("%s: one of several processes cannot save alone", what)
             return
-        with self._turn:
-            if self._unsaved is None:  # the newest complete step is saved, or being saved
+        with self.turn:
+            if self._unsaved is None:  # the last complete step is saved, or being saved
                 return
             step = self._unsaved.step
             self._main.saver.collect()
@@ -183,8 +185,8 @@ class Saves:
             if save is not None:
                 self.history.append(self._main.start(save))
         # Only now: the loop may hang because stderr is full.
-        done = "is saved" if save is not None else "has begun to change and is not saved"
-        _logger.warning("%s: SIGTERM: the loop has not come back; step %d %s", self._main.storage.path, step, done)
+        outcome = "it is being saved" if save is not None else "it is not saved, because its state has begun to change"
+        _logger.warning("%s: step %d is the last complete one, and %s", what, step, outcome)
 
     @_one_at_a_time
     def close(self) -> None:
@@ -232,7 +234,9 @@ class Saves:
         if tier is self._main:
             first, self._preemption_saved = not self._preemption_saved, tier.decider.preempted
             if first and self._preemption_saved:
-                _logger.warning("%s: SIGTERM: saving step %d, then stopping", tier.storage.path, save.step)
+                _logger.warning(
+                    "%s: %s: saving step %d, then stopping", tier.storage.path, tier.decider.reason, save.step
+                )
 
     def _all_ended_after(self, step: int) -> bool:
         """Have all processes come to an end with the same step unsaved?"""
