@@ -156,6 +156,17 @@ def test_an_exception_without_sigterm_saves_nothing(
     assert storage.steps() == [0]
 
 
+def test_close_after_sigterm_saves_the_last_complete_step(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer]
+) -> None:
+    run = watched_run(preemption_patience_s=1e3)
+    for step in range(3):
+        run.save(step)
+    run._preemption.received = True
+    run.close()
+    assert storage.steps() == [0, 2]
+
+
 def test_sigterm_in_close_waits_for_the_commit(
     storage: MemoryStorage, watched_run: Callable[..., Checkpointer]
 ) -> None:
@@ -168,7 +179,14 @@ def test_sigterm_in_close_waits_for_the_commit(
     run.save(7, force=True)
     assert storage.writing.wait(30)
 
+    def is_waiting() -> bool:
+        if run._saves.turn.acquire(blocking=False):
+            run._saves.turn.release()
+            return False
+        return True
+
     def signal_then_go_on() -> None:
+        until(is_waiting)
         os.kill(os.getpid(), signal.SIGTERM)
         until(lambda: run._preemption.signalled)
         storage.gate.set()
