@@ -128,13 +128,14 @@ def test_a_step_that_is_saved_already_is_not_saved_again(
     assert [record.step for record in run.history] == [0, 1, 2, 3, 4, 5]
 
 
-def end_at_5(run: Checkpointer, error: Exception, *, received: bool) -> None:
-    """A loop that ends with an exception in step 5."""
+def end_at_5(run: Checkpointer, error: Exception, *, received: bool, in_body: bool = True) -> None:
+    """A loop that ends with an exception in step 5, in its body or after it."""
     with run:
         for step in run.steps(10):
             if step == 5:
                 run._preemption.received = received
-                raise error
+                if in_body:
+                    raise error
 
 
 def test_an_exception_after_sigterm_saves_the_last_complete_step(
@@ -146,6 +147,23 @@ def test_an_exception_after_sigterm_saves_the_last_complete_step(
         end_at_5(watched_run(preemption_patience_s=1e3), died, received=True)
     assert storage.steps() == [0, 4]
     assert any("the last committed step is 4" in note for note in raised.value.__notes__)
+
+
+def test_an_exception_of_a_signal_handler_in_save_itself_loses_nothing(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = watched_run(preemption_patience_s=1e3)
+    take, died = run._main.take, RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+    def take_when_a_worker_dies(*args: Any) -> Any:
+        if run._preemption.received and died.__traceback__ is None:
+            raise died
+        return take(*args)
+
+    monkeypatch.setattr(run._main, "take", take_when_a_worker_dies)
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        end_at_5(run, died, received=True, in_body=False)
+    assert storage.steps() == [0, 5]
 
 
 def test_an_exception_without_sigterm_saves_nothing(

@@ -80,6 +80,8 @@ class References:
         now: datetime.datetime,
         metrics: Mapping[str, Any],
         capture: Callable[[], Mapping[str, Captured]],
+        *,
+        at_any_cost: bool = False,
     ) -> LastStep | None:
         """References to the live state.
 
@@ -88,6 +90,7 @@ class References:
             now: the time.
             metrics: its metrics.
             capture: captures the live state.
+            at_any_cost: take them though it may cost too much.
 
         Returns:
             None if that would cost too much, or if the state cannot be saved, which is for the next save to say.
@@ -95,7 +98,7 @@ class References:
         began_s = self._clock()
         # Of the time since the start, but no more than `_AHEAD_S` is saved up for later.
         self._spent_s = max(self._spent_s, _SHARE * (began_s - self._began_s))
-        if self._spent_s > _SHARE * (began_s - self._began_s) + _AHEAD_S:
+        if not at_any_cost and self._spent_s > _SHARE * (began_s - self._began_s) + _AHEAD_S:
             return None
         try:
             with transfers_allowed():

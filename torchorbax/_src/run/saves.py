@@ -87,6 +87,26 @@ class Saves:
             ConfigError, UnsupportedLeafError, DeletedArrayError, MismatchError: as `Checkpointer.save`.
         """
         now = datetime.datetime.now(datetime.UTC)
+        try:
+            return self._offer(step, now, state, metrics, force=force, started_s=started_s)
+        except BaseException:
+            # A signal handler may raise anywhere: torch's does when a DataLoader worker dies. Then the step is complete.
+            if self._references is not None and self._main.decider.watched and step > self._main.newest:
+                capture = functools.partial(self._capture, state)
+                self._unsaved = self._references.take(step, now, metrics, capture, at_any_cost=True)
+            raise
+
+    def _offer(
+        self,
+        step: int,
+        now: datetime.datetime,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        *,
+        force: bool,
+        started_s: float,
+    ) -> bool:
+        """What `offer` does."""
         capture = functools.cache(functools.partial(self._capture, state))  # once for all tiers
 
         def save_for(tier: Tier) -> Save:
@@ -200,18 +220,18 @@ class Saves:
         unsaved, self._unsaved = self._unsaved, None
         if not isinstance(unsaved, LastStep):
             return unsaved
-        captured = unsaved.captured()
-        if captured is None:
-            return None
-        started_s = time.perf_counter()
-        try:
-            with transfers_allowed():
-                snapshot = self._main.take(captured, self._staging)
-            metrics = checked(unsaved.metrics)
-        except (TorchorbaxError, RuntimeError, MemoryError) as error:  # such as: the loop has just donated an array
-            _logger.debug("%s: no snapshot of step %d: %s", self._main.storage.path, unsaved.step, error)
-            return None
-        return Save(unsaved.step, unsaved.time, metrics, started_s, snapshot)
+        for _ in range(2):  # a signal handler may raise in the first attempt
+            captured = unsaved.captured()
+            if captured is None:
+                return None
+            started_s = time.perf_counter()
+            try:
+                with transfers_allowed():
+                    snapshot = self._main.take(captured, self._staging)
+                return Save(unsaved.step, unsaved.time, checked(unsaved.metrics), started_s, snapshot)
+            except (TorchorbaxError, RuntimeError, MemoryError) as error:  # such as: the loop has just donated an array
+                _logger.debug("%s: no snapshot of step %d: %s", self._main.storage.path, unsaved.step, error)
+        return None
 
     def _due(self, step: int, now: datetime.datetime, force: bool) -> list[Tier]:
         """The tiers that are to save this step."""
