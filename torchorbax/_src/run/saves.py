@@ -90,7 +90,7 @@ class Saves:
         try:
             return self._offer(step, now, state, metrics, force=force, started_s=started_s)
         except BaseException:
-            # A signal handler may raise anywhere: torch's does when a DataLoader worker dies. Then the step is complete.
+            # A signal handler may raise anywhere: torch's does when a DataLoader worker dies. The step is complete.
             if self._references is not None and self._main.decider.watched and step > self._main.newest:
                 capture = functools.partial(self._capture, state)
                 self._unsaved = self._references.take(step, now, metrics, capture, at_any_cost=True)
