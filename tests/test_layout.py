@@ -62,7 +62,6 @@ ACROSS_MODULES = {
     "restore/test_several_processes": "all of a restore, by several processes",
     "run/test_interrupts": "Ctrl-C at every line of all that happens on the loop's thread",
     "run/test_several_processes": "all of a run, on changing numbers of processes",
-    "run/test_interrupts": "Ctrl-C at every line of a save, wherever the line stands",
     "storage/test_two_programs": "two programs on one path, from opening to deletion",
     "state/test_growing": "state that has grown since the run was opened, of every kind",
     "state/test_law": "the law, with generated states: what save accepts comes back",
