@@ -76,7 +76,7 @@ PLACES = [
     Place("commit marker", "save", "kind=metadata-write name=/{step}/commit_success"),
     Place("listing", "save", "kind=list,stat"),
     Place("deletion of a commit marker", "save", "kind=delete,batch name=/{old}/commit_success"),
-    Place("deletion, half done", "save", "kind=delete,batch name=/{old}/(?!commit_success)"),
+    Place("deletion, half done", "save", "kind=batch"),
     Place("listing", "restore", "kind=list,stat"),
     Place("manifest", "restore", "kind=read name=/{step}/manifest/metadata"),
     Place("array data", "restore", "kind=read name=/{step}/[^/]+/(d/|ocdbt|manifest.ocdbt)"),

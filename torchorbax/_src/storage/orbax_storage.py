@@ -50,7 +50,6 @@ from torchorbax.errors import (
 Result = TypeVar("Result")
 
 _logger = logging.getLogger(__name__)
-
 VERSION = importlib.metadata.version("orbax-checkpoint")
 
 
@@ -105,6 +104,8 @@ class OrbaxStorage(RunFolder):
             cause = self._loss() or error  # whoever has taken over has removed what this process was writing
             self._remove_failed(folder, cause)
             raise SaveError(step, self.path, _reason(cause, cut=self.is_uri)) from cause
+        if self._noted():  # now the storage answers
+            self._remove_what_is_left()
         return manifest
 
     def _prepare(self, step: int) -> None:
@@ -166,13 +167,17 @@ class OrbaxStorage(RunFolder):
         """
         if isinstance(error, OwnershipError) or (self.is_uri and isinstance(error, StorageError)):
             return
+        self._remove_what_is_left(folder)
+
+    def _remove_what_is_left(self, folder: str = "") -> None:
+        """Delete a folder on a local disk; under a URI, all that is left of saves and deletions."""
         try:
             if self.is_uri:
                 self.remove_leftovers()
             else:
                 self.files.delete_folder(folder)
         except (StorageError, OwnershipError) as failure:
-            _logger.warning("%s: what was written of %s could not be removed: %s", self.path, folder, failure)
+            _logger.warning("%s: what failed saves have written could not be removed: %s", self.path, failure)
 
     def write_arrays(self, folders: Folders, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Sums]:
         """Write one process's shards of the arrays of a step; see `Storage.write_arrays`."""
@@ -330,7 +335,7 @@ class OrbaxStorage(RunFolder):
         return arrays
 
     def _read_twice(self, step: int, read: Callable[[], Result]) -> Result:
-        """Read something of a step, and again if it seems to be damaged: a wrong byte on the way is no damage."""
+        """Read something of a step, and again if it seems to be damaged."""
         try:
             return self._translated(step, read)
         except CorruptCheckpointError as error:

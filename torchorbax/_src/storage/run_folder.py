@@ -45,6 +45,7 @@ _DAMAGED = ".torchorbax-damaged"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it is writing
 _LEFTOVER = ".torchorbax-left-"
 _PROBE = ".torchorbax-probe-"
+_PARTIAL = re.compile(r"\.torchorbax-[a-z]+\.\d+\.partial")
 _OF_A_STEP = ("_CHECKPOINT_METADATA", MANIFEST, COMMITTED)
 _OF_AN_ITEM = ("_METADATA", "manifest.ocdbt", "d", "metadata")
 
@@ -281,9 +282,8 @@ class RunFolder:
         for folder in leftovers:
             try:
                 _logger.info("removing %s/%s, left behind by an interrupted save or deletion", self.path, folder)
+                # Under a URI it stays on the list until it is seen to be gone: writes that were given up may still come.
                 self.files.delete_folder(folder)
-                if self.is_uri:
-                    self._finish(folder)
             except StorageError as error:
                 _logger.warning("%s could not be removed, trying later: %s", folder, error)
                 if self.is_uri:  # no answer: each further deletion would take as long to fail
@@ -302,8 +302,10 @@ class RunFolder:
             found = [entry.name for entry in self.files.entries() if _is_step(entry.name)]
             half = [name for name in found if not self._is_committed(name)]
             return [name for name in half if name in noted or self._run_of(int(name)) == self.identity()]
-        mine = f"{_LEFTOVER}{self.identity()}-"
-        return [entry.name for entry in self.files.entries() if entry.name.startswith(mine)]
+        # Probes, and files that were to become another, are empty or incomplete, whoever has left them.
+        mine = (f"{_LEFTOVER}{self.identity()}-", _PROBE)
+        names = [entry.name for entry in self.files.entries()]
+        return [name for name in names if name.startswith(mine) or _PARTIAL.fullmatch(name)]
 
     def _leftover(self, step: int) -> str:
         """A new name for a folder on a local disk that is being written or deleted."""
