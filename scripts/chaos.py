@@ -1,0 +1,135 @@
+"""Has an independent crash tester, ckpt-chaos, kill training runs at their file events, and collects what it reports.
+
+python -m scripts.chaos --points 320 --report docs/chaos.md
+
+ckpt-chaos records every file that a whole run opens, renames and removes. It then kills a new run at each of these
+events: before it, with the file cut to half its size, or by SIGTERM. It starts each run again, which must end with the
+result of the whole one. The run itself (chaos_program.py) ends with an error if it does not go on from the newest
+committed step. The exit code is 1 if anything failed, and if fewer runs were killed than planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers.programs import fork_server
+
+SCRIPTS = Path(__file__).parent
+MODES = ("before", "torn", "term")
+FAILURES = "HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL"
+LIFE_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Runs that are killed alike.
+
+    Attributes:
+        share: of all points.
+        tiers: the argument of chaos_program.py.
+        options: further options of ckpt-chaos.
+    """
+
+    share: float
+    tiers: str
+    options: tuple[str, ...] = ()
+
+
+KINDS = {
+    "one process": Kind(0.45, "plain"),
+    "local tier": Kind(0.3, "local"),
+    "two processes, of which process 0 is killed": Kind(0.15, "plain", ("--ranks", "2", "--crash-rank", "0")),
+    "two processes, of which process 1 is killed": Kind(0.1, "plain", ("--ranks", "2", "--crash-rank", "1")),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ckpt-chaos has found for one kind.
+
+    Attributes:
+        failed: it has said so.
+        points: how many runs it has killed, by how.
+        missed: how many runs came to their end without having been killed.
+        report: its own Markdown.
+    """
+
+    failed: bool
+    points: Counter[str]
+    missed: int
+    report: str
+
+
+def campaign(kind: Kind, points: int, jobs: int, folder: Path, server: str) -> Outcome:
+    summary = folder.with_suffix(".md")
+    ended = subprocess.run(
+        [sys.executable, "-m", "ckpt_chaos", "run", "--step-regex", r"resumed from step (\d+)"]
+        + ["--result-file", "{out}/result.txt", "--fail-on", FAILURES, "--timeout", str(LIFE_TIMEOUT_S)]
+        + ["--modes", ",".join(MODES), "--max-points", str(points), "--jobs", str(jobs), *kind.options]
+        + ["--work", str(folder), "--summary", str(summary), "--"]
+        + [sys.executable, "-S", str(SCRIPTS / "chaos_life.py"), server]
+        + [str(SCRIPTS / "chaos_program.py"), kind.tiers, "--out", "{out}"],
+        check=False,
+    )
+    if not summary.exists():
+        raise SystemExit(f"ckpt-chaos has ended with {ended.returncode}, without a report")
+    killed: Counter[str] = Counter()
+    missed = 0
+    for file in folder.glob("pt_*/result.json"):
+        result = json.loads(file.read_text())
+        if "point" in result:
+            killed[result["point"][1]] += result["crashed"]
+            missed += not result["crashed"]
+    return Outcome(ended.returncode != 0, killed, missed, summary.read_text())
+
+
+def section(name: str, outcome: Outcome) -> str:
+    """The tool's own report; of its last part, the command, only a temporary socket would be new."""
+    how = ", ".join(f"{outcome.points[mode]} {mode}" for mode in MODES)
+    report, _, _ = outcome.report.partition("\nReproduce locally")
+    report = re.sub(r"^## ckpt-chaos: ", "", report).strip()
+    missed = f"; {outcome.missed} came to their end before" if outcome.missed else ""
+    return f"## {name[0].upper()}{name[1:]}\n\nKilled: {how}{missed}.\n\n{report}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=320, help="how many runs are killed in all, at most")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    parser.add_argument("--only", choices=KINDS, action="append", help="these kinds of runs; all if not given")
+    parser.add_argument("--report", type=Path, help="the Markdown file whose part after the marker is written anew")
+    options = parser.parse_args()
+    kinds = {name: kind for name, kind in KINDS.items() if options.only is None or name in options.only}
+    whole = sum(kind.share for kind in kinds.values())
+    os.environ.pop("XLA_FLAGS", None)
+    outcomes: dict[str, Outcome] = {}
+    with tempfile.TemporaryDirectory(prefix="torchorbax-chaos-") as folder:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder) / "compiled")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+        server = fork_server()
+        for number, (name, kind) in enumerate(kinds.items()):
+            print(f"--- {name}", flush=True)
+            points = max(len(MODES), round(options.points * kind.share / whole))
+            outcomes[name] = campaign(kind, points, options.jobs, Path(folder) / f"kind_{number}", server)
+    killed = sum((outcome.points for outcome in outcomes.values()), Counter[str]())
+    failed = [name for name, outcome in outcomes.items() if outcome.failed]
+    if options.report is not None:
+        head, marker, _ = options.report.read_text().partition("<!-- report -->\n")
+        sections = "\n".join(section(name, outcome) for name, outcome in outcomes.items())
+        options.report.write_text(f"{head}{marker}\n{sections}")
+    print(f"{killed.total()} killed ({', '.join(f'{killed[mode]} {mode}' for mode in MODES)}), failed: {failed or 'none'}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
