@@ -183,7 +183,8 @@ class Campaign:
     def check_end(self, after: list[int]) -> None:
         if len(after) > KEEP:
             raise Failure(f"{KEEP} steps were to be kept, there are {after}")
-        if left := {name.split("/")[0] for name in self.objects()} - set(map(str, after)):
+        seen = {name.split("/")[0] for name in self.objects() if not name.startswith(".")}
+        if left := seen - set(map(str, after)):
             raise Failure(f"left behind: {sorted(left)}")
 
     def trial(self, number: int, at: int) -> str:
@@ -213,7 +214,7 @@ def main() -> None:
         try:
             for number in range(options.trials):
                 # spread over the save; each request in turn if there are enough trials
-                at = number * max(campaign.requests // options.trials, 1) % campaign.requests
+                at = number * max(campaign.requests, options.trials) // options.trials % campaign.requests
                 try:
                     campaign.outcomes[campaign.trial(number, at)] += 1
                 except Failure as failure:

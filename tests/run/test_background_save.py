@@ -197,13 +197,14 @@ def test_log_messages_name_what_is_waited_for(storage: MemoryStorage, caplog: py
     assert "waiting for step 4 to be committed" in caplog.text
 
 
-def test_two_runs_on_one_path(tmp_path: Path) -> None:
+def test_a_run_that_is_opened_again_in_the_same_process_takes_the_earlier_one_over(tmp_path: Path) -> None:
+    """As when a cell of a notebook runs twice."""
     with Checkpointer(str(tmp_path), {"w": weights(1)}) as one, Checkpointer(str(tmp_path), {"w": weights(2)}) as other:
-        one.save(0, force=True)
-        one.wait()
         other.save(0, force=True)
-        with pytest.raises(
-            SaveError, match="step 0 was not saved: somebody else has saved it meanwhile; is another run"
-        ):
-            other.wait()
-    assert torchorbax.load(str(tmp_path), item="w")["w"][0] == 1
+        other.wait()
+        one.save(0, force=True)
+        with pytest.raises(SaveError, match=r"step 0 was not saved: .* has taken this run over"):
+            one.wait()
+        other.save(1, force=True)
+    assert torchorbax.verify(str(tmp_path)) == [0, 1]
+    assert torchorbax.load(str(tmp_path), item="w")["w"][0] == 2

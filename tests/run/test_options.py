@@ -45,6 +45,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"keep": -1}, "keep must be a positive number of steps, None"),
     ({"local_keep": "all"}, "keep must be a positive number of steps, None"),
     ({"shardings": "fsdp"}, "shardings must be .jax.sharding.Mesh, rules by name."),
+    ({"verify_after_save": "last"}, "verify_after_save must be 'first', True or False, not 'last'"),
     ({"staging": "disk"}, "staging must be one of 'auto', 'reference', 'device', 'host', not 'disk'"),
     ({"compression": "gzip"}, "compression must be 'zstd' or None, not 'gzip'"),
     ({"max_host_bytes": 1 << 20}, "max_host_bytes must be an int of at least 67108864"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -156,7 +157,8 @@ class GcsFiles:
 
     def delete_file(self, path: str) -> None:
         """See `Files.delete_file`."""
-        self._delete_objects([path])
+        with self._translated(), contextlib.suppress(FileNotFoundError):
+            self._call("DELETE", "b/{}/o/{}", self._bucket, self._name(path))
 
     def delete_folder(self, folder: str) -> None:
         """See `Files.delete_folder`."""

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchorbax._src.storage import gcs
-from torchorbax._src.storage.files import Entry, Files
+from torchorbax._src.storage.files import Files
 from torchorbax._src.storage.gcs_files import GcsFiles
 from torchorbax._src.storage.local_files import LocalFiles
 from torchorbax._src.storage.owner_records import GcsRecord, LocalRecord
@@ -95,7 +95,9 @@ class RunFolder:
                 raise ConfigError(f"{self.path} is a file; a run needs a folder")
             found = self.files.entries()
             entries = [entry for entry in found if not entry.name.startswith(".")]
-            strangers = {entry.name for entry in entries if _is_step(entry.name) and not self._may_be_step(entry)}
+            strangers = {
+                name for name, kind in entries if _is_step(name) and kind == "folder" and not self._may_be_step(name)
+            }
             is_run = any(_belongs_to_run(entry.name) and entry.name not in strangers for entry in found)
         if entries and not is_run:
             names = sorted(entry.name for entry in entries)
@@ -108,13 +110,11 @@ class RunFolder:
                 "move them away"
             )
 
-    def _may_be_step(self, entry: Entry) -> bool:
-        """Is there a step, whole or damaged, under a name that is a number? An empty folder may be one, too."""
-        if entry.kind != "folder":
-            return False
-        inside = self.files.entries(entry.name)
+    def _may_be_step(self, folder: str) -> bool:
+        """Is a folder whose name is a number a step, whole or damaged? An empty folder may be one, too."""
+        inside = self.files.entries(folder)
         return not inside or any(
-            name in _OF_A_STEP or any(below.name in _OF_AN_ITEM for below in self.files.entries(f"{entry.name}/{name}"))
+            name in _OF_A_STEP or any(below.name in _OF_AN_ITEM for below in self.files.entries(f"{folder}/{name}"))
             for name, _ in inside
         )
 
@@ -274,11 +274,12 @@ class RunFolder:
             OwnershipError: another program has taken the run over.
         """
         self._ownership.check()
-        for folder in self._leftovers():
+        leftovers = self._leftovers()
+        if self.is_uri:
+            for folder in self._noted().difference(leftovers):  # gone, or committed although the answer was lost
+                self._finish(folder)
+        for folder in leftovers:
             try:
-                if self.is_uri and self.files.exists(f"{folder}/{COMMITTED}"):
-                    self._finish(folder)  # it has been committed after all: only the answer was lost
-                    continue
                 _logger.info("removing %s/%s, left behind by an interrupted save or deletion", self.path, folder)
                 self.files.delete_folder(folder)
                 if self.is_uri:
@@ -288,10 +289,19 @@ class RunFolder:
                 if self.is_uri:  # no answer: each further deletion would take as long to fail
                     return
 
+    def _noted(self) -> set[str]:
+        """Under a URI, the folders of this one that are on the owner's list of unfinished ones."""
+        below = "" if self._parent is None else f"{BASE}/"
+        names = (name.removeprefix(below) for name in self._ownership.unfinished if name.startswith(below))
+        return {name for name in names if _is_step(name)}
+
     def _leftovers(self) -> list[str]:
         if self.is_uri:
-            names = (name.removeprefix(self._below_owner) for name in self._ownership.unfinished)
-            return [name for name in names if _is_step(name)]
+            noted = self._noted()
+            # A marker may also have been deleted by somebody else, or by an earlier version.
+            found = [entry.name for entry in self.files.entries() if _is_step(entry.name)]
+            half = [name for name in found if not self._is_committed(name)]
+            return [name for name in half if name in noted or self._run_of(int(name)) == self.identity()]
         mine = f"{_LEFTOVER}{self.identity()}-"
         return [entry.name for entry in self.files.entries() if entry.name.startswith(mine)]
 
@@ -299,18 +309,13 @@ class RunFolder:
         """A new name for a folder on a local disk that is being written or deleted."""
         return f"{_LEFTOVER}{self.identity()}-{step}-{uuid.uuid4().hex[:8]}"
 
-    @property
-    def _below_owner(self) -> str:
-        """The path of this folder below the folder that has the owner's record, with a slash at the end."""
-        return "" if self._parent is None else f"{BASE}/"
-
     def _begin(self, folder: str) -> None:
         """Note that a folder under a URI is about to be written or deleted."""
-        self._ownership.begin([f"{self._below_owner}{folder}"])
+        self._ownership.begin([folder if self._parent is None else f"{BASE}/{folder}"])
 
     def _finish(self, folder: str) -> None:
         """Note that a folder under a URI is complete, or gone."""
-        self._ownership.finish(f"{self._below_owner}{folder}")
+        self._ownership.finish(folder if self._parent is None else f"{BASE}/{folder}")
 
 
 def _belongs_to_run(name: str) -> bool:
