@@ -1,6 +1,6 @@
 """Has an independent crash tester, ckpt-chaos, kill training runs at their file events, and collects what it reports.
 
-python -m scripts.chaos --points 320 --report docs/chaos.md
+python -m scripts.chaos --points 340 --report docs/chaos.md
 
 ckpt-chaos records every file that a whole run opens, renames and removes. It then kills a new run at each of these
 events: before it, with the file cut to half its size, or by SIGTERM. It starts each run again, which must end with the
@@ -28,6 +28,7 @@ SCRIPTS = Path(__file__).parent
 MODES = ("before", "torn", "term")
 FAILURES = "HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL"
 LIFE_TIMEOUT_S = 120
+MARKER = "<!-- report -->\n"
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,17 @@ def section(name: str, outcome: Outcome) -> str:
     return f"## {name[0].upper()}{name[1:]}\n\nKilled: {how}{missed}.\n\n{report}\n"
 
 
+def write_report(page: Path, outcomes: dict[str, Outcome]) -> None:
+    """Replace what follows the marker in a page."""
+    head, marker, _ = page.read_text().partition(MARKER)
+    if not marker:
+        raise SystemExit(f"{page} has no line {MARKER.strip()!r}, after which the report could stand")
+    page.write_text(f"{head}{marker}\n" + "\n".join(section(name, outcome) for name, outcome in outcomes.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=320, help="how many runs are killed in all, at most")
+    parser.add_argument("--points", type=int, default=340, help="how many runs are killed in all, at most")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--only", choices=KINDS, action="append", help="these kinds of runs; all if not given")
     parser.add_argument("--report", type=Path, help="the Markdown file whose part after the marker is written anew")
@@ -130,15 +139,12 @@ def main() -> None:
             print(f"--- {name}", flush=True)
             points = max(len(MODES), round(options.points * kind.share / whole))
             outcomes[name] = campaign(kind, points, options.jobs, folder / f"kind_{number}", server)
-    killed = sum((outcome.points for outcome in outcomes.values()), Counter[str]())
-    failed = [name for name, outcome in outcomes.items() if outcome.failed]
     if options.report is not None:
-        head, marker, _ = options.report.read_text().partition("<!-- report -->\n")
-        sections = "\n".join(section(name, outcome) for name, outcome in outcomes.items())
-        options.report.write_text(f"{head}{marker}\n{sections}")
-    print(
-        f"{killed.total()} killed ({', '.join(f'{killed[mode]} {mode}' for mode in MODES)}), failed: {failed or 'none'}"
-    )
+        write_report(options.report, outcomes)
+    killed = sum((outcome.points for outcome in outcomes.values()), Counter[str]())
+    how = ", ".join(f"{killed[mode]} {mode}" for mode in MODES)
+    failed = [name for name, outcome in outcomes.items() if outcome.failed]
+    print(f"{killed.total()} killed ({how}), failed: {', '.join(failed) or 'none'}")
     sys.exit(1 if failed else 0)
 
 
