@@ -56,6 +56,8 @@ class Moment:
 
 _STORAGE = "torchorbax._src.storage.orbax_storage:OrbaxStorage"
 
+_FILES = "torchorbax._src.storage.local_files:LocalFiles"
+
 MOMENTS: dict[str, Moment] = {
     "before the snapshot": Moment("torchorbax._src.save.snapshot", "take"),
     "after the snapshot": Moment("torchorbax._src.save.snapshot", "take", after=True),
@@ -63,12 +65,15 @@ MOMENTS: dict[str, Moment] = {
     "before the data": Moment("torchorbax._src.storage.array_writer", "write"),
     "in the data": Moment("torchorbax._src.storage.array_writer:_Batches", "add_small"),
     "after the data of an item": Moment("torchorbax._src.storage.array_writer", "write", after=True),
-    "before the manifest": Moment("torchorbax._src.storage.orbax_commit:_ManifestWrite", "result"),
-    "after the manifest": Moment("torchorbax._src.storage.orbax_commit:_ManifestWrite", "result", after=True),
+    "before the merge": Moment("torchorbax._src.storage.array_writer", "merge"),
+    "before the manifest": Moment(_FILES, "create"),
+    "after the manifest": Moment(_FILES, "create", after=True),
     "before a rename": Moment("os", "rename"),
     "after a rename": Moment("os", "rename", after=True),
-    "before the flush": Moment(_STORAGE, "_make_durable"),
+    "before the flush": Moment(_FILES, "flush"),
     "in the flush": Moment("os", "fsync"),
+    "when the owner is written down": Moment("torchorbax._src.storage.owner_records:LocalRecord", "swap"),
+    "before it is read back": Moment("torchorbax._src.verification.step_check", "check_step"),
     "after the commit": Moment(_STORAGE, "write", after=True),
     "before a deletion": Moment(_STORAGE, "delete"),
     "in a deletion": Moment("os", "unlink"),

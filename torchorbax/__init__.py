@@ -10,6 +10,7 @@ from torchorbax._src.restore.load import load
 from torchorbax._src.restore.verify import verify
 from torchorbax._src.run.checkpointer import Checkpointer
 from torchorbax._src.run.init_from import Params, params
+from torchorbax._src.run.maintenance import GceMaintenanceNotice
 from torchorbax._src.run.options import RunOptions
 from torchorbax._src.run.resume import resume
 from torchorbax._src.save.save import SaveRecord
@@ -45,6 +46,7 @@ __all__ = [
     "CorruptCheckpointError",
     "DeletedArrayError",
     "EvalStep",
+    "GceMaintenanceNotice",
     "MismatchError",
     "OptaxOptimizer",
     "OwnershipError",

@@ -3,6 +3,10 @@
 A save policy has the method `should_save(step, previous_steps, *, context)`, a preservation policy
 `should_preserve(checkpoints, *, context)`. Any object with that method is accepted as `save=` or `keep=`. The newest
 step is kept whatever the preservation policy says, because a resumed run starts from it.
+
+The answers are bools. If a save policy raises or answers anything else, that is a warning, and the step is saved if no
+save is in flight; if a preservation policy does, all steps are kept. A step that lacks a metric that the policy asks
+for, though it has others, ranks below all steps that have it, as one whose metric is NaN does.
 """
 
 from __future__ import annotations

@@ -99,6 +99,10 @@ HOSTILE: dict[str, Callable[[Any], object]] = {
     "a class by name": lambda content: item(content, "data")["values"].update(
         value={"$": "torch.dtype", "value": "nn"}
     ),
+    "a note without what it notes": lambda content: item(content, "data")["values"].update(
+        value={"$": "built", "value": 1}
+    ),
+    "text as the values of a module": lambda content: item(content).update(values="2020-01-01"),
     "values that are not there": lambda content: item(content, "optimizer").update(values=None),
     "an optimizer without groups": lambda content: item(content, "optimizer").update(
         values={"$": "dict", "keys": ["state"], "values": [{"$": "dict", "keys": [], "values": []}]}

@@ -53,6 +53,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"storage_timeout_s": 0}, "storage_timeout_s must be a positive number of seconds"),
     ({"barrier_timeout_s": True}, "barrier_timeout_s must be a positive number of seconds"),
     ({"local": "gs://bucket/fast"}, "local must be a folder on each host, not gs://bucket/fast"),
+    ({"preemption_notice": "SIGUSR1"}, "preemption_notice must be a callable .* or None, not 'SIGUSR1'"),
+    ({"preemption_notice": torchorbax.GceMaintenanceNotice}, "preemption_notice must be a callable .* not <class"),
+    ({"preemption_patience_s": -1}, "preemption_patience_s must be a number of seconds, not -1"),
 ]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torchorbax import verify
+from torchorbax import Checkpointer, verify
+from torchorbax._src.run import preemption_watch
 
 from tests.helpers.fake_runs import fake_run, weights
 from tests.helpers.memory_storage import MemoryStorage
@@ -48,6 +52,186 @@ def test_sigterm_saves_what_the_body_handed_over(storage: MemoryStorage, monkeyp
     assert storage.steps() == [0, 7]
     assert seen == [1.0, 8.0]
     assert storage.committed[7].metrics == {"loss": 7.0}
+
+
+# ---------------------------------------------------------------------------------- a loop that does not come back
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait until something that another thread does has happened."""
+    deadline_s = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < deadline_s
+        threading.Event().wait(0.002)
+
+
+@pytest.fixture
+def watched_run(storage: MemoryStorage) -> Iterator[Callable[..., Checkpointer]]:
+    """Runs that are watched as after `resume`, and have no patience."""
+    runs = []
+
+    def open_run(**options: Any) -> Checkpointer:
+        run = fake_run(storage, **{"save": 100, "preemption_patience_s": 0.0, **options})
+        preemption_watch.watch(run._preemption)
+        runs.append(run)
+        return run
+
+    yield open_run
+    assert not any(run._preemption.watched for run in runs)
+
+
+def test_a_loop_that_does_not_come_back_has_its_last_step_saved(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer]
+) -> None:
+    seen: list[float] = []
+    with watched_run() as run:
+        live = run.state["w"]
+        for step in run.steps(10):
+            if step == 5:
+                run._preemption.received = True
+                until(lambda: storage.steps() == [0, 4])
+                seen.append(float(np.asarray(storage._arrays[4]["w", "w"])[0]))
+            live["w"] = live["w"] + 1
+            run.log(loss=step)
+    assert seen == [5.0]
+    assert storage.committed[4].metrics == {"loss": 4.0}
+    # It has come back, so its own step is saved as well.
+    assert storage.steps() == [0, 4, 5]
+    assert float(np.asarray(storage._arrays[5]["w", "w"])[0]) == 6.0
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_step_that_has_begun_to_change_is_saved_only_from_a_snapshot(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer], saved: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), watched_run(save_on_exception=saved) as run:
+        live = run.state["w"]
+        for step in run.steps(10):
+            old, live["w"] = live["w"], live["w"] + 1
+            old.delete()  # as a donating step does
+            if step == 5:
+                run._preemption.received = True
+                until(lambda: "does not come back" in caplog.text)
+    assert storage.steps() == ([0, 4, 5] if saved else [0, 5])
+    assert ("step 4 is the last complete one, and it is not saved" in caplog.text) is not saved
+
+
+def test_a_step_that_is_saved_already_is_not_saved_again(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer]
+) -> None:
+    with watched_run(save=1) as run:
+        for step in run.steps(10):
+            if step == 5:
+                run._preemption.received = True
+                run._save_overdue()
+    assert storage.steps() == [3, 4, 5]
+    assert [record.step for record in run.history] == [0, 1, 2, 3, 4, 5]
+
+
+def end_at_5(run: Checkpointer, error: Exception, *, received: bool, in_body: bool = True) -> None:
+    """A loop that ends with an exception in step 5, in its body or after it."""
+    with run:
+        for step in run.steps(10):
+            if step == 5:
+                run._preemption.received = received
+                if in_body:
+                    raise error
+
+
+def test_an_exception_after_sigterm_saves_the_last_complete_step(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer]
+) -> None:
+    """DataLoader workers die of a signal to the group, and the loop gets their exception."""
+    died = RuntimeError("DataLoader worker is killed by signal: Terminated")
+    with pytest.raises(RuntimeError, match="killed by signal") as raised:
+        end_at_5(watched_run(preemption_patience_s=1e3), died, received=True)
+    assert storage.steps() == [0, 4]
+    assert any("the last committed step is 4" in note for note in raised.value.__notes__)
+
+
+def test_an_exception_of_a_signal_handler_in_save_itself_loses_nothing(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = watched_run(preemption_patience_s=1e3)
+    take, died = run._main.take, RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+    def take_when_a_worker_dies(*args: Any) -> Any:
+        if run._preemption.received and died.__traceback__ is None:
+            raise died
+        return take(*args)
+
+    monkeypatch.setattr(run._main, "take", take_when_a_worker_dies)
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        end_at_5(run, died, received=True, in_body=False)
+    assert storage.steps() == [0, 5]
+
+
+def test_an_exception_without_sigterm_saves_nothing(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer]
+) -> None:
+    with pytest.raises(KeyError, match="mine"):
+        end_at_5(watched_run(), KeyError("mine"), received=False)
+    assert storage.steps() == [0]
+
+
+def test_close_after_sigterm_saves_the_last_complete_step(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer]
+) -> None:
+    run = watched_run(preemption_patience_s=1e3)
+    for step in range(3):
+        run.save(step)
+    run._preemption.received = True
+    run.close()
+    assert storage.steps() == [0, 2]
+
+
+def test_sigterm_in_close_waits_for_the_commit(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer]
+) -> None:
+    run = watched_run()
+    run._preemption.install()
+    run.save(0)
+    run.wait()
+    storage.gate.clear()
+    storage.writing.clear()
+    run.save(7, force=True)
+    assert storage.writing.wait(30)
+
+    def is_waiting() -> bool:
+        if run._saves.turn.acquire(blocking=False):
+            run._saves.turn.release()
+            return False
+        return True
+
+    def signal_then_go_on() -> None:
+        until(is_waiting)
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: run._preemption.signalled)
+        storage.gate.set()
+
+    thread = threading.Thread(target=signal_then_go_on)
+    thread.start()
+    run.close()
+    thread.join()
+    assert storage.steps() == [0, 7]
+    assert run.preempted
+
+
+def test_the_handler_does_nothing_but_set_a_flag(
+    storage: MemoryStorage, watched_run: Callable[..., Checkpointer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may run in the middle of a write to stderr, to which a log would write, too."""
+    with caplog.at_level(logging.DEBUG), watched_run(preemption_patience_s=1e3) as run:
+        run._preemption.install()
+        for step in run.steps(10):
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+                assert not [record for record in caplog.records if record.name.startswith("torchorbax")]
+    assert storage.steps() == [0, 2]
+    assert "SIGTERM: saving step 2, then stopping" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------- real processes
 
 
 SIGTERM = """
@@ -106,7 +290,7 @@ def test_sigterm_to_one_process_stops_all_with_the_same_step_saved(folder: Path,
     assert last >= 10
     assert there == [last]
     assert saved
-    assert "SIGTERM: saving the current step" in ended[1].stderr
+    assert "SIGTERM: saving step" in ended[1].stderr
     assert all(f"the last committed step is {one}" in ended[0].stderr for one in verify(path / "steps"))
 
 
@@ -141,7 +325,7 @@ def test_sigterm_saves_the_current_step_and_ends_the_loop(tmp_path: Path, run_py
     assert returncode == 0, err
     last_step = int(lines[-2])
     assert lines[-1] == f"ended True [{last_step}]"
-    assert "SIGTERM: saving the current step" in err
+    assert "SIGTERM: saving step" in err
     check = "import sys, torchorbax; print(float(torchorbax.load(sys.argv[1])['weight'][0, 0]))"
     assert float(run_python(check, tmp_path / "run").stdout) == last_step
 

@@ -100,7 +100,7 @@ def test_the_first_save_that_takes_minutes(
             now[0] = 100.0 + 60 * minutes
             run.save(1 + minutes)
         assert warned(caplog) == [
-            f"run: the save of step 1 has taken 240 s so far and is still {PHASES[method]}; no step has been committed "
+            f"run: the save of step 1 has taken 120 s so far and is still {PHASES[method]}; no step has been committed "
             "before it"
         ]
         blocked.go.set()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from torchorbax import Checkpointer, ConfigError, SaveError, verify
+from torchorbax._src.save import read_back
 from torchorbax._src.storage import array_writer
 from torchorbax._src.verification import step_check
 
@@ -85,6 +86,24 @@ def test_a_step_that_was_restored_need_not_be_read_back_again(tmp_path: Path, mo
     with Checkpointer(tmp_path, state(), save=None, rng=False) as run:
         run.restore()
         assert run._main.steps.proved == {0}
+
+
+def test_old_steps_are_read_again_one_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(tmp_path, state(), save=None, rng=False, keep=None) as run:
+        for step in range(3):
+            save_and_wait(run, step)
+        monkeypatch.setattr(read_back, "SCRUB_AFTER_S", 0.0)
+        file = max((tmp_path / "1").rglob("d/*"), key=lambda path: path.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+        for step in range(3, 6):
+            save_and_wait(run, step)
+        assert run.all_steps() == [0, 2, 3, 4, 5]
+    assert "step 1: the data of x: a is not what was saved" in caplog.text
+    assert caplog.text.count("is not what was saved") == 1
 
 
 def test_other_values_are_refused(tmp_path: Path) -> None:

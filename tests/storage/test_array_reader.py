@@ -34,7 +34,7 @@ def test_a_missing_chunk_is_not_taken_for_zeros(mesh: Mesh, tmp_path: Path) -> N
     storage = write(tmp_path, {"large": jax.device_put(random((256, 128)), NamedSharding(mesh, P("fsdp")))})
     database = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{tmp_path}/0/state/"}).result()
     database.delete_range(ts.KvStore.KeyRange("large/3.0", "large/3.1")).result()
-    with pytest.raises(CorruptCheckpointError, match=r"item state: .*large/3\.0"):
+    with pytest.raises(CorruptCheckpointError, match=r"item state: .*'large' has 7 chunks, expected 8"):
         read(storage, {"large": None})
 
 

@@ -62,6 +62,8 @@ class _Decoder:
         if kind == "leaf":
             return self._leaf(json["name"], json["as"])
         if kind == "built":
+            if "how" not in json:
+                raise ValueError("a note on how a value was built is missing")
             return self.value(json["value"])
         if kind == "same":
             return self.containers[json["number"]]

@@ -7,11 +7,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from torchorbax._src.arrays.dtypes import BY_NAME
+from torchorbax._src.format import bounded_json
 from torchorbax._src.format.decode import decode
 from torchorbax._src.format.values import Json
 
@@ -31,8 +32,10 @@ _OMITTED = {"base": None, "weak_type": False}
 """Values that are not written, because most leaves have them."""
 _CRC32C = re.compile(r"[0-9a-f]{8}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+_SHA_256 = re.compile(r"[0-9a-f]{64}")
 _MOST_DIMENSIONS = 64  # numpy's limit
 _MOST_BYTES = 1 << 62
+_MOST_PROCESSES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,33 @@ class Manifest:
         content = json.loads(json.dumps(shared))  # a copy; `asdict` would take 0.1 s for 2,000 leaves
         return {**content, "sha256": digest(content)}
 
+    def to_text(self) -> str:
+        """The text that `from_text` reads.
+
+        Raises:
+            ValueError: it is too large to be read again.
+        """
+        text = json.dumps(self.to_json())
+        bounded_json.check(text, lambda: len(self.leaves) * bounded_json.LEAF_BYTES)
+        return text
+
+    @classmethod
+    def from_text(cls, text: str, other_bytes: Callable[[], int] = lambda: 0) -> Manifest:
+        """The manifest in the text of its file.
+
+        Args:
+            text: the text.
+            other_bytes: counts the bytes of the run's other files, which limit how much memory the manifest may take.
+
+        Raises:
+            ValueError: as `from_json` does; or the text is no JSON, or would take too much memory.
+        """
+        try:
+            content = bounded_json.loads(text, other_bytes)
+        except RecursionError as error:
+            raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {error}") from error
+        return cls.from_json(content)
+
     @classmethod
     def from_json(cls, content: Json) -> Manifest:
         """The manifest in a JSON object.
@@ -207,33 +237,56 @@ class Manifest:
                 that `to_json` never writes.
         """
         try:
+            if type(content["format"]) is not int or content["format"] < 1:
+                raise ValueError(f"not a torchorbax manifest: its format is {str(content['format'])[:200]}")
             if content["format"] > FORMAT:
                 raise ValueError(f"manifest format {content['format']} is newer than this torchorbax reads ({FORMAT})")
             if content["sha256"] != digest({key: value for key, value in content.items() if key != "sha256"}):
                 raise ValueError("the manifest is not what was written: its SHA-256 differs")
+            step, time = content["step"], datetime.datetime.fromisoformat(content["time"])
+            if type(step) is not int or step < 0:
+                raise ValueError(f"the step is {str(step)[:200]}")
+            if time.tzinfo is None:
+                raise ValueError(f"the time {content['time']} has no time zone")
             items = {name: _item_meta(name, item) for name, item in content["items"].items()}
-            time = datetime.datetime.fromisoformat(content["time"])
-            metrics = {name: float(value) for name, value in content["metrics"].items()}
-            processes, own = content.get("processes", 1), dict(content.get("own", {}))
-            if type(processes) is not int or not all(index.isdecimal() and int(index) < processes for index in own):
-                raise ValueError(f"it says that {str(processes)[:200]} processes wrote it, of which {str(own)[:200]}")
             parts = {item: dict(of_item) for item, of_item in content.get("parts", {}).items()}
+            versions, origin = dict(content["versions"]), content.get("origin", "")
+            if not all(type(text) is str for text in (*versions.values(), origin)):
+                raise ValueError(f"the versions are {str(versions)[:200]}, and the origin is {str(origin)[:200]}")
+            processes, own = _processes(content)
+            run, epoch = content.get("run", ""), content.get("epoch", 0)
+            if type(run) is not str or type(epoch) is not int:
+                raise ValueError(f"the run is {str(run)[:200]}, and its epoch {str(epoch)[:200]}")
+            files = {path: _file_digest(path, found) for path, found in content.get("files", {}).items()}
+            metrics = _metrics(content["metrics"])
             return cls(
-                content["step"],
-                time,
-                metrics,
-                items,
-                dict(content["versions"]),
-                processes,
-                own,
-                parts,
-                str(content.get("origin", "")),
-                str(content.get("run", "")),
-                int(content.get("epoch", 0)),
-                {path: _file_digest(path, found) for path, found in content.get("files", {}).items()},
+                step, time, metrics, items, versions, processes, own, parts, origin, run=run, epoch=epoch, files=files
             )
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a torchorbax manifest: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _metrics(content: Json) -> dict[str, float]:
+    if not all(type(value) in (int, float) for value in content.values()):
+        raise ValueError(f"the metrics are {str(content)[:200]}, which are not all numbers")
+    return {name: float(value) for name, value in content.items()}
+
+
+def _processes(content: Json) -> tuple[int, dict[str, str]]:
+    """How many processes wrote the step, and the SHA-256 of the files with their own state."""
+    count, own = content.get("processes", 1), dict(content.get("own", {}))
+    if type(count) is not int or not 1 <= count <= _MOST_PROCESSES:
+        raise ValueError(f"it says that {str(count)[:200]} processes wrote it")
+    if not all(
+        index.isascii()
+        and index.isdecimal()
+        and index == str(int(index))
+        and int(index) < count
+        and _SHA_256.fullmatch(text)
+        for index, text in own.items()
+    ):
+        raise ValueError(f"it says that of {count} processes, {str(own)[:200]} have state of their own")
+    return count, own
 
 
 def leaves_of(items: Mapping[str, ItemMeta]) -> dict[Key, LeafMeta]:
@@ -258,16 +311,24 @@ def digest(content: Json) -> str:
 def _item_meta(name: str, content: Json) -> ItemMeta:
     if not ITEM_NAME.fullmatch(name):
         raise ValueError(f"{name[:200]!r} cannot name an item")
-    leaves = {leaf: _leaf_meta(leaf, meta) for leaf, meta in content["leaves"].items()}
+    leaves = {leaf: leaf_meta(leaf, meta) for leaf, meta in content["leaves"].items()}
     ties = dict(content["ties"])
     if strangers := [alias for alias, leaf in ties.items() if leaf not in leaves]:
         raise ValueError(f"{name}: {strangers[0][:200]!r} is tied to a leaf that is not there")
-    values = content["values"]
-    # A single encoded value, or several by name. They are decoded once here, so that later code can rely on their form.
+    check_values(content["values"], leaves)
+    shared = content.get("shared")
+    shared = None if shared is None else tuple(map(_shared, shared))
+    return ItemMeta(str(content["kind"]), leaves, ties, content["values"], shared)
+
+
+def check_values(values: Json, leaves: Iterable[str]) -> None:
+    """Raise ValueError if the values of an item are not what `format.encode` writes, with these leaves.
+
+    They are a single encoded value, or several by name. Once they have been decoded here, later code can rely on their
+    form.
+    """
     for value in values.values() if isinstance(values, dict) and "$" not in values else [values]:
         decode(value, dict.fromkeys(leaves))
-    shared = content.get("shared")
-    return ItemMeta(str(content["kind"]), leaves, ties, values, None if shared is None else tuple(map(_shared, shared)))
 
 
 def _shared(content: Json) -> Shared:
@@ -285,7 +346,8 @@ def _file_digest(path: str, content: Json) -> FileDigest:
     return nbytes, crc32c
 
 
-def _leaf_meta(name: str, content: Json) -> LeafMeta:
+def leaf_meta(name: str, content: Json) -> LeafMeta:
+    """The description of a leaf in a JSON object. Raises ValueError if no array can be so."""
     shape, dtype, residence = tuple(content["shape"]), content["dtype"], content["residence"]
     base, weak_type = content.get("base"), content.get("weak_type", False)
     if (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,8 +19,11 @@ import numpy as np
 from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.fingerprint import fingerprints
 from torchorbax._src.arrays.leaves import Array, is_global
-from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest, digest
+from torchorbax._src.format import bounded_json
+from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta, Manifest, check_values, digest, leaf_meta
 from torchorbax._src.format.values import Json
+
+_NO_FINGERPRINT = "0" * 32
 
 
 @dataclass(frozen=True)
@@ -81,23 +84,36 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def from_text(text: str) -> dict[str, HostItem]:
+def from_text(text: str, other_bytes: Callable[[], int] = lambda: 0) -> dict[str, HostItem]:
     """The reverse of `to_text`.
 
+    Args:
+        text: the text.
+        other_bytes: counts the bytes of the run's other files, which limit how much memory it may take.
+
     Raises:
-        ValueError, KeyError, TypeError: `to_text` has not written this text.
+        ValueError: `to_text` has not written this text, or it would take too much memory.
     """
-    items = {}
-    for item, content in json.loads(text).items():
-        metas, arrays = {}, {}
-        for name, leaf in content["leaves"].items():
-            data = np.frombuffer(bytearray(base64.b64decode(leaf["data"])), BY_NAME[leaf["dtype"]])
-            arrays[name] = data.reshape(leaf["shape"])
-            metas[name] = LeafMeta(
-                tuple(leaf["shape"]), leaf["dtype"], leaf["residence"], weak_type=leaf.get("weak_type", False)
-            )
-        items[item] = HostItem(content["values"], metas, arrays, tuple(content["shared"]))
-    return items
+    try:
+        content = bounded_json.loads(text, other_bytes)
+        return {item: _host_item(of_item) for item, of_item in content.items()}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a process's own state: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _host_item(content: Json) -> HostItem:
+    metas: dict[str, LeafMeta] = {}
+    arrays: dict[str, Array] = {}
+    for name, leaf in content["leaves"].items():
+        metas[name] = leaf_meta(name, {**leaf, "sharding": None, "fingerprint": _NO_FINGERPRINT, "base": None})
+        data = base64.b64decode(leaf["data"], validate=True)
+        if len(data) != metas[name].nbytes:
+            raise ValueError(f"{name[:200]!r} is {metas[name]}, but has {len(data)} bytes")
+        arrays[name] = np.frombuffer(bytearray(data), BY_NAME[leaf["dtype"]]).reshape(metas[name].shape)
+        metas[name] = replace(metas[name], fingerprint="")
+    shared = tuple(content["shared"])
+    check_values(content["values"], [*metas, *shared])
+    return HostItem(content["values"], metas, arrays, shared)
 
 
 def as_seen_by(manifest: Manifest, own: Mapping[str, HostItem]) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -72,12 +73,14 @@ class Checkpointer:
         settings = run_options(Checkpointer, options)
         refuse_torch_processes()
         self._processes = Processes(settings.barrier_timeout_s)
-        self._preemption = PreemptionNotice()
         # The live objects by name, and as items.
         self._state: MutableMapping[str, Any] = state if isinstance(state, MutableMapping) else dict(state)
         self._items = items_of(self._state, rng=settings.rng)
         # Where they are saved, and what does the work.
         channel = Channel(self._processes, "run")
+        self._preemption = PreemptionNotice(
+            settings.preemption_patience_s, self._save_overdue, settings.preemption_notice
+        )
         self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
         self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._saves = Saves(self._tiers, self._items, self._processes, settings)
@@ -92,6 +95,7 @@ class Checkpointer:
         self.next_step = 0
         self.left_out: tuple[Problem, ...] = ()
         at_exit.opened(self, self._main.standing)
+        self._preemption.start()
 
     @property
     def path(self) -> str:
@@ -257,6 +261,7 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the save in flight and stop listening for SIGTERM. Nothing can be saved afterwards.
 
+        If SIGTERM has arrived, and the last complete step is not saved and still there, it is saved, too.
         In a forked process it does nothing.
 
         Raises:
@@ -266,11 +271,15 @@ class Checkpointer:
         if self._turns.is_forked:
             return
         self._turns.check("close")
-        self._turns.take(self._stop)
+        self._closed = True
         for tier in self._tiers:
             if tier.saver.step_in_flight is not None:
                 _logger.info("%s: waiting for step %d to be committed", tier.storage.path, tier.saver.step_in_flight)
         try:
+            self.wait()
+            # Other processes, if there are any, need not have heard the signal, so they would not take part.
+            if self._preemption.received and self._processes.count == 1:
+                self._turns.take(functools.partial(self._saves.save_unsaved, preempted=True))
             self.wait()
         except SaveError:
             self._end()
@@ -278,16 +287,12 @@ class Checkpointer:
         # After Ctrl-C in `wait`, this is not reached: the run stays open, and the save is waited for at exit.
         self._end()
 
-    def _stop(self) -> None:
-        self._closed = True
-        self._saves.drop_unsaved()
-        self._preemption.remove()
-
     def _end(self) -> None:
         at_exit.closed(self)
         self._saves.close()
         for tier in self._tiers:
             tier.storage.release()
+        self._preemption.remove()
         self._processes.close()
 
     def _check_open(self) -> None:
@@ -295,6 +300,9 @@ class Checkpointer:
             raise ConfigError(f"{self.path}: this checkpointer is closed")
         if self._read_only:
             raise ConfigError(f"{self.path} was opened with read_only=True, so nothing can be saved there")
+
+    def _save_overdue(self) -> None:
+        self._turns.take(self._saves.save_overdue)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -307,7 +315,8 @@ class Checkpointer:
         try:
             if exc is not None and not self._closed:
                 self._processes.fail(f"{type(exc).__name__}: {exc}")
-                self._turns.take(self._saves.save_unsaved)
+                save = functools.partial(self._saves.save_unsaved, preempted=self._preemption.received)
+                self._turns.take(save)
             self.close()
         except SaveError as error:
             if exc is None:

@@ -90,7 +90,7 @@ def run_steps(
             # The end of the loop, if SIGTERM has arrived.
             if run.preempted:
                 run.wait()
-                _logger.warning("stopped by SIGTERM. %s", main.standing())
+                _logger.warning("stopped by %s. %s", main.decider.reason, main.standing())
                 return
     _warn_if_unsaved(main, run.next_step - 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import inspect
+import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -63,6 +64,11 @@ class RunOptions:
             under the path, on all hosts, or on all hosts of one slice, which then send it to the other slices.
         local_save: as `save`, for `local`. Forced saves and those on SIGTERM go to the path.
         local_keep: as `keep`, for `local`.
+        preemption_notice: asked every two seconds, on a thread of its own, if the machine is about to go away; True
+            acts as SIGTERM does. `GceMaintenanceNotice()` asks the metadata server of Google Cloud. None for SIGTERM
+            alone, for which `resume` listens.
+        preemption_patience_s: seconds after SIGTERM, or after the notice, for which the loop may go on with its body.
+            After them, the last complete step is saved from another thread if no step has begun to change the state.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -87,6 +93,8 @@ class RunOptions:
     local: str | os.PathLike[str] | None = None
     local_save: Literal["continuous"] | int | datetime.timedelta | policies.SaveDecisionPolicy | None = "continuous"
     local_keep: int | policies.PreservationPolicy | None = 2
+    preemption_notice: Callable[[], bool] | None = None
+    preemption_patience_s: float = 2.0
 
     def __post_init__(self) -> None:
         Processes(self.barrier_timeout_s, index=0, count=1)  # raises if the limit cannot work
@@ -103,6 +111,13 @@ class RunOptions:
             raise ConfigError("read_only=True writes nothing, so it has no use for takeover= or local=")
         if self.local is not None and "://" in os.fspath(self.local):
             raise ConfigError(f"local must be a folder on each host, not {os.fspath(self.local)}")
+        if isinstance(self.preemption_notice, type) or not callable(self.preemption_notice or bool):
+            raise ConfigError(
+                f"preemption_notice must be a callable () -> bool or None, not {self.preemption_notice!r}"
+            )
+        patience_s = self.preemption_patience_s
+        if isinstance(patience_s, bool) or not isinstance(patience_s, int | float) or not 0 <= patience_s < math.inf:
+            raise ConfigError(f"preemption_patience_s must be a number of seconds, not {patience_s!r}")
 
 
 class RunKeywords(TypedDict, total=False):
@@ -127,6 +142,8 @@ class RunKeywords(TypedDict, total=False):
     local: str | os.PathLike[str] | None
     local_save: Literal["continuous"] | int | datetime.timedelta | policies.SaveDecisionPolicy | None
     local_keep: int | policies.PreservationPolicy | None
+    preemption_notice: Callable[[], bool] | None
+    preemption_patience_s: float
 
 
 def takes_run_options(function: F) -> F:

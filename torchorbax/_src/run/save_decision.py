@@ -93,6 +93,16 @@ class Decider:
         """Are there several processes, each of which asks the policy?"""
         return self._processes.count > 1 and self._asked_everywhere
 
+    @property
+    def watched(self) -> bool:
+        """Is somebody waiting for SIGTERM in this process, so that a step that is not due may have to be saved?"""
+        return self._notice.watched
+
+    @property
+    def reason(self) -> str:
+        """What says, in this process or another, that the machine is about to go away."""
+        return self._notice.reason
+
     def due(self, ask: Callable[[], bool]) -> bool:
         """Is this step to be saved?
 

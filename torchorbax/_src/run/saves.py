@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import logging
 import operator
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.run.last_step import LastStep, References
 from torchorbax._src.run.options import RunOptions
 from torchorbax._src.run.step_metrics import MetricReader
 from torchorbax._src.run.tier import Tier
@@ -45,7 +48,11 @@ class Saves:
         self._processes = processes
         self._staging = options.staging
         self._save_on_exception = options.save_on_exception
-        self._unsaved: Save | None = None  # the last complete step, if it was not due
+        # The last complete step, if it was not due: its snapshot, or references to what may still be its state.
+        self._unsaved: Save | LastStep | None = None
+        self._references: References | None = None
+        if processes.count == 1:  # several would have to agree on a step, on threads that their loops know nothing of
+            self._references = References(options.max_host_bytes)
         self._preemption_saved = False
         self._metrics = MetricReader(self._main.storage.path)
 
@@ -81,6 +88,26 @@ class Saves:
         """
         self.attend()
         now = self._main.steps.clock.now()
+        try:
+            return self._offer(step, now, state, metrics, force=force, started_s=started_s)
+        except BaseException:
+            # A signal handler may raise anywhere: torch's does when a DataLoader worker dies. The step is complete.
+            if self._references is not None and self._main.decider.watched and step > self._main.newest:
+                capture = functools.partial(self._capture, state)
+                self._unsaved = self._references.take(step, now, metrics, capture, at_any_cost=True)
+            raise
+
+    def _offer(
+        self,
+        step: int,
+        now: datetime.datetime,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        *,
+        force: bool,
+        started_s: float,
+    ) -> bool:
+        """What `offer` does."""
         capture = functools.cache(functools.partial(self._capture, state))  # once for all tiers
 
         def save_for(tier: Tier) -> Save:
@@ -106,6 +133,10 @@ class Saves:
         if self._main not in due and self._save_on_exception and step > self._main.newest:
             self._check(self._main, step, state)
             self._unsaved = self._kept_for_exception(functools.partial(save_for, self._main), step)
+        elif step > self._main.newest:
+            self._unsaved = None
+            if self._references is not None and self._main.decider.watched and not self._preemption_saved:
+                self._unsaved = self._references.take(step, now, metrics, capture)
         return bool(due)
 
     def _kept_for_exception(self, save: Callable[[], Save], step: int) -> Save | None:
@@ -176,19 +207,66 @@ class Saves:
         """Forget the last complete step, which is no longer to be saved if an exception comes."""
         self._unsaved = None
 
-    def save_unsaved(self) -> None:
-        """Save the last complete step, if it was not due and all processes have ended after it."""
+    def save_unsaved(self, *, preempted: bool) -> None:
+        """Save the last complete step, if it was not due and all processes have ended after it.
+
+        Args:
+            preempted: save it also without `save_on_exception`, if nothing has begun to change it.
+        """
+        if not (preempted or self._save_on_exception):
+            return
         self._main.saver.collect()
-        unsaved, self._unsaved = self._unsaved, None
+        unsaved = self._take_unsaved()
         if unsaved is None or not self._all_ended_after(unsaved.step):
             return
         if unsaved.step > self._main.newest:  # Ctrl-C may have come when a later step had just been started
             self._start(self._main, unsaved)
 
+    def save_overdue(self) -> None:
+        """After SIGTERM, the loop has not come back in time: save the last complete step, as far as it is known.
+
+        Called on the watching thread. If the loop comes back later, it saves its own step as well.
+        """
+        what = f"{self._main.storage.path}: {self._main.decider.reason}, and the loop does not come back"
+        if self._processes.count > 1:
+            if not self._preemption_saved:
+                _logger.warning("%s: one of several processes cannot save alone", what)
+            return
+        if self._unsaved is None:  # the last complete step is saved, or being saved
+            return
+        step = self._unsaved.step
+        self._main.saver.collect()
+        save = self._take_unsaved()
+        if save is not None:
+            self._main.start(save)
+        # Only now: the loop may hang because stderr is full.
+        outcome = "it is being saved" if save is not None else "it is not saved, because its state has begun to change"
+        _logger.warning("%s: step %d is the last complete one, and %s", what, step, outcome)
+
     def close(self) -> None:
         """End the saving threads, once all saves have been collected."""
+        self._unsaved = None
         for tier in self._tiers:
             tier.saver.close()
+
+    def _take_unsaved(self) -> Save | None:
+        """The last complete step to be saved, if it was not due and its state is still there."""
+        unsaved, self._unsaved = self._unsaved, None
+        if not isinstance(unsaved, LastStep):
+            return unsaved
+        for _ in range(2):  # a signal handler may raise in the first attempt
+            captured = unsaved.captured()
+            if captured is None:
+                return None
+            started_s = time.monotonic()
+            try:
+                with transfers_allowed():
+                    numbers = self._metrics.protected(unsaved.metrics)
+                    snapshot = self._main.take(captured, self._staging)
+                return Save(unsaved.step, unsaved.time, numbers, started_s, snapshot)
+            except (TorchorbaxError, RuntimeError, MemoryError) as error:  # such as: the loop has just donated an array
+                _logger.debug("%s: no snapshot of step %d: %s", self._main.storage.path, unsaved.step, error)
+        return None
 
     def _due(self, step: int, force: bool) -> list[Tier]:
         """The tiers that are to save this step."""
@@ -210,8 +288,11 @@ class Saves:
         preempted = tier.decider.preempted
         tier.start(save)
         if tier is self._main:
-            self._preemption_saved = preempted
+            first, self._preemption_saved = preempted and not self._preemption_saved, preempted
             self._unsaved = None
+            if first:
+                reason = tier.decider.reason
+                _logger.warning("%s: %s: saving step %d, then stopping", tier.storage.path, reason, save.step)
 
     def _all_ended_after(self, step: int) -> bool:
         """Have all processes come to an end with the same step unsaved?"""

@@ -6,6 +6,7 @@ A metric that cannot be used costs a warning with its name, and never the step: 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -87,6 +88,11 @@ def _checked(value: Any) -> float | jax.Array:
         raise _UnusableError(f"{_NUMBER}, not an array of {held.dtype}")
     _check_exists(held)
     return held
+
+
+@functools.cache  # `issubdtype` takes many microseconds, at every step
+def _is_real(dtype: np.dtype) -> bool:
+    return dtype == np.bool_ or jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.floating)
 
 
 def _check_exists(array: jax.Array) -> None:

@@ -5,6 +5,7 @@ Without that, a machine that writes wrong bytes acknowledges one bad step after 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from typing import Literal
 
@@ -14,7 +15,9 @@ from torchorbax._src.storage.steps import Steps
 from torchorbax._src.storage.storage import Storage
 from torchorbax._src.verification.checked_read import leaf_batches
 from torchorbax._src.verification.step_check import check_arrays, check_step, twice
-from torchorbax.errors import StorageError
+from torchorbax.errors import CorruptCheckpointError, StorageError
+
+_logger = logging.getLogger(__name__)
 
 VerifyAfterSave = Literal["first"] | bool
 """Which steps are read again after their commit: all (True), none (False), or the first of a life, every
@@ -22,6 +25,8 @@ VerifyAfterSave = Literal["first"] | bool
 
 EVERY = 10
 """With "first", each step of this number since the last one that was read again is read again, too."""
+SCRUB_AFTER_S = 86_400.0
+"""A kept step that was saved, or last read again, longer ago than this is read again after a save: disks forget."""
 
 
 class ReadBack:
@@ -39,6 +44,7 @@ class ReadBack:
         self._steps = steps
         self._channel = channel
         self._which = which
+        self._scrubbed: dict[int, float] = {}  # when a step was last scrubbed in this life, in seconds since 1970
         self._unproved: int | None = None  # saves since the last one that was read again; None if none was
 
     def is_due(self, step: int) -> bool:
@@ -72,6 +78,32 @@ class ReadBack:
         self._channel.attempt("read back", lambda: self._read_part(manifest, new_bases))
         self._unproved = 0
         self._steps.proved.add(manifest.step)
+
+    def scrub(self, newest: int) -> None:
+        """Read the kept step again that has not been read for the longest time, if that is longer than `SCRUB_AFTER_S`.
+
+        One step a save, in all processes. A step that is damaged no longer counts.
+        """
+        step = self._channel.first("scrub?", lambda: None if self._which is False else self._oldest(newest))
+        if step is None:
+            return
+        self._scrubbed[step] = self._steps.clock.now().timestamp()
+        try:
+            self._channel.attempt("scrub", lambda: self._read_part(self._storage.manifest(step), ()))
+        except CorruptCheckpointError as error:
+            self._steps.mark_damaged(step)
+            _logger.warning("%s", error)
+
+    def _oldest(self, newest: int) -> int | None:
+        """The step to scrub; None if there is none. The newest step has just been saved."""
+        now = self._steps.clock.now().timestamp()
+        read_at = {
+            step: max(info.time.timestamp(), self._scrubbed.get(step, 0.0))
+            for step, info in list(self._steps.infos.items())
+            if step != newest
+        }
+        oldest = min(read_at, key=lambda step: read_at[step], default=None)
+        return None if oldest is None or now - read_at[oldest] < SCRUB_AFTER_S else oldest
 
     def _read_part(self, manifest: Manifest, new_bases: Collection[int]) -> None:
         processes = self._channel.processes

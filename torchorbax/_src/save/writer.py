@@ -99,10 +99,9 @@ class Writer:
         when_committed(committed)
         try:
             writing.read_back(self._read_back)
-        except SaveError:
-            self.forget_frozen = True  # a base that it has written may be damaged
-            raise
-        writing.end()
+        finally:
+            self.forget_frozen = self.forget_frozen or writing.forget_frozen
+        writing.end(self._read_back)
 
 
 class _StepWriting:
@@ -350,11 +349,7 @@ class _StepWriting:
     # Read back.
 
     def read_back(self, read_back: ReadBack) -> None:
-        """Read the step again if that is due. A step that is not what was saved no longer counts.
-
-        Raises:
-            SaveError: what is stored is not what was saved, or it could not be read.
-        """
+        """Read the step again if that is due. A step that is not what was saved no longer counts."""
         self._save.phase = "reading it again"
         try:
             if read_back.is_due(self._step):
@@ -362,19 +357,21 @@ class _StepWriting:
         except CorruptCheckpointError as error:
             self._steps.mark_damaged(self._step)
             self._steps.damaged_bases |= self._manifest.bases
+            self.forget_frozen = True
             reason = f"what is read back is not what was saved: {'; '.join(error.reasons.values())}"
             raise SaveError(self._step, self._storage.path, reason) from error
         except Exception as error:  # it may be good all the same; but no older step goes for it
-            reason = f"it could not be read back: {_error_line(error)}"
-            raise SaveError(self._step, self._storage.path, reason, committed=True) from error
+            unread = f"it could not be read back: {_error_line(error)}"
+            raise SaveError(self._step, self._storage.path, unread, committed=True) from error
 
     # End.
 
-    def end(self) -> None:
-        """Delete the steps that the policy does not preserve."""
+    def end(self, read_back: ReadBack) -> None:
+        """Delete the steps that the policy does not preserve, and read an old one again if that is due."""
         self._save.phase = "deleting older steps"
         with self._as_save_error(committed=True):
             deleted = self._channel.first("end", self._retain)
+            read_back.scrub(self._step)
         if not self._processes.is_first:
             for step in deleted:
                 self._steps.drop(step)

@@ -13,7 +13,7 @@ from torchorbax._src.arrays.dtypes import BY_NAME, NUMPY_TO_TORCH, dtype_name
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
-from torchorbax._src.format.values import leaves_in
+from torchorbax._src.format.values import Json, LayoutError, leaves_in
 from torchorbax._src.state.compare import compare_leaves, compare_ties, compare_values
 from torchorbax._src.state.item import Captured, ItemPlan, NotReadyError, below_item, calling
 from torchorbax._src.state.live_leaves import as_typed, live_meta, on_their_side
@@ -178,7 +178,7 @@ class ModuleItem:
         rules = rules if self._by_rules else None
         plan = ItemPlan()
         tensors, first_of = self._tensors()
-        values = dict(saved.values or {})
+        values = _values_of(saved)
         self._plan_buffers(values.pop(_FILLED, []), values.pop(_EMPTIED, []), tensors, first_of, plan, saved, rules)
         named: dict[str, str] = {}
         for name in [name for name, value in values.items() if name in first_of and _is_leaf(value)]:
@@ -338,6 +338,13 @@ def _check_methods(name: str, module: torch.nn.Module) -> None:
             f"{name}: {type(module).__name__} has an attribute {hidden[0]!r} in place of the method of that name, as "
             f"wrappers of torchax have; hand over the module inside it ({', '.join(inner)}), whose tensors it uses"
         )
+
+
+def _values_of(saved: ItemMeta) -> dict[str, Json]:
+    """The extra state by name. Raises LayoutError if the manifest has something else in its place."""
+    if not isinstance(saved.values, dict | None):
+        raise LayoutError("not the values of a module")
+    return dict(saved.values or {})
 
 
 def _is_leaf(value: Any) -> bool:

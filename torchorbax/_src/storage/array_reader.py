@@ -26,6 +26,7 @@ from torchorbax._src.arrays.shards import place
 from torchorbax._src.arrays.stacks import GATHERED_BYTES
 from torchorbax._src.format.manifest import LeafMeta
 from torchorbax._src.storage import gcs
+from torchorbax._src.storage.inspection import Inspected, inspect
 from torchorbax._src.storage.traffic import BATCH_BYTES, Traffic
 from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
 
@@ -59,6 +60,10 @@ def read(
         ValueError: an array is missing, or has another shape or dtype. Other errors of TensorStore for damaged files
             pass unchanged.
     """
+    inspected = None if gcs.is_uri(folder) else inspect(folder)
+    if inspected is not None:
+        for name, (meta, _) in wanted.items():
+            inspected.check(name, meta)
     spec = tensorstore_utils.build_kvstore_tspec(folder)
     if gcs.is_uri(folder):  # by default, neighbouring chunks of any number are merged into one request, a single stream
         spec["experimental_read_coalescing_merged_bytes"] = _MERGED_BYTES
@@ -83,7 +88,7 @@ def read(
     # Large arrays, one after another.
     large = {name: expected for name, expected in wanted.items() if name not in found}
     most_bytes = min(BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2)
-    for name, array in _read_large(spec, context, large, traffic, most_bytes, wait_s):
+    for name, array in _read_large(spec, context, large, traffic, most_bytes, wait_s, inspected):
         found[name] = array
         if then is not None:
             then(name, array)
@@ -115,7 +120,10 @@ def _read_small(
     """
     # Start to read all of them.
     asked = {
-        name: (database.read(f"{name}/.zarray"), database.read(f"{name}/{first_chunk(len(meta.shape))}"))
+        name: (
+            database.read(f"{name}/.zarray"),
+            database.read(f"{name}/{first_chunk(len(meta.shape))}", byte_range=slice(0, meta.nbytes)),
+        )
         for name, (meta, _) in wanted.items()
     }
     # Decode those whose metadata is as expected.
@@ -123,13 +131,10 @@ def _read_small(
     for name, (zarray, chunk) in asked.items():
         meta = wanted[name][0]
         expected = json.loads(zarr_metadata(BY_NAME[meta.dtype], meta.shape, meta.shape, False))
-        raw = chunk.result(wait_s).value
-        if (
-            len(raw) == meta.nbytes
-            and zarray.result(wait_s).state == "value"
-            and json.loads(zarray.result(wait_s).value) == expected
-        ):
-            on_host[name] = np.frombuffer(bytearray(raw), BY_NAME[meta.dtype]).reshape(meta.shape)
+        if zarray.result(wait_s).state == "value" and json.loads(zarray.result(wait_s).value) == expected:
+            raw = chunk.result(wait_s).value
+            if len(raw) == meta.nbytes:
+                on_host[name] = np.frombuffer(bytearray(raw), BY_NAME[meta.dtype]).reshape(meta.shape)
     # Put them on devices: those for this process alone by a single call, those shared by processes one by one.
     placed = [name for name in on_host if wanted[name][1] is not None]
     local = [name for name in placed if _is_local(wanted[name][1])]
@@ -158,6 +163,7 @@ def _read_large(
     traffic: Traffic,
     most_bytes: int,
     wait_s: float | None,
+    inspected: Inspected | None,
 ) -> Iterator[tuple[str, Array | FirstReplica]]:
     """Read leaves and yield them in their order, each when it is in place.
 
@@ -186,12 +192,24 @@ def _read_large(
         store = _opened(name, meta, opened.pop(name), wait_s)
         parts = _parts(meta, target, traffic)
         nbytes = sum(part.nbytes for part in parts)
+        if inspected is not None:
+            for part in parts:
+                inspected.check_compressed(name, part.index)
+        _check_memory(name, meta, max((part.nbytes for part in parts), default=0))
         while reading and reading_bytes + nbytes > most_bytes:
             yield placed_oldest()
         reading.append((name, parts, [store[part.index].read(order="C") for part in parts], nbytes))
         reading_bytes += nbytes
     while reading:
         yield placed_oldest()
+
+
+def _check_memory(name: str, meta: LeafMeta, nbytes: int) -> None:
+    """Raise MemoryError if there is no room for a part of an array. TensorStore would abort the process."""
+    try:
+        np.empty(nbytes, np.uint8)
+    except MemoryError as error:
+        raise MemoryError(f"no memory for {nbytes} bytes of {name}, which is {meta}") from error
 
 
 def _opened(name: str, meta: LeafMeta, future: Any, wait_s: float | None) -> ts.TensorStore:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, MutableMapping
@@ -25,7 +24,7 @@ from torchorbax._src.arrays.leaves import Array, put
 from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import FileDigest, Key, LeafMeta, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
-from torchorbax._src.storage import array_reader, array_writer, gcs, orbax_commit
+from torchorbax._src.storage import array_reader, array_writer, gcs, inspection, orbax_commit
 from torchorbax._src.storage.damage import is_proof_of_damage
 from torchorbax._src.storage.files_at import files_at
 from torchorbax._src.storage.run_folder import (
@@ -98,7 +97,7 @@ class OrbaxStorage(RunFolder):
             described = orbax_commit.described(arrays)
             manifest = orbax_commit.save(full, described, self._traffic, fill, self.check_owned)
             manifest = dataclasses.replace(manifest, files=_of_step(self.files.digests(folder)))
-            self.files.create(f"{folder}/{MANIFEST_FILE}", json.dumps(manifest.to_json()).encode())
+            self.files.create(f"{folder}/{MANIFEST_FILE}", manifest.to_text().encode())
             self._commit(step, folder)
         except SaveError:
             raise
@@ -214,7 +213,8 @@ class OrbaxStorage(RunFolder):
             text = self.files.read(path, MOST_MANIFEST_BYTES).decode()
             if per_process.digest_of(text) != manifest.own[str(process)]:
                 raise ValueError(f"{_process_file(process)} is not what was written: its SHA-256 differs")
-            own = per_process.from_text(text)
+            others = functools.partial(inspection.other_bytes, f"{self.path}/{manifest.step}", len(text))
+            own = per_process.from_text(text, others)
             return per_process.as_seen_by(manifest, own), own
 
         return self._read_twice(manifest.step, read)
@@ -241,7 +241,8 @@ class OrbaxStorage(RunFolder):
                     "it has no manifest, so it is half deleted or was not written by torchorbax (there is "
                     f"{few(inside)})"
                 ) from None
-            manifest = Manifest.from_json(json.loads(content))
+            others = functools.partial(inspection.other_bytes, f"{self.path}/{step}", len(content))
+            manifest = Manifest.from_text(content.decode(), others)
             if manifest.step != step:
                 raise ValueError(f"its manifest is that of step {manifest.step}")
             return manifest

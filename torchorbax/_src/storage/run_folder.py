@@ -11,7 +11,6 @@ of unfinished folders under a URI.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from torchorbax._src.format import bounded_json
 from torchorbax._src.storage import gcs
 from torchorbax._src.storage.files import Files
 from torchorbax._src.storage.gcs_files import GcsFiles
@@ -240,7 +240,7 @@ class RunFolder:
     def _run_of(self, step: int) -> str | None:
         """The identity of the run in the manifest of a step; empty if it has none, None if there is no manifest."""
         try:
-            content = json.loads(self.files.read(f"{step}/{MANIFEST_FILE}", MOST_MANIFEST_BYTES))
+            content = bounded_json.loads(self.files.read(f"{step}/{MANIFEST_FILE}", MOST_MANIFEST_BYTES).decode())
             return str(content.get("run", "")) if "format" in content else None
         except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
             return None

@@ -11,6 +11,7 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint._src.serialization import tensorstore_utils  # private: Orbax has no public access to its context
 
+from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.storage import gcs
 from torchorbax._src.storage.traffic import Traffic
 
@@ -38,6 +39,12 @@ def zarr_metadata(dtype: np.dtype, shape: tuple[int, ...], chunks: tuple[int, ..
     content = {**_metadata_of(str(dtype)), "shape": shape, "chunks": chunks}
     content["compressor"] = {"id": "zstd", "level": 1} if compressed else None
     return json.dumps(content).encode()
+
+
+@functools.cache
+def dtypes_by_zarr_name() -> dict[str, str]:
+    """The names of all dtypes that can be saved, by what zarr metadata calls them."""
+    return {_metadata_of(name)["dtype"]: name for name in BY_NAME}
 
 
 @functools.cache

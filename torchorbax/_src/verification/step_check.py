@@ -14,6 +14,9 @@ from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 Result = TypeVar("Result")
 
+_MOST_REASONS = 20
+"""The most reasons that an error has. A manifest can claim any number of files of processes."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -54,6 +57,9 @@ def check_step(storage: Storage, manifest: Manifest, *, skipped_bases: Collectio
     ]
     bad: list[str] = []
     for check in checks:
+        if len(bad) == _MOST_REASONS:
+            bad.append("and perhaps more")
+            break
         try:
             twice(check)
         except CorruptCheckpointError as error:
