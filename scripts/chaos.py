@@ -28,7 +28,7 @@ SCRIPTS = Path(__file__).parent
 MODES = ("before", "torn", "term")
 FAILURES = "HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL"
 LIFE_TIMEOUT_S = 120
-MARKER = "<!-- report -->\n"
+MARKER = "<!-- chaos: written by python -m scripts.chaos -->\n"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "chaos.py"
 
 def test_killed_at_file_events(tmp_path: Path, run_python: RunPython) -> None:
     report = tmp_path / "report.md"
-    report.write_text("# What was found\n<!-- report -->\nbefore\n")
+    report.write_text("# What was found\n<!-- chaos: written by python -m scripts.chaos -->\nbefore\n")
     arguments = ["--points", 7, "--only", "one process", "--report", report]
     done = run_python(SCRIPT, *arguments, devices=None, timeout=280, warnings="ignore")
     last = done.stdout.splitlines()[-1]
