@@ -105,7 +105,7 @@ def section(name: str, outcome: Outcome) -> str:
     how = ", ".join(f"{outcome.points[mode]} {mode}" for mode in MODES)
     report, _, _ = outcome.report.partition("\nReproduce locally")
     report = re.sub(r"^## ", "", report).strip()
-    missed = f"; {outcome.missed} came to their end before" if outcome.missed else ""
+    missed = f"; {outcome.missed} more came to their end all the same" if outcome.missed else ""
     return f"## {name[0].upper()}{name[1:]}\n\nKilled: {how}{missed}.\n\n{report}\n"
 
 
