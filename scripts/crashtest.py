@@ -317,7 +317,8 @@ class Campaign:
             raise Failure(f"the run is through, with steps {self.listed()}")
         if noted(self.run / "starts")[-1]["step"] == self.steps - 1:
             return  # killed after the last commit, so that nothing was left to be saved, and to clean up after
-        left = sorted(entry.name for entry in (self.run / "run").iterdir())
+        own = {".torchorbax-lock", ".torchorbax-owner", ".torchorbax-run"}
+        left = sorted({entry.name for entry in (self.run / "run").iterdir()} - own)
         if left != sorted(map(str, self.listed())):
             raise Failure(f"left behind: {left}")
         if len(left) > KEEP:

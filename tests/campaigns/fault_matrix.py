@@ -330,7 +330,7 @@ def found_by_another(path: str) -> dict[str, Any]:
     """What is left of a run."""
     listed = torchorbax.verify(path)
     bad = [step for step in listed if not same(torchorbax.load(path, step, "weights"), step)]
-    names = {entry.name for entry in epath.Path(path).iterdir()}
+    names = {entry.name for entry in epath.Path(path).iterdir() if not entry.name.startswith(".")}
     return {"listed": listed, "bad": bad, "left": sorted(names - {str(step) for step in listed})}
 
 

@@ -112,7 +112,7 @@ def test_folders_are_not_reached_by_links(where: str, storage: Storage, tmp_path
     folder = tmp_path / "0" / where
     folder.rename(tmp_path / "elsewhere")
     folder.symlink_to(tmp_path / "elsewhere")
-    refused(storage, f"{folder} should be (a folder|a regular file), but is a symbolic link")
+    refused(storage, "should be (a folder|a regular file|below folders), but .*is a symbolic link")
 
 
 def test_state_of_a_process_is_a_regular_file(storage: Storage, tmp_path: Path) -> None:

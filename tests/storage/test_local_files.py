@@ -81,7 +81,7 @@ def test_only_regular_files_are_read(files: LocalFiles, tmp_path: Path) -> None:
         for path in ("link", "linked/file", "loop", "pipe", "socket", "folder"):
             with pytest.raises(NotAFileError):
                 files.read(path, 100)
-    with pytest.raises(NotAFileError, match="a link, not a regular file"):
+    with pytest.raises(NotAFileError, match="but is a symbolic link, and links are not followed"):
         files.sizes("")
 
 

@@ -91,10 +91,8 @@ class Saves:
         try:
             return self._offer(step, now, state, metrics, force=force, started_s=started_s)
         except BaseException:
-            # A signal handler may raise anywhere: torch's does when a DataLoader worker dies. The step is complete.
-            if self._references is not None and self._main.decider.watched and step > self._main.newest:
-                capture = functools.partial(self._capture, state)
-                self._unsaved = self._references.take(step, now, metrics, capture, at_any_cost=True)
+            if step > self._main.newest:
+                self._keep_references(step, now, metrics, state)
             raise
 
     def _offer(
@@ -127,6 +125,7 @@ class Saves:
                     self._start(tier, Save(step, now, {}, started_s, _without_locals(error)))
                 if refused:
                     raise
+                self._keep_references(step, now, metrics, state)
             else:
                 self._start(tier, save)
         # Keep a step that is not saved, in case an exception makes it the last one.
@@ -138,6 +137,17 @@ class Saves:
             if self._references is not None and self._main.decider.watched and not self._preemption_saved:
                 self._unsaved = self._references.take(step, now, metrics, capture)
         return bool(due)
+
+    def _keep_references(
+        self, step: int, now: datetime.datetime, metrics: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> None:
+        """Keep references to a step that could not be saved, for the case that it is the last one.
+
+        A signal handler may raise anywhere: torch's does when a DataLoader worker dies. The step is complete.
+        """
+        if self._references is not None and self._main.decider.watched:
+            capture = functools.partial(self._capture, state)
+            self._unsaved = self._references.take(step, now, metrics, capture, at_any_cost=True)
 
     def _kept_for_exception(self, save: Callable[[], Save], step: int) -> Save | None:
         """A save that is not due, for the case that an exception comes; None if there is no room for it."""

@@ -19,6 +19,7 @@ from torchorbax._src.format.manifest import FileDigest
 from torchorbax._src.storage.files import Entry, NotAFileError
 from torchorbax.errors import StorageError
 
+_LINK = "a symbolic link, and links are not followed; copy what it refers to (cp -rL)"
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
 _CRC_BYTES = 1 << 20  # small enough to stay in the processor's cache
 
@@ -66,7 +67,8 @@ class LocalFiles:
                         if stat.S_ISREG(status.st_mode):
                             found[os.path.relpath(path, top)] = status.st_size
                         elif not stat.S_ISDIR(status.st_mode):
-                            raise NotAFileError(f"{os.path.relpath(path, top)} is {_kind_of(status.st_mode)}")
+                            found_there = f"{os.path.relpath(path, top)} should be a regular file or a folder, but is"
+                            raise NotAFileError(f"{found_there} {_kind_of(status.st_mode)}")
             except _NOT_THERE:
                 return {}
         return found
@@ -168,7 +170,7 @@ class LocalFiles:
                     below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
                 except NotADirectoryError:
                     if _is_link(part, folder):
-                        raise NotAFileError(f"{path} is reached through a link") from None
+                        raise NotAFileError(f"{path} should be below folders, but {part} is {_LINK}") from None
                     raise
                 os.close(folder)
                 folder = below
@@ -176,15 +178,16 @@ class LocalFiles:
             try:
                 descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
             except OSError as error:
-                if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket or a pipe
-                    raise NotAFileError(f"{path} is no regular file") from None
+                if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+                    mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+                    raise NotAFileError(f"{path} should be a regular file, but is {_kind_of(mode)}") from None
                 raise
         finally:
             os.close(folder)
         try:
             mode = os.fstat(descriptor).st_mode
             if not stat.S_ISREG(mode):
-                raise NotAFileError(f"{path} is {_kind_of(mode)}")
+                raise NotAFileError(f"{path} should be a regular file, but is {_kind_of(mode)}")
             yield descriptor
         finally:
             os.close(descriptor)
@@ -239,14 +242,13 @@ def _is_link(name: str, folder: int) -> bool:
 
 def _kind_of(mode: int) -> str:
     kinds = {
-        stat.S_IFLNK: "a link",
+        stat.S_IFLNK: _LINK,
         stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a pipe",
+        stat.S_IFREG: "a file",
+        stat.S_IFIFO: "a FIFO",
         stat.S_IFSOCK: "a socket",
-        stat.S_IFBLK: "a device",
-        stat.S_IFCHR: "a device",
     }
-    return f"{kinds.get(stat.S_IFMT(mode), 'something else')}, not a regular file"
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _flush(path: str) -> None:
