@@ -81,7 +81,7 @@ class Forked:
             "warnings": warnings,
         }
         self._server = socket.socket(socket.AF_UNIX)
-        self._server.connect(_fork_server())
+        self._server.connect(fork_server())
         data = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(self._server, [data], theirs)
         self._server.sendall(data[sent:])
@@ -141,7 +141,7 @@ def _number(stream: int | IO[Any]) -> int:
 _starting = threading.Lock()
 
 
-def _fork_server() -> str:
+def fork_server() -> str:
     """The socket of the fork server, which is started by the first to ask."""
     with _starting:
         return _started_server()
