@@ -282,7 +282,7 @@ class RunFolder:
         for folder in leftovers:
             try:
                 _logger.info("removing %s/%s, left behind by an interrupted save or deletion", self.path, folder)
-                # Under a URI it stays on the list until it is seen to be gone: writes that were given up may still come.
+                # Under a URI it stays on the list until it is seen to be gone: a write given up may still arrive.
                 self.files.delete_folder(folder)
             except StorageError as error:
                 _logger.warning("%s could not be removed, trying later: %s", folder, error)
