@@ -45,6 +45,16 @@ def test_bad_paths(tmp_path: Path) -> None:
             torchorbax.resume(nn.Linear(1, 1), None, str(path))
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_may_pass_is_no_fault_of_the_path(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> Any:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(local_files.os, "scandir", fail)
+    with pytest.raises(torchorbax.StorageError, match=os.strerror(number)):
+        Checkpointer(str(tmp_path), {})
+
+
 def test_only_leftovers_of_this_run_are_removed_before_the_next_save(tmp_path: Path) -> None:
     root = tmp_path / "run"
     with Checkpointer(str(root), {"w": weights()}) as run:

@@ -10,6 +10,7 @@ of unfinished folders under a URI.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
@@ -49,6 +50,12 @@ _PARTIAL = re.compile(r"\.torchorbax-[a-z]+\.\d+\.partial")
 _OF_A_STEP = ("_CHECKPOINT_METADATA", MANIFEST, COMMITTED)
 _OF_AN_ITEM = ("_METADATA", "manifest.ocdbt", "d", "metadata")
 
+_MAY_PASS = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EBUSY, errno.EINTR, errno.EAGAIN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
+"""Errors of the system that say nothing about a path: something is broken or lacking now."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -74,6 +81,7 @@ class RunFolder:
         self.is_uri = gcs.is_uri(self.path)
         self._timeout_s = timeout_s
         self._parent = parent
+        self._told: set[str] = set()  # names that are no steps, of which a warning has told
         self.files: Files
         record: Record
         if self.is_uri:
@@ -190,7 +198,8 @@ class RunFolder:
         """
         entries = [entry for entry in self.files.entries() if _is_step(entry.name)]
         for entry in entries:
-            if entry.kind == "other":
+            if entry.kind == "other" and entry.name not in self._told:
+                self._told.add(entry.name)
                 _logger.warning("%s/%s is a link or a device, and so not taken for a step", self.path, entry.name)
         return sorted(int(entry.name) for entry in entries if entry.kind == "folder" and self._is_committed(entry.name))
 
@@ -359,6 +368,8 @@ def _as_config_error(path: str) -> Iterator[None]:
         yield
     except (StorageError, OSError) as error:
         cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ is not None else error
+        if isinstance(error, StorageError) and isinstance(cause, OSError) and cause.errno in _MAY_PASS:
+            raise
         if gcs.is_uri(path):
             raise gcs.refused(path, cause) from error
         raise ConfigError(f"{path} cannot be used for a run: {type(cause).__name__}: {cause}") from error
