@@ -19,6 +19,7 @@ TREE = {
     errors.DeletedArrayError: RuntimeError,
     errors.SaveError: Exception,
     errors.StorageError: OSError,
+    errors.OwnershipError: Exception,
     errors.ProcessError: RuntimeError,
 }
 
@@ -31,6 +32,7 @@ EXAMPLES = [
     errors.DeletedArrayError(["weight"]),
     errors.SaveError(3, "/run", "disk full"),
     errors.StorageError("gs://bucket/run", "503"),
+    errors.OwnershipError.of_owner("run", "process 1 on host, since noon"),
     errors.ProcessError([1], "write", "process 1 did not come"),
 ]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchorbax import ConfigError, CorruptCheckpointError, load, verify
+from torchorbax import Checkpointer, ConfigError, CorruptCheckpointError, load, verify
 
 from tests.helpers.runs import visible
 from tests.helpers.several import RunProcesses
-from tests.helpers.tiers import host, opened, train
+from tests.helpers.tiers import host, opened, train, tree
 
 
 def flip(file: Path) -> None:
@@ -60,6 +60,21 @@ def test_runs_may_share_a_folder_and_leave_each_other_alone(tmp_path: Path, capl
     assert verify(first) == [9, 10]
     assert verify(second) == [1, 2]
     assert "has steps of other runs" in caplog.text
+
+
+def test_a_copy_of_a_run_has_local_steps_of_its_own(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        train(run, 0, 3)
+    shutil.copytree(tmp_path / "rare", tmp_path / "copy" / "rare")
+    with opened(tmp_path) as run:
+        run.restore()
+        train(run, 3, 8)
+    options = {"local": tmp_path / "fast", "save": 4, "local_save": 1, "rng": False}
+    with Checkpointer(tmp_path / "copy" / "rare", {"state": tree(-1)}, **options) as copy:
+        assert copy.restore() == 0, "the other run's steps 6 and 7 are not its own"
+        train(copy, 3, 5)
+    with opened(tmp_path) as run:
+        assert run.restore() == 7
 
 
 TRAIN = """

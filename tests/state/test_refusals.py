@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchorbax import Checkpointer, ConfigError, UnsupportedLeafError, resume
+from torchorbax import Checkpointer, ConfigError, SaveError, UnsupportedLeafError, resume
 from torchorbax._src.state.pytrees import PytreeItem
 
 from tests.helpers.tensors import bits
@@ -115,11 +115,11 @@ def test_an_object_may_get_ready_after_resume(tmp_path: Path) -> None:
             source.start()
             source.at += 1
             run.save(run.next_step)
-    with (
-        Checkpointer(tmp_path / "other", {"source": Source()}, save=None) as run,
-        pytest.raises(ConfigError, match=r"source: state_dict of Source raised RuntimeError: call start\(\) first"),
-    ):
+    reason = r"source: state_dict of Source raised RuntimeError: call start\(\) first"
+    with Checkpointer(tmp_path / "other", {"source": Source()}, save=None) as run:
         run.save(0, force=True)
+        with pytest.raises(SaveError, match=reason):
+            run.wait()
 
 
 def test_an_object_that_was_not_ready_is_as_it_was_after_a_failed_restore(tmp_path: Path) -> None:

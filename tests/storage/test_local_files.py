@@ -22,7 +22,7 @@ CALLS: dict[str, Callable[[LocalFiles], Any]] = {
     "entries": lambda files: files.entries("folder"),
     "exists": lambda files: files.exists("folder/file"),
     "sizes": lambda files: files.sizes("folder"),
-    "digests": lambda files: files.digests("folder"),
+    "digests": lambda files: files.digests("folder", ["file"]),
     "read": lambda files: files.read("folder/file", 100),
     "write": lambda files: files.write("folder/file", b"new"),
     "create": lambda files: files.create("folder/new", b"new"),
@@ -103,6 +103,8 @@ def test_no_more_is_read_than_is_allowed(files: LocalFiles, tmp_path: Path) -> N
         file.truncate(1 << 40)
     with pytest.raises(ValueError, match="it can have 100 at most"):
         files.read("sparse", 100)
+    with pytest.raises(ValueError, match="sparse claims to have 1099511627776 bytes, of which 0 are on the disk"):
+        files.digests(".", ["sparse"])
 
 
 def test_sizes_and_digests(files: LocalFiles, tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_sizes_and_digests(files: LocalFiles, tmp_path: Path) -> None:
     (tmp_path / "folder" / "below" / "large").write_bytes(large)
     (tmp_path / "folder" / "empty").write_bytes(b"")
     assert files.sizes("folder") == {"file": 7, "below/large": len(large), "empty": 0}
-    assert files.digests("folder") == {
+    assert files.digests("folder", list(files.sizes("folder"))) == {
         "file": (7, f"{google_crc32c.value(b'content'):08x}"),
         "below/large": (len(large), f"{google_crc32c.value(large):08x}"),
         "empty": (0, "00000000"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -177,7 +178,46 @@ def test_a_storage_that_does_not_answer_is_no_loss(record: MemoryRecord) -> None
     mine.check()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"epoch": "x"}', b"\xff"])
+ODD = [{"system": 5}, {"pid": "a\0b"}, {"beat_time": "x"}, {"unfinished": 3}, {"locked": None}, {"host": None}]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_record_with_odd_values_has_no_owner(odd: dict[str, Any], record: MemoryRecord) -> None:
+    record.content = json.dumps({**vars(record.owner), **odd}).encode()
+    mine = another(record, 1000.0)
+    mine.acquire()
+    assert record.owner.token == mine.token
+
+
+def test_a_lock_that_is_held_says_that_somebody_lives(record: MemoryRecord) -> None:
+    """The record has been damaged, and its owner writes it again with the next sign of life."""
+    of_another_machine(record, beat_time=1000.0)
+    whole, record.content, record.locked = record.content, b"", False
+
+    def mend_then_beat(seconds: float) -> None:
+        if record.content == b"":
+            record.content = whole
+        else:
+            record.write(beat=record.owner.beat + 1)
+
+    with pytest.raises(OwnershipError, match="process 77 on elsewhere"):
+        another(record, 1001.0, mend_then_beat).acquire()
+
+
+def test_a_run_that_is_dropped_while_a_sign_of_life_is_written_does_not_wait_for_itself(record: MemoryRecord) -> None:
+    mine, swap = another(record, 1000.0), record.swap
+    mine.acquire(takeover=True)
+
+    def swap_and_drop(content: bytes, version: Any) -> Any:
+        record.swap = swap  # type: ignore[method-assign]
+        mine.release()  # as the garbage collector does
+        return swap(content, record.content)
+
+    record.swap = swap_and_drop  # type: ignore[method-assign]
+    mine.begin([])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"epoch": "x"}', b"\xff", b"[" * 200_000])
 def test_a_record_that_says_nothing_has_no_owner(content: bytes) -> None:
     record = MemoryRecord()
     record.content = content

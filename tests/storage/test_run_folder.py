@@ -45,6 +45,22 @@ def test_bad_paths(tmp_path: Path) -> None:
             torchorbax.resume(nn.Linear(1, 1), None, str(path))
 
 
+def test_an_identity_that_is_lost_is_found_in_the_steps(tmp_path: Path) -> None:
+    file = tmp_path / ".torchorbax-run"
+    with Checkpointer(str(tmp_path), state(), keep=1) as run:
+        save_and_wait(run, 0)
+    identity = file.read_text()
+    for step, spoil in enumerate((file.unlink, lambda: file.write_text("")), start=1):
+        spoil()
+        with Checkpointer(str(tmp_path), state(), keep=1) as run:
+            save_and_wait(run, step)
+            assert run.all_steps() == [step]
+        assert file.read_text() == identity
+    file.write_bytes(b"\xd7 not an identity")
+    with pytest.raises(ConfigError, match="is not the identity of a run; delete it, and the steps will say"):
+        Checkpointer(str(tmp_path), state())
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
 def test_what_may_pass_is_no_fault_of_the_path(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: str) -> Any:

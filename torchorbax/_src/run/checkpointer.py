@@ -94,7 +94,8 @@ class Checkpointer:
         self.step: int | None = None
         self.next_step = 0
         self.left_out: tuple[Problem, ...] = ()
-        at_exit.opened(self, self._main.standing)
+        if not self._read_only:
+            at_exit.opened(self, self._main.standing)
         self._preemption.start()
 
     @property

@@ -107,6 +107,9 @@ class RunOptions:
             raise ConfigError(f"verify_after_save must be 'first', True or False, not {self.verify_after_save!r}")
         rules_of(self)
         traffic_of(self)
+        for name in ("read_only", "takeover"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.read_only and (self.takeover or self.local is not None):
             raise ConfigError("read_only=True writes nothing, so it has no use for takeover= or local=")
         if self.local is not None and "://" in os.fspath(self.local):

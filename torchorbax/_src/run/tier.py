@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -102,8 +103,10 @@ def _open_local(
     run = channel.first("open local", main.storage.identity)
     start = channel.first("open local", lambda: uuid.uuid4().hex)
     origin = f"{run}/{start}/{processes.count}"
-    _warn_of_other_runs(os.path.abspath(path), run)
-    storage = open_storage(os.path.join(path, run, f"process_{processes.index}"), traffic_of(options))
+    # A copy of a run has its identity, but is another run from then on.
+    place = f"{run}-{hashlib.sha256(main.storage.path.encode()).hexdigest()[:8]}"
+    _warn_of_other_runs(os.path.abspath(path), place)
+    storage = open_storage(os.path.join(path, place, f"process_{processes.index}"), traffic_of(options))
     channel.attempt("open local", functools.partial(storage.create, takeover=options.takeover))
     steps = Steps(storage, storage.steps(), preservation_policy(options.local_keep), keep_damaged=False)
     # Each process writes as if there were no other, but all of them decide together when to save.
@@ -123,7 +126,9 @@ def _open_local(
 def _warn_of_other_runs(folder: str, run: str) -> None:
     """Say in the log that other runs have steps in a fast folder, which take room there until somebody deletes them."""
     with contextlib.suppress(OSError):  # not there yet; if it cannot be used, `create` says so
-        if others := [name for name in os.listdir(folder) if re.fullmatch("[0-9a-f]{32}", name) and name != run]:
+        if others := [
+            name for name in os.listdir(folder) if re.fullmatch("[0-9a-f]{32}-[0-9a-f]{8}", name) and name != run
+        ]:
             _logger.warning("%s has steps of other runs; if those are over, delete: %s", folder, ", ".join(others))
 
 

@@ -1,9 +1,12 @@
-"""Which errors of reading prove that files are damaged. All others say nothing about the files."""
+"""Errors of the storage: which of them prove that files are damaged, and what is told of those of a save."""
 
 from __future__ import annotations
 
 import errno
 import re
+
+from torchorbax._src.storage import gcs
+from torchorbax.errors import OwnershipError, StorageError
 
 _NOT_ABOUT_DATA = (
     "ABORTED",
@@ -32,3 +35,12 @@ def is_proof_of_damage(error: Exception) -> bool:
     if isinstance(error, ValueError | NotImplementedError):
         return not text.startswith(_NOT_ABOUT_DATA)
     return isinstance(error, FileNotFoundError | NotADirectoryError | RecursionError)
+
+
+def reason_of(error: Exception, *, cut: bool) -> str:
+    """Why a step could not be written; cut to one line of bounded length if it comes from a server."""
+    if isinstance(error, StorageError):
+        return error.reason
+    if isinstance(error, OwnershipError):
+        return str(error)
+    return gcs.error_line(error) if cut else f"{type(error).__name__}: {error}"

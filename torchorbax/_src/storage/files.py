@@ -7,6 +7,7 @@ the files.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple, Protocol
 
 from torchorbax._src.format.manifest import FileDigest
@@ -52,11 +53,13 @@ class Files(Protocol):
             NotAFileError: there is something else than files and folders in it.
         """
 
-    def digests(self, folder: str) -> dict[str, FileDigest]:
-        """The sizes and the CRC-32C of all files below a folder, by path below the folder.
+    def digests(self, folder: str, paths: Collection[str]) -> dict[str, FileDigest]:
+        """The sizes and the CRC-32C of files below a folder, by path below the folder.
 
         Raises:
-            NotAFileError: there is something else than files and folders in it.
+            FileNotFoundError: one of them is not there.
+            NotAFileError: one of them is something else.
+            ValueError: one of them claims to be far larger than what is stored of it.
         """
 
     def read(self, path: str, most_bytes: int) -> bytes:

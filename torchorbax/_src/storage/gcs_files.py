@@ -9,7 +9,7 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,10 +55,17 @@ class GcsFiles:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """See `Files.sizes`."""
-        return {path: nbytes for path, (nbytes, _) in self.digests(folder).items()}
+        return {path: nbytes for path, (nbytes, _) in self._listed(folder).items()}
 
-    def digests(self, folder: str) -> dict[str, FileDigest]:
+    def digests(self, folder: str, paths: Collection[str]) -> dict[str, FileDigest]:
         """See `Files.digests`. Cloud Storage knows them; nothing is read."""
+        listed = self._listed(folder)
+        if missing := [path for path in paths if path not in listed]:
+            raise FileNotFoundError(f"{self.root}/{folder}/{missing[0]}")
+        return {path: listed[path] for path in paths}
+
+    def _listed(self, folder: str) -> dict[str, FileDigest]:
+        """All objects below a folder."""
         prefix = f"{self._name(folder)}/"
         return {
             item["name"].removeprefix(prefix): (int(item["size"]), base64.b64decode(item["crc32c"]).hex())

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
 import google_crc32c
@@ -21,6 +21,9 @@ from torchorbax.errors import StorageError
 
 _LINK = "a symbolic link, and links are not followed; copy what it refers to (cp -rL)"
 _NOT_THERE = (FileNotFoundError, NotADirectoryError)
+_SECTOR_BYTES = 512  # of `st_blocks`
+_LEAST_CLAIM_BYTES = 64 << 20  # a file of this size is read however little of it is stored
+_MOST_RATIO = 32_768  # more than any file system compresses: a larger file consists of holes
 _CRC_BYTES = 1 << 20  # small enough to stay in the processor's cache
 
 
@@ -73,9 +76,9 @@ class LocalFiles:
                 return {}
         return found
 
-    def digests(self, folder: str) -> dict[str, FileDigest]:
+    def digests(self, folder: str, paths: Collection[str]) -> dict[str, FileDigest]:
         """See `Files.digests`. Every file is read."""
-        return {path: (size, self._crc32c(f"{folder}/{path}")) for path, size in self.sizes(folder).items()}
+        return {path: self._digest(f"{folder}/{path}") for path in paths}
 
     def read(self, path: str, most_bytes: int) -> bytes:
         """See `Files.read`."""
@@ -90,12 +93,17 @@ class LocalFiles:
                     raise ValueError(f"{path} has more than {most_bytes} bytes")
             return b"".join(parts)
 
-    def _crc32c(self, path: str) -> str:
-        total = 0
+    def _digest(self, path: str) -> FileDigest:
+        total = nbytes = 0
         with self._translated(path), self._opened(path) as descriptor:
+            status = os.fstat(descriptor)
+            on_disk = status.st_blocks * _SECTOR_BYTES
+            if status.st_size > _LEAST_CLAIM_BYTES + _MOST_RATIO * on_disk:
+                raise ValueError(f"{path} claims to have {status.st_size} bytes, of which {on_disk} are on the disk")
             while part := os.read(descriptor, _CRC_BYTES):
                 total = google_crc32c.extend(total, part)
-        return f"{total:08x}"
+                nbytes += len(part)
+        return nbytes, f"{total:08x}"
 
     def write(self, path: str, content: bytes) -> None:
         """See `Files.write`. The file is replaced as a whole."""

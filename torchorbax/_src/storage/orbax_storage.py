@@ -25,7 +25,7 @@ from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import FileDigest, Key, LeafMeta, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage import array_reader, array_writer, gcs, inspection, orbax_commit
-from torchorbax._src.storage.damage import is_proof_of_damage
+from torchorbax._src.storage.damage import is_proof_of_damage, reason_of
 from torchorbax._src.storage.files_at import files_at
 from torchorbax._src.storage.run_folder import (
     BASE,
@@ -95,7 +95,7 @@ class OrbaxStorage(RunFolder):
             full = f"{self.path}/{folder}"
             described = orbax_commit.described(arrays)
             manifest = orbax_commit.save(full, described, self._traffic, fill, self.check_owned)
-            manifest = dataclasses.replace(manifest, files=_of_step(self.files.digests(folder)))
+            manifest = dataclasses.replace(manifest, files=self._digests(folder))
             self.files.create(f"{folder}/{MANIFEST_FILE}", manifest.to_text().encode())
             self._commit(step, folder)
         except SaveError:
@@ -103,10 +103,15 @@ class OrbaxStorage(RunFolder):
         except Exception as error:
             cause = self._loss() or error  # whoever has taken over has removed what this process was writing
             self._remove_failed(folder, cause)
-            raise SaveError(step, self.path, _reason(cause, cut=self.is_uri)) from cause
+            raise SaveError(step, self.path, reason_of(cause, cut=self.is_uri)) from cause
         if self._noted():  # now the storage answers
             self._remove_what_is_left()
         return manifest
+
+    def _digests(self, folder: str) -> dict[str, FileDigest]:
+        """The files that the manifest of a step lists."""
+        paths = [path for path in self.files.sizes(folder) if path not in (MANIFEST_FILE, COMMITTED)]
+        return dict(sorted(self.files.digests(folder, paths).items()))
 
     def _prepare(self, step: int) -> None:
         """Check that a step can be written, and note under a URI that it is."""
@@ -262,14 +267,19 @@ class OrbaxStorage(RunFolder):
         """Compare the files of a step with its manifest; see `Source.check_files`."""
 
         def check() -> None:
-            expected = manifest.files
-            found: dict[str, Any] = self.files.digests(folder) if digests else self.files.sizes(folder)
-            wrong = []
-            for path, digest in expected.items():
-                if path not in found:
-                    wrong.append(f"{path} is missing")
-                elif found[path] != (digest if digests else digest[0]):
-                    wrong.append(f"{path} is not what was written: expected {digest}, found {found[path]}")
+            # The sizes first: a file that claims to be enormous is not read.
+            expected, found = manifest.files, self.files.sizes(folder)
+            wrong = [f"{path} is missing" for path in expected if path not in found]
+            for path, (nbytes, _) in expected.items():
+                if found.get(path, nbytes) != nbytes:
+                    wrong.append(f"{path} has {found[path]} bytes, but was written with {nbytes}")
+            if digests and not wrong:
+                now = self.files.digests(folder, expected)
+                wrong = [
+                    f"{path} is not what was written: its CRC-32C differs"
+                    for path in now
+                    if now[path] != expected[path]
+                ]
             if wrong:
                 raise ValueError(few(wrong))
 
@@ -375,23 +385,9 @@ def _called(when_read: Callable[[Key, Any], object], item: str, name: str, array
         raise _CallerError(error) from error
 
 
-def _reason(error: Exception, *, cut: bool) -> str:
-    """Why a step could not be written; cut to one line of bounded length if it comes from a server."""
-    if isinstance(error, StorageError):
-        return error.reason
-    if isinstance(error, OwnershipError):
-        return str(error)
-    return gcs.error_line(error) if cut else f"{type(error).__name__}: {error}"
-
-
 def _process_file(process: int) -> str:
     """The name of the file with a process's own state, in the manifest's folder."""
     return f"process_{process}"
-
-
-def _of_step(found: dict[str, FileDigest]) -> dict[str, FileDigest]:
-    """The files of a step that its manifest lists."""
-    return {path: digest for path, digest in sorted(found.items()) if path not in (MANIFEST_FILE, COMMITTED)}
 
 
 def _empty(meta: LeafMeta, target: Sharding | None) -> Array:

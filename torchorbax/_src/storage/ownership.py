@@ -102,9 +102,10 @@ class Owner:
         try:
             values = json.loads(content or b"null")
             owner = cls(**{**values, "unfinished": tuple(map(str, values["unfinished"]))})
-            return owner if isinstance(owner.epoch, int) and isinstance(owner.beat_time, float) else None
-        except (ValueError, TypeError, KeyError):  # empty after a loss of power, or written by somebody else
+        except (ValueError, TypeError, KeyError, RecursionError):  # empty after a loss of power, or somebody else's
             return None
+        kinds = {name: type(value) for name, value in vars(owner).items()}
+        return owner if kinds == _KINDS else None
 
     @property
     def is_this_process(self) -> bool:
@@ -117,7 +118,17 @@ class Owner:
         return self.system == _system() and _started(self.pid) != self.started
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since}"
+        return f"process {self.pid} on {ascii(self.host)[1:-1]}, since {ascii(self.since)[1:-1]}"
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("token", "host", "since", "system", "started"), str),
+    **dict.fromkeys(("epoch", "pid", "beat"), int),
+    "locked": bool,
+    "released": bool,
+    "beat_time": float,
+    "unfinished": tuple,
+}
 
 
 class Ownership:
@@ -147,7 +158,7 @@ class Ownership:
         self._now = now
         self._wait = wait
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # garbage may be collected, and so a run dropped, while it is held
         self._version: Any = None
         self._mine: Owner | None = None
         self._lost: OwnershipError | None = None
@@ -173,13 +184,19 @@ class Ownership:
             OwnershipError: another program is the owner, and alive.
             StorageError: the record cannot be read or written.
         """
-        locked = self._record.lock()
+        locked, waited_s = self._record.lock(), 0.0
         try:
             while True:
                 content, version = self._record.read()
                 before = Owner.from_bytes(content)
                 if before is not None and not takeover:
                     self._wait_for_end(before, locked)
+                elif before is None and locked is False and not takeover and waited_s < LEASE_S:
+                    self._wait(
+                        _POLL_S
+                    )  # somebody holds the lock, and writes the record again with the next sign of life
+                    waited_s += _POLL_S
+                    continue
                 try:
                     self._enter(before, version, locked=bool(locked))
                     break
@@ -196,6 +213,7 @@ class Ownership:
         Raises:
             StorageError: the record cannot be read.
         """
+        self._check_process()
         with self._lock:
             self._check_here()
             content, version = self._record.read()
@@ -214,6 +232,7 @@ class Ownership:
             OwnershipError: another program has taken the run over.
             StorageError: the record cannot be written.
         """
+        self._check_process()
         with self._lock:
             self._check_here()
             self._update(unfinished=tuple(dict.fromkeys((*self.unfinished, *folders))))
@@ -227,9 +246,11 @@ class Ownership:
 
     def release(self) -> None:
         """Let the run go: the next program need not wait. Nothing can be written afterwards."""
+        if self._pid != os.getpid():  # a forked process, in which the lock may be held for ever
+            return
         self._end.set()
         with self._lock:
-            if self._mine is None or self._lost is not None or self._pid != os.getpid():
+            if self._mine is None or self._lost is not None:
                 return
             try:
                 self._update(released=True)
@@ -333,8 +354,12 @@ class Ownership:
     def _check_here(self) -> None:
         if self._lost is not None:
             raise OwnershipError.taken_over(self._path, self._lost.owner)
-        if self._mine is None or self._pid != os.getpid():
+        if self._mine is None:
             raise OwnershipError(self._path, "this process has not opened it for writing", "")
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise OwnershipError(self._path, f"it was opened for writing by process {self._pid}, not by this one", "")
 
 
 def _same_system(system: str) -> bool:

@@ -147,6 +147,7 @@ class RunFolder:
         if self.is_uri:
             gcs.check_access(self.path, self._timeout_s)
         self._ownership.acquire(takeover=takeover)
+        self.identity()  # raises now, and not at the first save
 
     def release(self) -> None:
         """Let the run go, so that the next program need not wait. Nothing can be written afterwards."""
@@ -167,17 +168,37 @@ class RunFolder:
 
     @functools.cached_property
     def _identity(self) -> str:
-        try:
-            return self.files.read(_IDENTITY, 1 << 10).decode()
-        except FileNotFoundError:
-            # Somebody may have copied the steps without the hidden files: then they say which run it is.
-            runs = {run for step in self.steps() if (run := self._run_of(step))}
-            identity = runs.pop() if len(runs) == 1 else uuid.uuid4().hex
+        found = self._stored_identity()
+        if found:
+            return found
+        # Somebody may have copied the steps without the hidden files: then they say which run it is.
+        runs = {run for step in self.steps() if (run := self._run_of(step))}
+        identity = runs.pop() if len(runs) == 1 else uuid.uuid4().hex
+        if found is None:
             try:
                 self.files.create(_IDENTITY, identity.encode())
             except FileExistsError:
-                return self.files.read(_IDENTITY, 1 << 10).decode()
-            return identity
+                return self._stored_identity() or identity
+        else:  # emptied by a loss of power
+            self.files.write(_IDENTITY, identity.encode())
+        return identity
+
+    def _stored_identity(self) -> str | None:
+        """What the file of the identity says; None if there is no file, empty if it says nothing.
+
+        Raises:
+            ConfigError: it says something else.
+        """
+        try:
+            content = self.files.read(_IDENTITY, 1 << 10)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}; delete it, and the steps will say which run it is") from error
+        if content and not re.fullmatch(rb"[0-9a-f]{32}", content):
+            advice = "delete it, and the steps will say which run it is"
+            raise ConfigError(f"{self.path}/{_IDENTITY} is not the identity of a run; {advice}")
+        return content.decode()
 
     def check_visible(self) -> None:
         """Raise ConfigError if this process cannot see the folder that process 0 has created."""
