@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torchorbax import CheckpointNotFoundError, CorruptCheckpointError, verify
-from torchorbax._src.verification import checked_read
+from torchorbax._src.verification import checked_read, step_check
 
 from tests.helpers.damage import flip_in
+
+verify_module = importlib.import_module("torchorbax._src.restore.verify")  # the function hides the module
 
 
 def test_verify_answers_with_the_good_steps(run_path: Path) -> None:
@@ -54,3 +59,19 @@ def test_verify_where_there_is_nothing(tmp_path: Path, run_path: Path) -> None:
         verify(str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointNotFoundError, match="no step 7 found; steps there: 0, 1"):
         verify(str(run_path), 7)
+
+
+def test_a_step_that_is_let_go_meanwhile_is_no_damage(run_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = step_check.check_step
+
+    def let_go_then_check(storage: Any, manifest: Any) -> None:
+        if manifest.step == 0:
+            shutil.rmtree(run_path / "0")
+        check(storage, manifest)
+
+    monkeypatch.setattr(verify_module, "check_step", let_go_then_check)
+    steps = verify(str(run_path))
+    assert 0 not in steps
+    assert steps
+    with pytest.raises(CheckpointNotFoundError, match="no step 0"):
+        verify(str(run_path), 0)

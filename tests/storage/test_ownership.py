@@ -111,6 +111,13 @@ def test_a_process_of_this_machine_that_is_gone_lets_others_in(record: MemoryRec
     another(record, 1001.0, lambda seconds: pytest.fail("it waits")).acquire()
 
 
+def test_a_clock_that_was_set_ousts_nobody_who_holds_the_lock(record: MemoryRecord) -> None:
+    record.locked = False
+    record.write(pid=os.getppid(), started=ownership._started(os.getppid()), token="theirs")
+    with pytest.raises(OwnershipError, match="writes to this run"):
+        another(record, 1e9, lambda seconds: record.write(beat=record.owner.beat + 1)).acquire()
+
+
 def test_an_owner_of_the_future_is_waited_for(record: MemoryRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clock is ahead: only that it shows no sign of life says that it is gone."""
     of_another_machine(record, beat_time=1e12)

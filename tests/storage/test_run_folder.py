@@ -45,6 +45,26 @@ def test_bad_paths(tmp_path: Path) -> None:
             torchorbax.resume(nn.Linear(1, 1), None, str(path))
 
 
+def test_who_only_reads_wants_a_checkpoint(tmp_path: Path) -> None:
+    with (
+        Checkpointer(str(tmp_path / "typo"), state(), read_only=True) as run,
+        pytest.raises(torchorbax.CheckpointNotFoundError, match="no checkpoint found"),
+    ):
+        run.restore()
+
+
+def test_steps_of_another_run_are_named_and_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("one", "other"):
+        with Checkpointer(str(tmp_path / name), state(), keep=1) as run:
+            save_and_wait(run, 0 if name == "one" else 5)
+    shutil.copytree(tmp_path / "other" / "5", tmp_path / "one" / "5")
+    with Checkpointer(str(tmp_path / "one"), state(), keep=1) as run:
+        save_and_wait(run, 6)
+        save_and_wait(run, 7)
+        assert run.all_steps() == [5, 7]
+    assert caplog.text.count("steps 5 were saved by another run, so they are never deleted") == 1
+
+
 def test_an_identity_that_is_lost_is_found_in_the_steps(tmp_path: Path) -> None:
     file = tmp_path / ".torchorbax-run"
     with Checkpointer(str(tmp_path), state(), keep=1) as run:

@@ -7,7 +7,7 @@ import os
 from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.storage.opening import open_storage
 from torchorbax._src.verification.step_check import check_step
-from torchorbax.errors import CorruptCheckpointError
+from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 
 def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
@@ -24,7 +24,8 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
         step: the step to verify; None for all steps.
 
     Returns:
-        The steps that were verified, all of which are good, in ascending order.
+        The steps that were verified, all of which are good, in ascending order. Steps that a program which writes there
+        has deleted meanwhile are not among them.
 
     Raises:
         CheckpointNotFoundError: there is no such path or step.
@@ -33,12 +34,20 @@ def verify(path: str | os.PathLike[str], step: int | None = None) -> list[int]:
     storage = open_storage(path)
     steps = storage.existing_steps() if step is None else [step]
     reasons: dict[int, str] = {}
+    gone: list[int] = []
     for candidate in steps:
         try:
             with transfers_allowed():
                 check_step(storage, storage.manifest(candidate))
-        except CorruptCheckpointError as error:
-            reasons.update(error.reasons)
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            if candidate not in storage.steps():  # the run that writes there has let it go meanwhile
+                gone.append(candidate)
+            elif isinstance(error, CorruptCheckpointError):
+                reasons.update(error.reasons)
+            else:
+                raise
     if reasons:
         raise CorruptCheckpointError(storage.path, reasons)
-    return steps
+    if step in gone:
+        raise CheckpointNotFoundError(storage.path, step, storage.steps())
+    return [candidate for candidate in steps if candidate not in gone]

@@ -229,7 +229,7 @@ class Checkpointer:
             The step restored; None if `step` is None and there is none.
 
         Raises:
-            CheckpointNotFoundError: there is no such step.
+            CheckpointNotFoundError: there is no such step; or there is none at all, with `read_only=True`.
             CorruptCheckpointError: the step asked for, or each of them, is damaged.
             MismatchError: the checkpoint does not fit the live objects; never skipped. `.problems` has all of them.
             ConfigError: `only` or `rename` has a name that neither the step nor the live objects have; or it is called
@@ -237,7 +237,10 @@ class Checkpointer:
         """
         self._saves.collect()
         wanted = request(only, strict, rename, cast)
-        return restore_from(self, self._main.storage, None if step is None else step_number(step), wanted)
+        found = restore_from(self, self._main.storage, None if step is None else step_number(step), wanted)
+        if found is None and self._read_only:
+            self._main.storage.existing_steps()  # raises: who only reads has no use for a fresh start
+        return found
 
     def steps(self, stop: int, *, progress: bool | None = None, save_last: bool = True) -> Iterator[int]:
         """The steps from `next_step` to `stop - 1`, with a save after each body when the policy says so.

@@ -266,7 +266,7 @@ class Ownership:
         began = time.monotonic()
         while not self._has_lost(owner, locked):
             is_seen = owner.system == _system() and not owner.has_ended
-            if is_seen or (locked is False and owner.locked):
+            if (is_seen or (locked is False and owner.locked)) and not self._is_silent(owner):
                 raise OwnershipError.of_owner(self._path, str(owner))
             if time.monotonic() - began > LEASE_S:
                 return
@@ -289,7 +289,11 @@ class Ownership:
             return True
         if locked and owner.locked and _same_system(owner.system):
             return True
-        # On the same system there is one clock.
+        # A clock may have been set. While somebody holds the lock, only watching says that the owner is silent.
+        return self._is_silent(owner) and not (locked is False and owner.locked)
+
+    def _is_silent(self, owner: Owner) -> bool:
+        """Was the last sign of life long ago, by the clocks? On the same system there is one clock."""
         patience_s = LEASE_S + (0 if _same_system(owner.system) else _CLOCKS_DIFFER_S)
         return self._now() - owner.beat_time > patience_s
 

@@ -393,4 +393,6 @@ def _as_config_error(path: str) -> Iterator[None]:
             raise
         if gcs.is_uri(path):
             raise gcs.refused(path, cause) from error
-        raise ConfigError(f"{path} cannot be used for a run: {type(cause).__name__}: {cause}") from error
+        refused = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        advice = "; to restore from it without writing, open it with read_only=True" if refused else ""
+        raise ConfigError(f"{path} cannot be used for a run: {type(cause).__name__}: {cause}{advice}") from error

@@ -43,6 +43,7 @@ class Steps:
         self._storage = storage
         self._keep = keep
         self._keep_damaged = keep_damaged
+        self._others: set[int] = set()  # steps of other runs, of which a warning has told
         self.damaged_bases: set[int] = set()
         self.proved: set[int] = set()
         self._damaged: set[int] = set()
@@ -169,7 +170,15 @@ class Steps:
             )
             return []
         unkept = [step for step, kept in zip(steps, keep, strict=True) if not kept and step != newest]
-        return [step for step in unkept if self._storage.is_own(step)]
+        own = [step for step in unkept if self._storage.is_own(step)]
+        if others := set(unkept).difference(own, self._others):
+            self._others |= others
+            _logger.warning(
+                "%s: steps %s were saved by another run, so they are never deleted; move away what is not wanted",
+                self._storage.path,
+                ", ".join(map(str, sorted(others))),
+            )
+        return own
 
     def _deleted(self, step: int) -> bool:
         """Delete a step. Returns whether it is deleted."""
