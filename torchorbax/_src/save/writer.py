@@ -241,7 +241,8 @@ class _StepWriting:
             for item, name, text in summary["sums"]:
                 sums[item, name].append(fingerprint.sums(text))
         texts = {key: fingerprint.text(fingerprint.total(parts)) for key, parts in sums.items()}
-        next_base = max(self._storage.bases.steps(), default=-1) + 1
+        taken = [*self._storage.bases.steps(), *self._storage.bases.unfinished()]
+        next_base = max(taken, default=-1) + 1
         return frozen.numbered(mine.items, texts, self._steps.newest_with_bases(self._step), next_base)
 
     def _missing_base(self, written: Sequence[Key]) -> str | None:

@@ -88,8 +88,8 @@ class RunFolder:
             objects = GcsFiles(self.path, timeout_s)
             self.files, record = objects, GcsRecord(objects)
         else:
-            folders = LocalFiles(self.path)
-            self.files, record = folders, LocalRecord(folders)
+            self.files = folders = LocalFiles(self.path)
+            record = LocalRecord(folders)
         self._ownership: Ownership = parent._ownership if parent is not None else Ownership(self.path, record)
         if parent is None:
             # A run that is dropped without being closed must not keep others out.
@@ -298,12 +298,7 @@ class RunFolder:
             self.files.delete_folder(hidden)
 
     def remove_leftovers(self) -> None:
-        """Delete what interrupted saves and deletions of this run have left behind. What cannot be deleted now is tried
-        again the next time.
-
-        Raises:
-            OwnershipError: another program has taken the run over.
-        """
+        """See `Storage.remove_leftovers`. Raises OwnershipError if another program has taken the run over."""
         self._ownership.check()
         leftovers = self._leftovers()
         if self.is_uri:
@@ -318,6 +313,10 @@ class RunFolder:
                 _logger.warning("%s could not be removed, trying later: %s", folder, error)
                 if self.is_uri:  # no answer: each further deletion would take as long to fail
                     return
+
+    def unfinished(self) -> list[int]:
+        """See `Storage.unfinished`. A local disk has none."""
+        return sorted(map(int, self._noted()))
 
     def _noted(self) -> set[str]:
         """Under a URI, the folders of this one that are on the owner's list of unfinished ones."""

@@ -172,5 +172,8 @@ class Storage(Source, Protocol):
     def delete(self, step: int) -> None:
         """Delete a step. It is never listed half deleted."""
 
+    def unfinished(self) -> list[int]:
+        """Steps that a save has begun and not finished, and whose writes may still arrive."""
+
     def remove_leftovers(self) -> None:
         """Delete what interrupted saves and deletions have left behind. Call it before the first save."""
