@@ -102,7 +102,7 @@ class Campaign:
         program = self.start(moment.name, steps, number)
         try:
             self.arrived(program, number, moment)
-            time.sleep(self.chance.uniform(0.0, moment.within_s))
+            time.sleep(self.chance.uniform(0.0, moment.within_s))  # the signal comes at a random time within the moment
             self.signal(program, moment)
             complete = self.complete(number, before) if not moment.returns else None
             status = self.end(program, complete)
@@ -144,7 +144,7 @@ class Campaign:
         while not any(entry["trial"] == number for entry in noted(self.folder / "arrivals")):
             if program.poll() is not None or time.monotonic() > deadline_s:
                 self.fail(moment, "the program has not come there")
-            time.sleep(0.01)
+            time.sleep(0.01)  # looks again; another process writes
         self.check_start(number, moment)
 
     def check_start(self, number: int, moment: Moment) -> None:
@@ -171,7 +171,7 @@ class Campaign:
                 return status
             if complete is not None and self.committed() == complete:
                 return None
-            time.sleep(0.01)
+            time.sleep(0.01)  # looks again; another process commits
         return None
 
     def committed(self) -> int | None:

@@ -35,7 +35,7 @@ class Batches(torch.utils.data.Dataset[torch.Tensor]):
         return 1 << 20
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        time.sleep(0.05)
+        time.sleep(0.05)  # a loader that takes its time, so that workers are alive when the signal comes
         return batch_of(index)
 
 
@@ -66,7 +66,7 @@ def slow(owner: Any, name: str) -> None:
     method = getattr(owner, name)
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(SLOW_S)
+        time.sleep(SLOW_S)  # the moment that the signal is to fall into
         return method(*args, **kwargs)
 
     setattr(owner, name, slowly)

@@ -61,7 +61,7 @@ def test_arrays_that_nothing_has_replaced_give_the_state(size: int) -> None:
     assert {name: set(value) for name, value in values.items()} == {"jax": {2.0}, "torch": {3.0}, "numpy": {4.0}}
     assert last is not None
     assert (last.step, last.time, last.metrics) == (7, NOW, {"loss": 1.0})
-    assert last.captured()["w"].values == {"lr": 0.5}  # type: ignore[index]
+    assert last.captured()["w"].values == {"lr": 0.5}  # type: ignore[index]  # the state is there
 
 
 @SIZES

@@ -161,6 +161,7 @@ def test_an_exception_of_a_signal_handler_in_save_itself_loses_nothing(
         return take(*args)
 
     monkeypatch.setattr(run._main, "take", take_when_a_worker_dies)
+    # It ends the save, of which `save` tells if that is known by then; else the exception itself leaves the loop.
     with pytest.raises((RuntimeError, SaveError), match="killed by signal"):
         end_at_5(run, died, received=True, in_body=False)
     assert storage.steps() == [0, 5]

@@ -106,7 +106,7 @@ def test_a_program_that_uses_the_wakeup_descriptor_keeps_it(tmp_path: Path, run_
     wait = """
     owner.overdue = None
     while not notice.received:
-        time.sleep(0.01)
+        time.sleep(0.01)  # a loop of Python code, in which the handler runs
     notice.remove()
     """
     done = run_python(IN_C.format(wait=wait).replace("os._exit(0)", "pass"), "taken")

@@ -218,7 +218,7 @@ def test_the_process_that_is_waited_for_is_named(service: FakeService) -> None:
         Channel(processes[1], "save").gather("start", "mine")
         return get(key, timeout_in_ms)
 
-    service.blocking_key_value_get = getting  # type: ignore[method-assign]
+    service.blocking_key_value_get = getting  # type: ignore[method-assign]  # a fake of one call
     assert channel.gather("start", "own") == ["own", "mine"]
     assert seen == [1]
     assert channel.waiting_for is None

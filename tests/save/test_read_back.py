@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchorbax import Checkpointer, ConfigError, SaveError, verify
+from torchorbax import Checkpointer, ConfigError, SaveError, StorageError, verify
 from torchorbax._src.save import read_back
 from torchorbax._src.storage import array_writer
 from torchorbax._src.verification import step_check
@@ -106,6 +106,22 @@ def test_old_steps_are_read_again_one_a_save(
     assert caplog.text.count("is not what was saved") == 1
 
 
+def test_a_scrub_that_cannot_read_costs_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(tmp_path, state(), save=None, rng=False, keep=None) as run:
+        save_and_wait(run, 0)
+        monkeypatch.setattr(read_back, "SCRUB_AFTER_S", 0.0)
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise StorageError(run.path, "no answer")
+
+        monkeypatch.setattr(read_back, "check_step", fail)
+        save_and_wait(run, 1)
+        assert run.all_steps() == [0, 1]
+    assert "old step 0 could not be read again" in caplog.text
+
+
 def test_other_values_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="verify_after_save must be 'first', True or False, not 'last'"):
-        Checkpointer(tmp_path, {}, verify_after_save="last")  # type: ignore[arg-type]
+        Checkpointer(tmp_path, {}, verify_after_save="last")  # type: ignore[arg-type]  # refused

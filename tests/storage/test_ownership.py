@@ -118,6 +118,20 @@ def test_a_clock_that_was_set_ousts_nobody_who_holds_the_lock(record: MemoryReco
         another(record, 1e9, lambda seconds: record.write(beat=record.owner.beat + 1)).acquire()
 
 
+def test_a_process_that_is_hidden_has_not_ended(record: MemoryRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc may be mounted so that it shows no process of another user."""
+    record.write(pid=os.getppid(), started=ownership._started(os.getppid()), token="theirs")
+    monkeypatch.setattr(ownership, "_started", lambda pid: "")
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(ownership.os, "kill", refuse)
+    record.locked = False
+    with pytest.raises(OwnershipError, match="writes to this run"):
+        another(record, 1001.0).acquire()
+
+
 def test_an_owner_of_the_future_is_waited_for(record: MemoryRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clock is ahead: only that it shows no sign of life says that it is gone."""
     of_another_machine(record, beat_time=1e12)
@@ -185,7 +199,16 @@ def test_a_storage_that_does_not_answer_is_no_loss(record: MemoryRecord) -> None
     mine.check()
 
 
-ODD = [{"system": 5}, {"pid": "a\0b"}, {"beat_time": "x"}, {"unfinished": 3}, {"locked": None}, {"host": None}]
+ODD = [
+    {"system": 5},
+    {"pid": -1},
+    {"pid": 1 << 70},
+    {"pid": "a\0b"},
+    {"beat_time": "x"},
+    {"unfinished": 3},
+    {"locked": None},
+    {"host": None},
+]
 
 
 @pytest.mark.parametrize("odd", ODD, ids=str)

@@ -5,6 +5,7 @@ Without that, a machine that writes wrong bytes acknowledges one bad step after 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Collection
 from typing import Literal
@@ -15,7 +16,7 @@ from torchorbax._src.storage.steps import Steps
 from torchorbax._src.storage.storage import Storage
 from torchorbax._src.verification.checked_read import leaf_batches
 from torchorbax._src.verification.step_check import check_arrays, check_step, twice
-from torchorbax.errors import CorruptCheckpointError, StorageError
+from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 
 _logger = logging.getLogger(__name__)
 
@@ -93,17 +94,18 @@ class ReadBack:
         except CorruptCheckpointError as error:
             self._steps.mark_damaged(step)
             _logger.warning("%s", error)
+        except (StorageError, CheckpointNotFoundError) as error:  # it says nothing about the step just saved
+            _logger.warning("%s: old step %d could not be read again: %s", self._storage.path, step, error)
 
     def _oldest(self, newest: int) -> int | None:
         """The step to scrub; None if there is none. The newest step has just been saved."""
-        now = self._steps.clock.now().timestamp()
-        read_at = {
-            step: max(info.time.timestamp(), self._scrubbed.get(step, 0.0))
-            for step, info in list(self._steps.infos.items())
-            if step != newest
-        }
-        oldest = min(read_at, key=lambda step: read_at[step], default=None)
-        return None if oldest is None or now - read_at[oldest] < SCRUB_AFTER_S else oldest
+        # Of the steps that were read at the same time, or never, the lowest is the oldest. Only its manifest is read.
+        infos = {step: info for step, info in list(self._steps.infos.items()) if step != newest}
+        oldest = min(infos, key=lambda step: (self._scrubbed.get(step, 0.0), step), default=None)
+        if oldest is None:
+            return None
+        read_at = max(infos[oldest].time.timestamp(), self._scrubbed.get(oldest, 0.0))
+        return oldest if self._steps.clock.now().timestamp() - read_at >= SCRUB_AFTER_S else None
 
     def _read_part(self, manifest: Manifest, new_bases: Collection[int]) -> None:
         processes = self._channel.processes
@@ -117,4 +119,4 @@ class ReadBack:
             twice(lambda: self._storage.check_files(manifest, digests=True))
         for number, keys in enumerate(leaf_batches(manifest, without_bases=old_bases)):
             if number % processes.count == processes.index:
-                twice(lambda keys=keys: check_arrays(self._storage, manifest, keys))  # type: ignore[misc]
+                twice(functools.partial(check_arrays, self._storage, manifest, keys))

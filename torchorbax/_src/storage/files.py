@@ -34,11 +34,9 @@ class Files(Protocol):
 
     Attributes:
         root: the absolute path or URI of the root.
-        renames: is a folder renamed as a whole? Otherwise steps have commit markers.
     """
 
     root: str
-    renames: bool
 
     def entries(self, folder: str = "") -> list[Entry]:
         """What is in a folder, in any order; empty if there is no such folder."""

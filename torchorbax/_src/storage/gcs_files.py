@@ -32,8 +32,6 @@ class GcsFiles:
         timeout_s: how long to wait for an answer, retries included.
     """
 
-    renames = False
-
     def __init__(self, root: str, timeout_s: float) -> None:
         self.root = root
         self._bucket, _, self._prefix = root.removeprefix("gs://").partition("/")

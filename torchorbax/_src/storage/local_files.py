@@ -34,8 +34,6 @@ class LocalFiles:
         root: the absolute path of the folder. It may be a link; below it, no link is followed.
     """
 
-    renames = True
-
     def __init__(self, root: str) -> None:
         self.root = root
 

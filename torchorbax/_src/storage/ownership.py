@@ -32,6 +32,7 @@ LEASE_S = 30.0
 _CLOCKS_DIFFER_S = 30.0
 """How far the clocks of two machines may be apart before a living owner might be taken for a silent one."""
 _POLL_S = 0.5
+_MOST_PID = 1 << 31
 
 _logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Owner:
         except (ValueError, TypeError, KeyError, RecursionError):  # empty after a loss of power, or somebody else's
             return None
         kinds = {name: type(value) for name, value in vars(owner).items()}
-        return owner if kinds == _KINDS else None
+        return owner if kinds == _KINDS and 0 < owner.pid < _MOST_PID else None
 
     @property
     def is_this_process(self) -> bool:
@@ -114,8 +115,16 @@ class Owner:
 
     @property
     def has_ended(self) -> bool:
-        """Has its process certainly ended? False if it cannot be seen from here."""
-        return self.system == _system() and _started(self.pid) != self.started
+        """Has its process certainly ended? False if that cannot be seen from here."""
+        if self.system != _system():
+            return False
+        try:
+            os.kill(self.pid, 0)  # sends nothing; it says if there is such a process
+        except ProcessLookupError:
+            return True
+        except OSError:  # it is another user's, and /proc may hide it
+            return False
+        return _started(self.pid) not in ("", self.started)  # the number may have gone to another process
 
     def __str__(self) -> str:
         return f"process {self.pid} on {ascii(self.host)[1:-1]}, since {ascii(self.since)[1:-1]}"
@@ -192,9 +201,8 @@ class Ownership:
                 if before is not None and not takeover:
                     self._wait_for_end(before, locked)
                 elif before is None and locked is False and not takeover and waited_s < LEASE_S:
-                    self._wait(
-                        _POLL_S
-                    )  # somebody holds the lock, and writes the record again with the next sign of life
+                    # Somebody holds the lock, and writes the record again with the next sign of life.
+                    self._wait(_POLL_S)
                     waited_s += _POLL_S
                     continue
                 try:
@@ -382,11 +390,9 @@ def _system() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in ticks since the system did; empty if there is no such process."""
+    """When a process started, in ticks since the system did; empty if that cannot be seen."""
     try:
         # The name, in brackets, may have spaces in it. The start is the 22nd field.
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    except FileNotFoundError:
-        return ""
     except OSError:
-        return "unknown"
+        return ""
