@@ -85,6 +85,28 @@ def test_references_share_the_array_and_show_a_donation() -> None:
     assert taken["raw"].is_deleted(), "so that saving it fails, and never stores anything else"
 
 
+@pytest.mark.parametrize("staging", STAGINGS)
+def test_it_describes_what_it_holds_whatever_becomes_of_the_live_objects(staging: Any, mesh: Mesh) -> None:
+    """The descriptions are made on the saving thread, by when the loop may have cast or replaced what is live."""
+    place = NamedSharding(mesh, P("fsdp"))
+    leaves: dict[str, Any] = {
+        "cast": torch.nn.Parameter(torch.ones(2, 3)),
+        "resized": torch.ones(4),
+        "array": np.ones(4, np.float32),
+        "torchax": _torchax.wrap(jax.device_put(jnp.ones(8), place)),
+    }
+    taken = snapshot.take({"model": Captured("module", leaves)}, staging)
+    leaves["cast"].data = torch.ones(2, 3, dtype=torch.float16)
+    leaves["resized"].resize_(7)
+    leaves["array"].resize(2, refcheck=False)
+    _torchax.set_array(leaves["torchax"], jnp.ones(2, jnp.int32))
+    found = taken.items["model"].leaves
+    arrays = by_name(taken)
+    for name, shape in {"cast": (2, 3), "resized": (4,), "array": (4,), "torchax": (8,)}.items():
+        assert (found[name].shape, found[name].dtype) == (shape, "float32")
+        assert (arrays[name].shape, arrays[name].dtype) == (shape, np.float32)
+
+
 def test_host_staging_gives_numpy_in_memory_of_its_own(mesh: Mesh) -> None:
     array = jax.device_put(jnp.arange(16.0), NamedSharding(mesh, P("fsdp")))
     single = jnp.arange(16.0)

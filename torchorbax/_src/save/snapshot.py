@@ -12,8 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
-import torch
 
 from torchorbax._src.arrays.dtypes import dtype_name
 from torchorbax._src.arrays.leaves import Array
@@ -22,7 +20,7 @@ from torchorbax._src.format.manifest import ItemMeta, Key, LeafMeta
 from torchorbax._src.save.frozen import NEW_BASE, FrozenLeaves, Identities
 from torchorbax._src.save.staging import Staged, Staging, as_array, stage
 from torchorbax._src.state.item import Captured
-from torchorbax._src.tensors.live import host_copy, live_array, live_dtype, raise_if_deleted
+from torchorbax._src.tensors.live import host_copy, live_array, raise_if_deleted
 
 
 class Snapshot:
@@ -32,7 +30,7 @@ class Snapshot:
 
     Args:
         captured: the live leaves by item.
-        held: what holds the value of each leaf, by key.
+        held: what holds the value of each leaf that is written, by key: its `jax.Array`, or a copy in host memory.
         staged: the arrays to write, staged.
         frozen: the frozen leaves.
 
@@ -41,7 +39,11 @@ class Snapshot:
     """
 
     def __init__(
-        self, captured: Mapping[str, Captured], held: Mapping[Key, Any], staged: dict[Key, Staged], frozen: FrozenLeaves
+        self,
+        captured: Mapping[str, Captured],
+        held: Mapping[Key, Array],
+        staged: dict[Key, Staged],
+        frozen: FrozenLeaves,
     ) -> None:
         self.identities: Identities = frozen.identities
         self._frozen = frozen.known
@@ -73,23 +75,22 @@ class Snapshot:
     @cached_property
     def items(self) -> dict[str, ItemMeta]:
         """The descriptions of the items for the manifest, without fingerprints."""
-        held, self._held = self._held, {}  # these are live arrays, which must not be kept alive
+        held, self._held = self._held, {}  # some are live arrays, which must not be kept alive
         return {
             item: ItemMeta(kind, {name: self._meta(item, name, held) for name in names}, ties, values, shared)
             for item, (kind, names, ties, values, shared) in self._captured.items()
         }
 
-    def _meta(self, item: str, name: str, held: Mapping[Key, Any]) -> LeafMeta:
+    def _meta(self, item: str, name: str, held: Mapping[Key, Array]) -> LeafMeta:
         known = self._frozen.get((item, name))
         return known or _meta(held[item, name], NEW_BASE if (item, name) in self._frozen else None)
 
 
-def _meta(held: jax.Array | np.ndarray | torch.Tensor, base: int | None) -> LeafMeta:
+def _meta(held: Array, base: int | None) -> LeafMeta:
     if isinstance(held, jax.Array):  # it may have been donated by now, but still has its shape, dtype and sharding
         sharding, weak_type = describe(held.sharding), held.weak_type
         return LeafMeta(tuple(held.shape), dtype_name(held.dtype), "jax", sharding, base=base, weak_type=weak_type)
-    dtype = live_dtype(held) if isinstance(held, torch.Tensor) else held.dtype
-    return LeafMeta(tuple(held.shape), dtype_name(dtype), "host")
+    return LeafMeta(held.shape, dtype_name(held.dtype), "host")
 
 
 def take(captured: Mapping[str, Captured], staging: Staging, frozen: FrozenLeaves | None = None) -> Snapshot:
@@ -121,12 +122,11 @@ def take(captured: Mapping[str, Captured], staging: Staging, frozen: FrozenLeave
         raise
     if gone:
         raise_if_deleted(_named(leaves))
-    # Stage the jax arrays, and copy what is in host memory.
+    # Stage the jax arrays, and copy what is in host memory. The copies are described later, not what is live: by then
+    # the loop may have given a tensor another shape or dtype.
     staged = stage(on_device, staging)
-    for key, array in held.items():
-        if not isinstance(array, jax.Array):
-            staged[key] = host_copy(array)
-    return Snapshot(captured, held, staged, frozen)
+    copies = {key: host_copy(array) for key, array in held.items() if not isinstance(array, jax.Array)}
+    return Snapshot(captured, {**on_device, **copies}, {**staged, **copies}, frozen)
 
 
 def _named(leaves: Mapping[Key, Any]) -> dict[str, Any]:
