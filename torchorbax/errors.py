@@ -191,12 +191,14 @@ class OwnershipError(TorchorbaxError):
 
     Attributes:
         path: the run's folder or URI.
+        reason: what is known about it, and what to do.
         owner: who does: its process, its host, and since when; empty if nobody does.
     """
 
     def __init__(self, path: str, reason: str, owner: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = path
+        self.reason = reason
         self.owner = owner
 
     @classmethod

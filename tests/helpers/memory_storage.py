@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from torchorbax._src.arrays import fingerprint
 from torchorbax._src.arrays.fingerprint import Sums
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.format import per_process
-from torchorbax._src.format.manifest import Key, LeafMeta, Manifest
+from torchorbax._src.format.manifest import FileDigest, Key, LeafMeta, Manifest
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage.storage import Folders
 
@@ -58,7 +58,10 @@ class MemoryStorage:
     def is_own(self, step: int) -> bool:
         return True
 
-    def check_files(self, manifest: Manifest, *, digests: bool) -> None: ...
+    def check_files(self, manifest: Manifest, *, digests: Collection[str]) -> None: ...
+
+    def written_files(self, folders: Folders, process: int) -> dict[str, FileDigest]:
+        return {}
 
     def check_visible(self) -> None: ...
 

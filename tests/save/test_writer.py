@@ -19,7 +19,10 @@ FAILURES = """
     import errno, time
     import torchorbax
     from torchorbax import Checkpointer
+    from torchorbax._src.save.read_back import ReadBack
     from torchorbax._src.storage import array_writer
+    from torchorbax._src.storage.local_files import LocalFiles
+    from torchorbax._src.storage.opening import open_storage as Storage
     from tests.helpers.several_state import VALUES, outcome, spread
 
     root = sys.argv[1]
@@ -98,6 +101,32 @@ FAILURES = """
         note(**{f"late {who}": result, f"late {who} s": time.monotonic() - started})
         meet(f"late {who}")
         outcome(run.close)
+
+    digested = []
+    digests = LocalFiles.digests
+    def noting(files, folder, paths):
+        digested.extend(f"{files.root}/{folder}/{path}" for path in paths)
+        return digests(files, folder, paths)
+    LocalFiles.digests = noting
+    run = opened("digests", {"w": spread(VALUES), "own": index}, verify_after_save=False)
+    result = saved(run, 0)
+    LocalFiles.digests = digests
+    listed = Storage(f"{root}/digests").manifest(0).files
+    goes_on("digests", run, result, digested, list(listed))
+
+    def harmed(self, manifest, bases):
+        if index == 1:
+            path = f"{root}/harmed/{manifest.step}/manifest/process_1"
+            content = open(path, "rb").read()
+            open(path, "wb").write(content[:-1] + b" ")
+        meet("harmed already")
+        return read(self, manifest, bases)
+    read = ReadBack.read
+    run = opened("harmed", {"w": spread(VALUES), "own": index})
+    ReadBack.read = harmed
+    result = saved(run, 0)
+    ReadBack.read = read
+    goes_on("harmed", run, result)
 
     run = opened("steps")
     goes_on("steps", run, saved(run, 5 + index))
@@ -185,6 +214,23 @@ def test_a_process_that_does_not_save_is_not_waited_for_longer_than_said(who: in
     assert failures[who][f"late {who} s"] < 15
 
 
+def test_each_process_sums_what_it_has_written_itself(failures: Facts) -> None:
+    """Else process 0 would read the whole step, however many hosts there are, before it commits."""
+    (fine, first, listed), (also_fine, second, also_listed) = outcomes_of(failures, "digests", [0])
+    assert fine == also_fine == FINE
+    assert listed == also_listed
+    of_second = {path for path in listed if "ocdbt.process_1/" in path or path.endswith("/process_1")}
+    assert len(of_second) > 2
+    assert {path.rpartition("/digests/")[2].partition("/")[2] for path in first}.isdisjoint(of_second)
+    assert len(second) == len(of_second)
+
+
+def test_each_process_reads_its_own_state_back(failures: Facts) -> None:
+    for (failed,) in outcomes_of(failures, "harmed"):
+        assert failed[0] == "SaveError"
+        assert "process_1 is not what was written" in failed[1]
+
+
 def test_saves_of_different_steps_fail_everywhere(failures: Facts) -> None:
     (first,), (second,) = outcomes_of(failures, "steps")
     assert first[0] == second[0] == "SaveError"
@@ -218,7 +264,10 @@ def test_a_path_that_process_0_refuses_is_refused_everywhere(failures: Facts) ->
 MID_SAVE = """
     import threading, time
     from torchorbax import Checkpointer
+    from torchorbax._src.save.read_back import ReadBack
     from torchorbax._src.storage import array_writer
+    from torchorbax._src.storage.local_files import LocalFiles
+    from torchorbax._src.storage.opening import open_storage as Storage
     from tests.helpers.several_state import VALUES, outcome, spread
 
     run = Checkpointer(sys.argv[1], {"state": {"w": spread(VALUES)}}, save=None, rng=False, barrier_timeout_s=5)

@@ -1,8 +1,8 @@
 """How an exception reaches other processes: as JSON, from which they build the exception that they raise.
 
-Errors about the run itself (a damaged step, a failed save, missing processes) are raised with the same type and content
-in all processes. For any other exception, the other processes raise a `ProcessError` with its text and the number of
-the process that raised it.
+Errors about the run itself (a damaged step, a failed save, another owner, missing processes) are raised with the same
+type and content in all processes. For any other exception, the other processes raise a `ProcessError` with its text and
+the number of the process that raised it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torchorbax.errors import CorruptCheckpointError, ProcessError, SaveError
+from torchorbax.errors import CorruptCheckpointError, OwnershipError, ProcessError, SaveError
 
 Failure = dict[str, Any]
 """JSON: `error` is the text; `kind`, if not None, an error that all processes raise, and `about` its arguments."""
@@ -26,6 +26,9 @@ def described(error: Exception) -> Failure:
         cause = _process_error_behind(error)
         about = {"step": error.step, "path": error.path, "reason": error.reason, "committed": error.committed}
         return failure | {"kind": "save", "about": about, "cause": None if cause is None else described(cause)}
+    if isinstance(error, OwnershipError):
+        about = {"path": error.path, "reason": error.reason, "owner": error.owner}
+        return failure | {"kind": "owner", "about": about}
     if isinstance(error, ProcessError):
         about = {"processes": error.processes, "phase": error.phase, "reason": error.reason}
         return failure | {"kind": "processes", "about": about}
@@ -47,6 +50,8 @@ def rebuilt(failure: Failure, process: int, phase: str) -> Exception:
             error = SaveError(**failure["about"])
             error.__cause__ = None if failure["cause"] is None else rebuilt(failure["cause"], process, phase)
             return error
+        case "owner":
+            return OwnershipError(**failure["about"])
         case "processes":
             return ProcessError(**failure["about"])
     return ProcessError([process], phase, f"process {process}: {failure['error']}")

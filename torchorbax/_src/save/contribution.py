@@ -112,7 +112,8 @@ def with_reports(manifest: Manifest, parts: Sequence[dict[str, Json]]) -> Manife
         for key, several in texts.items()
     }
     own = {str(process): part["own"] for process, part in enumerate(parts) if part["own"]}
-    return dataclasses.replace(manifest.with_fingerprints(fingerprints), processes=len(parts), own=own)
+    files = {path: (nbytes, crc32c) for part in parts for path, (nbytes, crc32c) in part["files"].items()}
+    return dataclasses.replace(manifest.with_fingerprints(fingerprints), processes=len(parts), own=own, files=files)
 
 
 @functools.cache

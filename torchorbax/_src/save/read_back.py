@@ -5,7 +5,6 @@ Without that, a machine that writes wrong bytes acknowledges one bad step after 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Collection
 from typing import Literal
@@ -14,8 +13,7 @@ from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.format.manifest import Manifest
 from torchorbax._src.storage.steps import Steps
 from torchorbax._src.storage.storage import Storage
-from torchorbax._src.verification.checked_read import leaf_batches
-from torchorbax._src.verification.step_check import check_arrays, check_step, twice
+from torchorbax._src.verification.step_check import check_step
 from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 
 _logger = logging.getLogger(__name__)
@@ -112,11 +110,4 @@ class ReadBack:
         if not processes.is_first:  # only process 0 has the fingerprints
             manifest = self._storage.manifest(manifest.step)
         old_bases = manifest.bases.difference(new_bases)
-        if processes.count == 1:
-            check_step(self._storage, manifest, skipped_bases=old_bases)
-            return
-        if processes.is_first:
-            twice(lambda: self._storage.check_files(manifest, digests=True))
-        for number, keys in enumerate(leaf_batches(manifest, without_bases=old_bases)):
-            if number % processes.count == processes.index:
-                twice(functools.partial(check_arrays, self._storage, manifest, keys))
+        check_step(self._storage, manifest, skipped_bases=old_bases, share=(processes.index, processes.count))

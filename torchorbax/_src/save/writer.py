@@ -17,17 +17,15 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from torchorbax._src.arrays import fingerprint
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
-from torchorbax._src.format.manifest import ItemMeta, Key, Manifest, by_base
+from torchorbax._src.format.manifest import Key, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
-from torchorbax._src.save import frozen
-from torchorbax._src.save.contribution import Contribution, contribution, versions, with_bases, with_reports
+from torchorbax._src.save.contribution import Contribution, contribution, with_bases, with_reports
+from torchorbax._src.save.decision import Decision
 from torchorbax._src.save.read_back import ReadBack, VerifyAfterSave
 from torchorbax._src.save.save import Committed, Save
 from torchorbax._src.storage.steps import Steps
@@ -154,105 +152,11 @@ class _StepWriting:
     def _decide(self, summaries: Sequence[dict[str, Json]], origin: str) -> dict[str, Json]:
         """In process 0: compare what the processes are about to write, and make the manifest."""
         with self._as_save_error():
-            return self._answer(summaries, origin)
-
-    def _answer(self, summaries: Sequence[dict[str, Json]], origin: str) -> dict[str, Json]:
-        """The decision that is published to all processes.
-
-        It is a JSON object: `refusal`, why nothing can be written, or None; `bases`, the numbers of bases by item and
-        leaf; `new_bases`, the bases that this step writes; `known`, the leaves that a base has already; and `own`, the
-        digests of process 0's own state by item.
-        """
-        mine = self._contribution
-        answer: dict[str, Json] = {"refusal": self._disagreement(summaries)}
-        if answer["refusal"] is not None:
+            decision = Decision(self._save, self._storage, self._steps, self._contribution)
+            answer = decision.answer(summaries, origin)
+            if decision.manifest is not None:
+                self._manifest = decision.manifest
             return answer
-        # The manifest, with the numbers of bases.
-        self._save.phase = "removing what is in its way"
-        self._steps.make_way(self._step)
-        self._save.phase = "describing its arrays"
-        items, known = self._numbered(summaries)
-        self._manifest = Manifest(
-            self._step,
-            self._save.time,
-            self._metrics(),
-            items,
-            versions(),
-            parts=mine.parts,
-            origin=origin,
-            run=self._storage.identity(),
-            epoch=self._storage.epoch,
-        )
-        # What the other processes need to know of the manifest.
-        written = [key for key in mine.arrays if key not in known]
-        missing = self._missing_base(written)
-        bases = {
-            item: {name: leaf.base for name, leaf in meta.leaves.items() if leaf.base is not None}
-            for item, meta in (items.items() if self._processes.count > 1 else ())
-        }
-        return {
-            "refusal": missing,
-            "bases": bases,
-            "new_bases": [base for base in by_base(self._manifest.leaves, written) if base is not None],
-            "known": known,
-            "own": summaries[0].get("own"),
-        }
-
-    def _metrics(self) -> dict[str, float]:
-        """The metrics as numbers. One that cannot be read must not cost the step, which is saved without it."""
-        metrics: dict[str, float] = {}
-        for name, value in self._save.metrics.items():
-            try:
-                metrics[name] = float(np.asarray(value))
-            except Exception as error:  # of the computation that the value comes from, of any type
-                _logger.warning(
-                    "%s: step %d is saved without metric %s, which cannot be read: %s",
-                    self._storage.path,
-                    self._step,
-                    name,
-                    _error_line(error),
-                )
-        return metrics
-
-    def _disagreement(self, summaries: Sequence[dict[str, Json]]) -> str | None:
-        """The reason if the processes do not agree on which frozen leaves have been written; None if they do.
-
-        Raises:
-            SaveError: they do not agree on something else.
-        """
-        path, first = self._storage.path, summaries[0]
-        for process, summary in enumerate(summaries[1:], start=1):
-            if summary["step"] != self._step:
-                raise SaveError(self._step, path, f"process {process} saves step {summary['step']} instead")
-            if summary["shared"] != first["shared"]:
-                reason = f"process {process} has other arrays, by name, shape or dtype, than process 0"
-                raise SaveError(self._step, path, reason)
-            if summary["frozen"] != first["frozen"]:
-                return f"process {process} has other frozen leaves than process 0; the next save writes all of them"
-        return None
-
-    def _numbered(self, summaries: Sequence[dict[str, Json]]) -> tuple[dict[str, ItemMeta], list[Key]]:
-        """The items with the numbers of bases, and those new frozen leaves that a base has already after all."""
-        mine = self._contribution
-        if not mine.sums:
-            return dict(mine.items), []
-        sums = {key: [own] for key, own in mine.sums.items()}
-        for summary in summaries[1:]:
-            for item, name, text in summary["sums"]:
-                sums[item, name].append(fingerprint.sums(text))
-        texts = {key: fingerprint.text(fingerprint.total(parts)) for key, parts in sums.items()}
-        taken = [*self._storage.bases.steps(), *self._storage.bases.unfinished()]
-        next_base = max(taken, default=-1) + 1
-        return frozen.numbered(mine.items, texts, self._steps.newest_with_bases(self._step), next_base)
-
-    def _missing_base(self, written: Sequence[Key]) -> str | None:
-        """The reason if a base is gone that the step refers to and does not write itself; None if all are there."""
-        referred = self._manifest.frozen_leaves
-        bases = self._steps.good_bases() if referred else set()
-        for key, leaf in referred.items():
-            if leaf.base not in bases and key not in set(written):
-                return f"base {leaf.base}, which has its frozen parameters, is gone; the next save writes them again"
-        return None
 
     # Write and commit.
 
@@ -336,8 +240,8 @@ class _StepWriting:
     ) -> dict[str, Json]:
         """Write this process's shards and own state. The result is its report to process 0.
 
-        It is a JSON object: `sums` of the shards by item and leaf, and `own`, the SHA-256 of the file with the
-        process's own state, or None.
+        It is a JSON object: `sums` of the shards by item and leaf; `own`, the SHA-256 of the file with the process's
+        own state, or None; and `files`, the digests of the files of other processes than process 0.
         """
         self._save.phase = "writing arrays"
         process = self._processes.index
@@ -345,7 +249,9 @@ class _StepWriting:
         for (item, name), of_leaf in storage.write_arrays(folders, arrays, process).items():
             if process == 0 or of_leaf.any():
                 sums.setdefault(item, {})[name] = fingerprint.text(of_leaf)
-        return {"sums": sums, "own": storage.write_process_items(folders, own, process) if own else None}
+        digest = storage.write_process_items(folders, own, process) if own else None
+        files = storage.written_files(folders, process) if process > 0 else {}
+        return {"sums": sums, "own": digest, "files": files}
 
     # Read back.
 

@@ -45,6 +45,11 @@ def is_gathered(array: Array) -> bool:
     return isinstance(array, np.ndarray) or array.is_fully_addressable or array.sharding.is_fully_replicated
 
 
+def folder_of(process: int) -> str:
+    """The folder within an item's into which a process writes."""
+    return f"{ocdbt_process_spec.PROCESS_PREFIX}{process}"
+
+
 def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic, process: int = 0) -> dict[str, Sums]:
     """Write this process's shards of arrays, and sum them for their fingerprints.
 

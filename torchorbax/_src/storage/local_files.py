@@ -76,7 +76,7 @@ class LocalFiles:
 
     def digests(self, folder: str, paths: Collection[str]) -> dict[str, FileDigest]:
         """See `Files.digests`. Every file is read."""
-        return {path: self._digest(f"{folder}/{path}") for path in paths}
+        return {path: self._digest(os.path.join(folder, path)) for path in paths}
 
     def read(self, path: str, most_bytes: int) -> bytes:
         """See `Files.read`."""

@@ -7,14 +7,14 @@ called bases, have numbers of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any, Protocol
 
 from jax.sharding import Sharding
 
 from torchorbax._src.arrays.fingerprint import Sums
 from torchorbax._src.arrays.leaves import Array
-from torchorbax._src.format.manifest import Key, LeafMeta, Manifest
+from torchorbax._src.format.manifest import FileDigest, Key, LeafMeta, Manifest
 from torchorbax._src.format.per_process import HostItem
 
 Folders = Mapping[str, str]
@@ -120,12 +120,13 @@ class Storage(Source, Protocol):
             CheckpointNotFoundError: there is no step.
         """
 
-    def check_files(self, manifest: Manifest, *, digests: bool) -> None:
+    def check_files(self, manifest: Manifest, *, digests: Collection[str]) -> None:
         """Compare the files of a step with its manifest. A step without a list of its files passes.
 
         Args:
             manifest: the manifest of the step.
-            digests: compare what is in the files, and not only their sizes. On a local disk all of them are read.
+            digests: the paths of those of its files of which not only the size is compared, but what is in them, too.
+                On a local disk they are read.
 
         Raises:
             CorruptCheckpointError: a file is missing, or is not what was written.
@@ -141,7 +142,8 @@ class Storage(Source, Protocol):
                 manifest. When it returns, nothing but the manifest and the commit is missing.
 
         Returns:
-            The manifest that `fill` has returned.
+            The manifest that `fill` has returned, with the digests of all files. Those that it has already are taken as
+            they are.
 
         Raises:
             SaveError: the step could not be written; the reason is its `__cause__`. The step is not listed, and what
@@ -158,6 +160,12 @@ class Storage(Source, Protocol):
 
         Returns:
             The sums, for the fingerprints, of the shards that were written.
+        """
+
+    def written_files(self, folders: Folders, process: int) -> dict[str, FileDigest]:
+        """What another process than process 0 has written into the folders of a step, by path below the step.
+
+        Empty where the storage tells process 0 the digests of all files.
         """
 
     def write_process_items(self, folders: Folders, items: Mapping[str, HostItem], process: int) -> str:

@@ -32,13 +32,16 @@ def twice(read: Callable[[], Result]) -> Result:
         return read()
 
 
-def check_step(storage: Storage, manifest: Manifest, *, skipped_bases: Collection[int] = ()) -> None:
+def check_step(
+    storage: Storage, manifest: Manifest, *, skipped_bases: Collection[int] = (), share: tuple[int, int] = (0, 1)
+) -> None:
     """Read every file of a step, and the arrays that bases hold for it, and compare them with the manifest.
 
     Args:
         storage: where the step is.
         manifest: its manifest.
         skipped_bases: bases of which only the sizes of the files are compared.
+        share: the number of this process and how many there are, if several processes check a part of the step each.
 
     Raises:
         CorruptCheckpointError: the step is damaged; the reason has everything that is wrong.
@@ -55,8 +58,9 @@ def check_step(storage: Storage, manifest: Manifest, *, skipped_bases: Collectio
         functools.partial(check_arrays, storage, manifest, keys)
         for keys in leaf_batches(manifest, without_bases=skipped_bases)
     ]
+    index, count = share
     bad: list[str] = []
-    for check in checks:
+    for check in checks[index::count]:
         if len(bad) == _MOST_REASONS:
             bad.append("and perhaps more")
             break
@@ -65,7 +69,7 @@ def check_step(storage: Storage, manifest: Manifest, *, skipped_bases: Collectio
         except CorruptCheckpointError as error:
             bad += error.reasons.values()
     if not bad:  # the names of files would say less than those of leaves
-        storage.check_files(manifest, digests=True)
+        storage.check_files(manifest, digests=list(manifest.files)[index::count])
     if bad:
         raise CorruptCheckpointError(storage.path, {manifest.step: "; ".join(bad)})
 
@@ -77,7 +81,8 @@ def check_base(storage: Storage, base: int, *, digests: bool) -> None:
         CorruptCheckpointError: the base is missing or damaged.
     """
     try:
-        storage.bases.check_files(storage.bases.manifest(base), digests=digests)
+        manifest = storage.bases.manifest(base)
+        storage.bases.check_files(manifest, digests=manifest.files if digests else ())
     except CheckpointNotFoundError as error:
         raise CorruptCheckpointError(storage.path, {base: f"base {base} is missing"}) from error
     except CorruptCheckpointError as error:
