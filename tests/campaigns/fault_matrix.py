@@ -99,6 +99,9 @@ SHARES = [FAULTS[0:1], FAULTS[1:4], FAULTS[4:7], FAULTS[7:9], FAULTS[9:10], FAUL
 
 VERDICTS = ("survived", "reported")
 
+AFTERWARDS = 1_000_000
+"""A step that the next life saves."""
+
 
 def timeout_s(faults: Sequence[Fault]) -> float:
     """For all faults of a process: longer than it takes to try again after a few, shorter than anybody's patience."""
@@ -327,11 +330,14 @@ class First:
 
 
 def found_by_another(path: str) -> dict[str, Any]:
-    """What is left of a run."""
+    """What is left of a run, and of interrupted saves when the next life has saved a step."""
     listed = torchorbax.verify(path)
     bad = [step for step in listed if not same(torchorbax.load(path, step, "weights"), step)]
+    # A request that was given up may have arrived after the last save of the life before.
+    with torchorbax.Checkpointer(path, {"weights": live(AFTERWARDS)}, save=None, keep=None) as run:
+        run.save(AFTERWARDS, force=True)
     names = {entry.name for entry in epath.Path(path).iterdir() if not entry.name.startswith(".")}
-    return {"listed": listed, "bad": bad, "left": sorted(names - {str(step) for step in listed})}
+    return {"listed": listed, "bad": bad, "left": sorted(names - {str(step) for step in (*listed, AFTERWARDS)})}
 
 
 # ------------------------------------------------------------------------------------------------------------ all of it

@@ -60,6 +60,9 @@ class MemoryStorage:
 
     def check_files(self, manifest: Manifest, *, digests: Collection[str]) -> None: ...
 
+    def is_other_run(self, identity: str) -> bool:
+        return False
+
     def written_files(self, folders: Folders, process: int) -> dict[str, FileDigest]:
         return {}
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchorbax
 from torch import nn
-from torchorbax import CorruptCheckpointError, verify
+from torchorbax import Checkpointer, CorruptCheckpointError, verify
 
 from tests.helpers.damage import data_of, flip, flip_in, resumed, state_of_every_dtype
 from tests.helpers.models import objects, seeded
@@ -174,3 +174,27 @@ def test_a_shortage_is_no_damage(error: Exception, run_path: Path, monkeypatch: 
     _, run = resumed(run_path)
     assert run.step == 1
     run.close()
+
+
+def test_who_moves_steps_is_told_where_a_step_comes_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    tree = {"x": torch.zeros(3)}
+    for name in ("one", "other"):
+        with Checkpointer(tmp_path / name, {"x": tree}, save=None, rng=False) as run:
+            run.save(1 if name == "one" else 2, force=True)
+    shutil.copytree(tmp_path / "other" / "2", tmp_path / "one" / "2")
+    with Checkpointer(tmp_path / "one", {"x": tree}, save=None, rng=False, read_only=True) as run:
+        assert run.restore() == 2
+        assert "step 2, which has been restored, was saved by another run" in caplog.text
+        caplog.clear()
+        assert run.restore(1) == 1
+        assert "another run" not in caplog.text
+    # With a local tier, a newer step there wins.
+    local = tmp_path / "local"
+    with Checkpointer(tmp_path / "two", {"x": tree}, save=None, rng=False, local=local, local_save=1) as run:
+        run.save(5, force=True)
+        run.wait()
+        run.save(6)
+    with Checkpointer(tmp_path / "two", {"x": tree}, save=None, rng=False, local=local, local_save=1) as run:
+        assert run.restore() == 6
+    assert "step 6 comes from the local tier; the newest step here is 5. To go back to it: restore(5)" in caplog.text

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from torch import nn
 from torchorbax import Checkpointer, CorruptCheckpointError, SaveError, place_, resume, to_jax, train_step, verify
-from torchorbax._src.save import snapshot
+from torchorbax._src.save import snapshot, writer
 from torchorbax._src.storage.orbax_storage import OrbaxStorage
 
 from tests.helpers.tensors import bits
@@ -329,7 +329,7 @@ def test_frozen_parameters_cost_the_loop_nothing(tmp_path: Path) -> None:
         assert len(jax.live_arrays()) <= before, "the old array is gone"
 
 
-def test_a_base_that_is_gone_is_told_and_written_again(tmp_path: Path) -> None:
+def test_a_base_that_is_gone_is_told_and_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = torch.nn.Linear(64, 64)
     model.weight.requires_grad_(False)
     torchorbax.place_(model)
@@ -338,10 +338,28 @@ def test_a_base_that_is_gone_is_told_and_written_again(tmp_path: Path) -> None:
         run.wait()
         shutil.rmtree(tmp_path / "base")
         run.save(1, force=True)
-        with pytest.raises(
-            torchorbax.SaveError, match="base 0, which has its frozen parameters, is gone; the next save"
-        ):
-            run.wait()
+        run.wait()
+        assert torchorbax.verify(tmp_path) == [0, 1]  # the same values under the same number, so step 0 is whole again
         run.save(2, force=True)
         run.wait()
-        assert torchorbax.verify(tmp_path) == [0, 2]  # the same values under the same number, so step 0 is whole again
+        assert run.history[-1].nbytes < run.history[-2].nbytes
+    assert "step 1 writes all frozen parameters: base 0, which has its frozen parameters, is gone" in caplog.text
+
+
+def test_a_base_whose_arrays_are_gone_by_then_fails_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(64, 64)
+    model.weight.requires_grad_(False)
+    torchorbax.place_(model)
+    with torchorbax.resume(model, None, tmp_path, save=None) as run:
+        run.save(0, force=True)
+        run.wait()
+        shutil.rmtree(tmp_path / "base")
+        with monkeypatch.context() as patched:
+            patched.setattr(writer, "with_frozen", lambda *others: None)
+            run.save(1, force=True)
+            with pytest.raises(
+                SaveError, match="base 0, which has its frozen parameters, is gone; the next save writes them again"
+            ):
+                run.wait()
+        run.save(2, force=True)
+    assert torchorbax.verify(tmp_path) == [0, 2]

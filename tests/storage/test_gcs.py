@@ -286,6 +286,36 @@ def test_what_is_half_there_is_not_listed_and_removed_by_the_next_save(
     assert save(one, path, 10, keep=None) == [0, 2, 3, 10]
 
 
+def test_a_write_that_was_given_up_and_arrives_late_is_in_nobodys_way(
+    path: str, server: Server, impatient: Client, other: Client
+) -> None:
+    """Whatever object it is: in this life, and if this life has ended before it arrives."""
+    folder = path.removeprefix("gs://bucket/")
+    program = f"""
+        state = {{"weights": live(0)}}
+        run = kept["late"] = torchorbax.Checkpointer(path, state, save=None, storage_timeout_s={IMPATIENT_S})
+        run.save(7, force=True)
+        result = attempt(run.wait)
+    """
+    server.add_faults("503 kind=data-write name=/7/")
+    assert impatient.run(program, path=path)[0] == "SaveError"
+    server.clear_faults()
+    goes_on = "run = kept['late']; run.save(step, force=True); run.wait(); result = run.all_steps()"
+    assert impatient.run(goes_on, step=8) == [8]
+    server.store.put("bucket", f"{folder}/7/odd", b"late", {})
+    assert impatient.run(goes_on, step=9) == [8, 9]
+    assert folders(server, path) == {"8", "9"}
+    impatient.run("kept['late'].close()")
+    server.store.put("bucket", f"{folder}/7/odd", b"later", {})
+    assert save(other, path, 10) == [8, 9, 10]
+    assert folders(server, path) == {"8", "9", "10"}
+    server.store.put("bucket", f"{folder}/11/odd", b"of somebody else", {})
+    assert "other things under names of steps (11)" in other.run(OPENED, path=path)[1]
+
+
+OPENED = "result = attempt(lambda: torchorbax.Checkpointer(path, {'weights': live(0)}, save=None))"
+
+
 def test_runs_leave_each_other_alone(path: str, server: Server, one: Client, other: Client) -> None:
     """Their names begin alike, and so do those of steps."""
     save(one, path, 1, 10, 11, keep=None)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from torchorbax import OwnershipError, StorageError
-from torchorbax._src.storage import ownership
-from torchorbax._src.storage.ownership import Owner, Ownership, RecordChangedError
+from torchorbax._src.storage import owner, ownership
+from torchorbax._src.storage.owner import Owner, started_at
+from torchorbax._src.storage.ownership import Ownership, RecordChangedError
 
 
 class MemoryRecord:
@@ -83,7 +84,7 @@ def test_a_living_owner_on_another_machine_keeps_others_out(record: MemoryRecord
 
 def test_an_owner_that_is_seen_to_live_keeps_others_out_at_once(record: MemoryRecord) -> None:
     record.locked = False
-    record.write(pid=os.getppid(), started=ownership._started(os.getppid()), token="theirs")
+    record.write(pid=os.getppid(), started=started_at(os.getppid()), token="theirs")
     with pytest.raises(OwnershipError, match="writes to this run"):
         another(record, 1001.0, lambda seconds: pytest.fail("it waits")).acquire()
 
@@ -113,20 +114,20 @@ def test_a_process_of_this_machine_that_is_gone_lets_others_in(record: MemoryRec
 
 def test_a_clock_that_was_set_ousts_nobody_who_holds_the_lock(record: MemoryRecord) -> None:
     record.locked = False
-    record.write(pid=os.getppid(), started=ownership._started(os.getppid()), token="theirs")
+    record.write(pid=os.getppid(), started=started_at(os.getppid()), token="theirs")
     with pytest.raises(OwnershipError, match="writes to this run"):
         another(record, 1e9, lambda seconds: record.write(beat=record.owner.beat + 1)).acquire()
 
 
 def test_a_process_that_is_hidden_has_not_ended(record: MemoryRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """/proc may be mounted so that it shows no process of another user."""
-    record.write(pid=os.getppid(), started=ownership._started(os.getppid()), token="theirs")
-    monkeypatch.setattr(ownership, "_started", lambda pid: "")
+    record.write(pid=os.getppid(), started=started_at(os.getppid()), token="theirs")
+    monkeypatch.setattr(owner, "started_at", lambda pid: "")
 
     def refuse(pid: int, number: int) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(ownership.os, "kill", refuse)
+    monkeypatch.setattr(owner.os, "kill", refuse)
     record.locked = False
     with pytest.raises(OwnershipError, match="writes to this run"):
         another(record, 1001.0).acquire()

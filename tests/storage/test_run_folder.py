@@ -65,6 +65,30 @@ def test_steps_of_another_run_are_named_and_stay(tmp_path: Path, caplog: pytest.
     assert caplog.text.count("steps 5 were saved by another run, so they are never deleted") == 1
 
 
+def test_a_link_under_the_name_of_a_step_is_refused(tmp_path: Path) -> None:
+    """To skip it would be to go back to an older step."""
+    path = tmp_path / "run"
+    with Checkpointer(path, state(), save=None, keep=None, rng=False) as run:
+        save_and_wait(run, 0)
+        save_and_wait(run, 1)
+    (path / "1").rename(tmp_path / "elsewhere")
+    (path / "1").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"links under names of steps \(1\), and links are never followed"):
+        Checkpointer(path, state(), save=None, rng=False)
+    (path / "1").unlink()
+    (tmp_path / "elsewhere").rename(path / "1")  # as the message advises
+    with Checkpointer(path, state(), save=None, rng=False) as run:
+        assert run.restore() == 1
+
+
+def test_an_owner_that_is_no_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / ".torchorbax-owner").mkdir()
+    with pytest.raises(ConfigError, match=r"\.torchorbax-owner .*move it away, if no program writes to this run"):
+        Checkpointer(tmp_path, state(), save=None, rng=False)
+    (tmp_path / ".torchorbax-owner").rmdir()
+    Checkpointer(tmp_path, state(), save=None, rng=False).close()
+
+
 def test_an_identity_that_is_lost_is_found_in_the_steps(tmp_path: Path) -> None:
     file = tmp_path / ".torchorbax-run"
     with Checkpointer(str(tmp_path), state(), keep=1) as run:
@@ -240,13 +264,14 @@ def test_permission_that_is_lost(tmp_path: Path, run_python: RunPython) -> None:
     assert done.stdout.splitlines() == ["1 True [0]", "[2] [2]"], done.stderr
 
 
-def test_the_folder_is_deleted_under_the_run(tmp_path: Path) -> None:
+def test_the_folder_is_deleted_under_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "run"
     with Checkpointer(str(path), state(), rng=False) as run:
         save_and_wait(run, 0)
         shutil.rmtree(path)
         save_and_wait(run, 1)
         assert run.all_steps() == [1]
+        assert f"{path} has been moved or deleted while it was open; it is made anew" in caplog.text
         shutil.rmtree(path)
         path.write_text("in the way")
         with pytest.raises(SaveError, match="step 2 was not saved"):

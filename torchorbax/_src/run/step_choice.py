@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torchorbax._src.arrays.jax_context import transfers_allowed
@@ -99,12 +99,36 @@ class Restorer:
                         damaged_local.update(error.reasons)
                 continue
             self._mark_damaged(storage, damaged)
-            if step is None and storage is self._main.storage:
-                self._drop_local_after(candidate.step)
+            if storage is self._main.storage:
+                self._tell_of(candidate, restored, candidates)
+                if step is None:
+                    self._drop_local_after(candidate.step)
             return restored
         if damaged or damaged_local:
             raise CorruptCheckpointError(storage.path, {**damaged_local, **damaged})
         return None
+
+    def _tell_of(self, candidate: Candidate, restored: Restored, candidates: Sequence[Candidate]) -> None:
+        """Tell somebody who has moved steps where a step comes from that is not the newest of the run."""
+        path, step = self._main.storage.path, candidate.step
+        under_path = max((one.step for one in candidates if one.holders is None), default=None)
+        if candidate.holders is not None and under_path is not None and under_path < step:
+            _logger.info(
+                "%s: step %d comes from the local tier; the newest step here is %d. To go back to it: restore(%d)",
+                path,
+                step,
+                under_path,
+                under_path,
+            )
+        if candidate.holders is None and self._channel.processes.is_first:
+            run = restored.manifest.run
+            if self._main.storage.is_other_run(run):
+                _logger.warning(
+                    "%s: step %d, which has been restored, was saved by another run (%s), so it is never deleted here",
+                    path,
+                    step,
+                    run,
+                )
 
     def _candidates(self, storage: Storage) -> list[Candidate]:
         """The steps to try: the newest first, and of the same number, first those that most processes have locally."""

@@ -74,18 +74,46 @@ def contribution(snapshot: Snapshot, process: int, count: int, *, localized: boo
         localized: write this process's part of the state as a step of its own (see `save.local_tier`).
     """
     items, arrays = snapshot.items, snapshot.arrays
-    new = {key: arrays[key] for key, leaf in leaves_of(items).items() if leaf.base == NEW_BASE}
-    own: dict[str, HostItem] = {}
     parts: dict[str, dict[str, Json]] = {}
     if localized:
         items, arrays, parts = local_tier.localized(items, arrays)
+    return _contribution(items, arrays, snapshot.identities, parts, process, count)
+
+
+def with_frozen(mine: Contribution, process: int, count: int) -> Contribution | None:
+    """A contribution that has the frozen leaves, too, which bases were believed to hold; None if an array is gone."""
+    items, arrays = dict(mine.items), dict(mine.arrays)
+    arrays |= {(item, name): array for item, own in mine.own.items() for name, array in own.arrays.items()}
+    for item, meta in mine.items.items():
+        leaves = dict(meta.leaves)
+        for name, leaf in meta.leaves.items():
+            if leaf.base is not None and (item, name) not in arrays:
+                array = mine.identities[item, name]()  # the live one
+                if array is None or array.is_deleted():
+                    return None
+                leaves[name] = dataclasses.replace(leaf, base=NEW_BASE, fingerprint="")
+                arrays[item, name] = array
+        items[item] = dataclasses.replace(meta, leaves=leaves)
+    return _contribution(items, arrays, mine.identities, mine.parts, process, count)
+
+
+def _contribution(
+    items: Mapping[str, ItemMeta],
+    arrays: dict[Key, Array],
+    identities: Identities,
+    parts: Mapping[str, Mapping[str, Json]],
+    process: int,
+    count: int,
+) -> Contribution:
+    new = {key: arrays[key] for key, leaf in leaves_of(items).items() if leaf.base == NEW_BASE and key in arrays}
+    own: dict[str, HostItem] = {}
     if count > 1:
         own = per_process.host_items(items, arrays)
         if process > 0:  # the step itself holds only the own state of process 0
             arrays = {key: array for key, array in arrays.items() if is_global(array)}
             new = {key: array for key, array in new.items() if is_global(array)}
     sums = {key: finish() for key, finish in fingerprint.start_all(new).items()}
-    return Contribution(items, arrays, own, sums, snapshot.identities, parts)
+    return Contribution(items, arrays, own, sums, identities, parts)
 
 
 def with_bases(items: Mapping[str, ItemMeta], bases: Mapping[str, Mapping[str, int]]) -> dict[str, ItemMeta]:

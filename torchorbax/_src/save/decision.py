@@ -119,7 +119,7 @@ class Decision:
                 reason = f"process {process} has other arrays, by name, shape or dtype, than process 0"
                 raise SaveError(self._step, path, reason)
             if summary["frozen"] != first["frozen"]:
-                return f"process {process} has other frozen leaves than process 0; the next save writes all of them"
+                return f"process {process} has other frozen leaves than process 0"
         return None
 
     def _numbered(self, summaries: Sequence[dict[str, Json]]) -> tuple[dict[str, ItemMeta], list[Key]]:
@@ -142,5 +142,5 @@ class Decision:
         bases = self._steps.good_bases() if referred else set()
         for key, leaf in referred.items():
             if leaf.base not in bases and key not in set(written):
-                return f"base {leaf.base}, which has its frozen parameters, is gone; the next save writes them again"
+                return f"base {leaf.base}, which has its frozen parameters, is gone"
         return None

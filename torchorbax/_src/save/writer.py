@@ -24,7 +24,7 @@ from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.format.manifest import Key, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.format.values import Json
-from torchorbax._src.save.contribution import Contribution, contribution, with_bases, with_reports
+from torchorbax._src.save.contribution import Contribution, contribution, with_bases, with_frozen, with_reports
 from torchorbax._src.save.decision import Decision
 from torchorbax._src.save.read_back import ReadBack, VerifyAfterSave
 from torchorbax._src.save.save import Committed, Save
@@ -125,12 +125,17 @@ class _StepWriting:
         self._save.phase = "describing its arrays"
         # Every process reports, process 0 decides.
         with self._as_save_error():
-            answer = self._channel.agree(
-                "start", lambda: self._contribute(localized=localized), lambda found: self._decide(found, origin)
-            )
-            if answer["refusal"] is not None:
-                self.forget_frozen = True
-                raise SaveError(self._step, self._storage.path, answer["refusal"])
+
+            def decide(summaries: Sequence[dict[str, Json]]) -> dict[str, Json]:
+                return self._decide(summaries, origin)
+
+            answer = self._channel.agree("start", lambda: self._contribute(localized=localized), decide)
+            if answer["refusal"] is not None:  # what bases were believed to hold is written again, by all
+                self.forget_frozen, refusal = True, answer["refusal"]
+                answer = self._channel.agree("start", lambda: self._contribute_frozen(refusal), decide)
+                if answer["refusal"] is not None:
+                    raise SaveError(self._step, self._storage.path, answer["refusal"])
+                self.forget_frozen = False
         # Apply the decision: process 0 has its manifest already, the others get the numbers of bases.
         mine = self._contribution
         if not self._processes.is_first:
@@ -148,6 +153,16 @@ class _StepWriting:
             snapshot = self._save.take_snapshot()
             self._contribution = contribution(snapshot, self._processes.index, count, localized=localized)
         return self._contribution.summary(self._step) if count > 1 else {}
+
+    def _contribute_frozen(self, refusal: str) -> dict[str, Json]:
+        """Describe to process 0 the same with all frozen leaves, because bases do not hold them as was believed."""
+        _logger.warning("%s: step %d writes all frozen parameters: %s", self._storage.path, self._step, refusal)
+        count = self._processes.count
+        whole = with_frozen(self._contribution, self._processes.index, count)
+        if whole is None:  # the loop has dropped one since; then a later state has others
+            raise SaveError(self._step, self._storage.path, f"{refusal}; the next save writes them again")
+        self._contribution = whole
+        return whole.summary(self._step) if count > 1 else {}
 
     def _decide(self, summaries: Sequence[dict[str, Json]], origin: str) -> dict[str, Json]:
         """In process 0: compare what the processes are about to write, and make the manifest."""

@@ -23,7 +23,7 @@ from torchorbax._src.format import bounded_json
 from torchorbax._src.format.manifest import LeafMeta
 from torchorbax._src.storage import gcs, ocdbt, zstd
 from torchorbax._src.storage.ocdbt import Value
-from torchorbax._src.storage.run_folder import BASE
+from torchorbax._src.storage.run_layout import BASE
 from torchorbax._src.storage.traffic import CHUNK_BYTES
 from torchorbax._src.storage.zarr import Index, dtypes_by_zarr_name, first_chunk, zarr_metadata
 from torchorbax._src.storage.zstd import MOST_RATIO

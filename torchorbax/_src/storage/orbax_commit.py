@@ -26,7 +26,7 @@ from orbax.checkpoint._src.path.atomicity import CommitFileTemporaryPath
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.format.manifest import Key, Manifest
 from torchorbax._src.storage import array_writer
-from torchorbax._src.storage.run_folder import MANIFEST
+from torchorbax._src.storage.run_layout import MANIFEST
 from torchorbax._src.storage.storage import Folders
 from torchorbax._src.storage.traffic import Traffic
 

@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 
 from torchorbax._src.arrays import fingerprint
@@ -22,7 +23,7 @@ from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage import array_writer, orbax_commit
 from torchorbax._src.storage.damage import reason_of
 from torchorbax._src.storage.files_at import files_at
-from torchorbax._src.storage.run_folder import BASE, COMMITTED, MANIFEST, MANIFEST_FILE
+from torchorbax._src.storage.run_layout import BASE, COMMITTED, MANIFEST, MANIFEST_FILE
 from torchorbax._src.storage.step_reader import StepReader, process_file
 from torchorbax._src.storage.storage import Folders
 from torchorbax._src.storage.traffic import Traffic
@@ -154,6 +155,8 @@ class OrbaxStorage(StepReader):
         If it failed because the storage under a URI does not answer, that waits until the next deletion of leftovers:
         now it would take as long as the save did.
         """
+        if self.is_uri:
+            self._given_up[folder] = time.monotonic()
         if isinstance(error, OwnershipError) or (self.is_uri and isinstance(error, StorageError)):
             return
         self._remove_what_is_left(folder)

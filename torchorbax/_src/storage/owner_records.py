@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from torchorbax._src.storage.gcs_files import GcsFiles
 from torchorbax._src.storage.local_files import LocalFiles
 from torchorbax._src.storage.ownership import RecordChangedError
 from torchorbax.errors import StorageError
+
+_logger = logging.getLogger(__name__)
 
 OWNER = ".torchorbax-owner"
 LOCK = ".torchorbax-lock"
@@ -36,7 +39,7 @@ class LocalRecord:
         except FileNotFoundError:
             return None, None
         except ValueError as error:
-            raise StorageError(self._files.root, str(error)) from error
+            raise StorageError(self._files.root, f"{error}; move it away, if no program writes to this run") from error
         return content, content
 
     def swap(self, content: bytes, version: Any) -> Any:
@@ -77,7 +80,11 @@ class LocalRecord:
         """Keep all others from changing the record, by a lock on the folder itself."""
         try:
             descriptor = os.open(self._files.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # somebody has deleted the folder, so there is no record to change either
+        except FileNotFoundError:  # so there is no record to change either
+            _logger.warning(
+                "%s has been moved or deleted while it was open; it is made anew, without the older steps",
+                self._files.root,
+            )
             yield
             return
         except OSError as error:

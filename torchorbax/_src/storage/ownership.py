@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import logging
 import os
 import socket
@@ -18,11 +17,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
+from torchorbax._src.storage.owner import Owner, same_system, started_at, system_name
 from torchorbax.errors import OwnershipError, StorageError
 
 BEAT_S = 10.0
@@ -32,7 +29,7 @@ LEASE_S = 30.0
 _CLOCKS_DIFFER_S = 30.0
 """How far the clocks of two machines may be apart before a living owner might be taken for a silent one."""
 _POLL_S = 0.5
-_MOST_PID = 1 << 31
+
 
 _logger = logging.getLogger(__name__)
 
@@ -59,85 +56,6 @@ class Record(Protocol):
 
     def unlock(self) -> None:
         """Let the lock go."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The content of the record.
-
-    Attributes:
-        epoch: how many owners there have been, this one included.
-        token: a unique name of this owner.
-        host: the name of its machine.
-        pid: the number of its process.
-        since: when it became the owner, in UTC.
-        system: the running system and the process's namespace; the same for processes that can see each other.
-        started: when its process started, in the system's own units.
-        locked: has it taken the lock?
-        beat: the number of its signs of life.
-        beat_time: the time of the last one, in seconds since 1970.
-        released: it has ended in order.
-        unfinished: under a URI, the folders that are being written or deleted, or were when an owner died.
-    """
-
-    epoch: int
-    token: str
-    host: str
-    pid: int
-    since: str
-    system: str
-    started: str
-    locked: bool = False
-    beat: int = 0
-    beat_time: float = 0.0
-    released: bool = False
-    unfinished: tuple[str, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        """The content of the record, as JSON."""
-        return json.dumps(vars(self)).encode()
-
-    @classmethod
-    def from_bytes(cls, content: bytes | None) -> Owner | None:
-        """The owner in the content of a record; None if there is none."""
-        try:
-            values = json.loads(content or b"null")
-            owner = cls(**{**values, "unfinished": tuple(map(str, values["unfinished"]))})
-        except (ValueError, TypeError, KeyError, RecursionError):  # empty after a loss of power, or somebody else's
-            return None
-        kinds = {name: type(value) for name, value in vars(owner).items()}
-        return owner if kinds == _KINDS and 0 < owner.pid < _MOST_PID else None
-
-    @property
-    def is_this_process(self) -> bool:
-        """Is it a run of this very process?"""
-        return (self.system, self.pid, self.started) == (_system(), os.getpid(), _started(os.getpid()))
-
-    @property
-    def has_ended(self) -> bool:
-        """Has its process certainly ended? False if that cannot be seen from here."""
-        if self.system != _system():
-            return False
-        try:
-            os.kill(self.pid, 0)  # sends nothing; it says if there is such a process
-        except ProcessLookupError:
-            return True
-        except OSError:  # it is another user's, and /proc may hide it
-            return False
-        return _started(self.pid) not in ("", self.started)  # the number may have gone to another process
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {ascii(self.host)[1:-1]}, since {ascii(self.since)[1:-1]}"
-
-
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("token", "host", "since", "system", "started"), str),
-    **dict.fromkeys(("epoch", "pid", "beat"), int),
-    "locked": bool,
-    "released": bool,
-    "beat_time": float,
-    "unfinished": tuple,
-}
 
 
 class Ownership:
@@ -182,6 +100,11 @@ class Ownership:
     def unfinished(self) -> tuple[str, ...]:
         """The folders that are being written or deleted, or were when an owner died."""
         return () if self._mine is None else self._mine.unfinished
+
+    def noted(self) -> tuple[str, ...]:
+        """The folders that an owner, whoever it is or was, has been writing or deleting."""
+        owner = Owner.from_bytes(self._record.read()[0])
+        return () if owner is None else owner.unfinished
 
     def acquire(self, *, takeover: bool = False) -> None:
         """Become the owner, and show signs of life from now on.
@@ -273,7 +196,7 @@ class Ownership:
         """Return when an owner has lost its right. Raise OwnershipError when it shows that it is alive."""
         began = time.monotonic()
         while not self._has_lost(owner, locked):
-            is_seen = owner.system == _system() and not owner.has_ended
+            is_seen = owner.system == system_name() and not owner.has_ended
             if (is_seen or (locked is False and owner.locked)) and not self._is_silent(owner):
                 raise OwnershipError.of_owner(self._path, str(owner))
             if time.monotonic() - began > LEASE_S:
@@ -295,14 +218,14 @@ class Ownership:
         if owner.is_this_process:
             _logger.warning("%s has been opened again in this process; the earlier run there is over", self._path)
             return True
-        if locked and owner.locked and _same_system(owner.system):
+        if locked and owner.locked and same_system(owner.system):
             return True
         # A clock may have been set. While somebody holds the lock, only watching says that the owner is silent.
         return self._is_silent(owner) and not (locked is False and owner.locked)
 
     def _is_silent(self, owner: Owner) -> bool:
         """Was the last sign of life long ago, by the clocks? On the same system there is one clock."""
-        patience_s = LEASE_S + (0 if _same_system(owner.system) else _CLOCKS_DIFFER_S)
+        patience_s = LEASE_S + (0 if same_system(owner.system) else _CLOCKS_DIFFER_S)
         return self._now() - owner.beat_time > patience_s
 
     def _enter(self, before: Owner | None, version: Any, *, locked: bool) -> None:
@@ -312,8 +235,8 @@ class Ownership:
             host=socket.gethostname(),
             pid=os.getpid(),
             since=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            system=_system(),
-            started=_started(os.getpid()),
+            system=system_name(),
+            started=started_at(os.getpid()),
             locked=locked,
             beat_time=float(self._now()),
             unfinished=() if before is None else before.unfinished,
@@ -372,27 +295,3 @@ class Ownership:
     def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise OwnershipError(self._path, f"it was opened for writing by process {self._pid}, not by this one", "")
-
-
-def _same_system(system: str) -> bool:
-    """Is it the running system, whatever the namespace of processes?"""
-    return system.partition("/")[0] == _system().partition("/")[0]
-
-
-@cache
-def _system() -> str:
-    """The running system, the same until it is started again, and the namespace of this process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # no Linux
-        return f"{socket.gethostname()}-{uuid.getnode()}/0"
-
-
-def _started(pid: int) -> str:
-    """When a process started, in ticks since the system did; empty if that cannot be seen."""
-    try:
-        # The name, in brackets, may have spaces in it. The start is the 22nd field.
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    except OSError:
-        return ""

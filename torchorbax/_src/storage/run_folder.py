@@ -10,16 +10,13 @@ of unfinished folders under a URI.
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import os
 import re
+import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
 from torchorbax._src.format import bounded_json
 from torchorbax._src.storage import gcs
@@ -28,33 +25,27 @@ from torchorbax._src.storage.gcs_files import GcsFiles
 from torchorbax._src.storage.local_files import LocalFiles
 from torchorbax._src.storage.owner_records import GcsRecord, LocalRecord
 from torchorbax._src.storage.ownership import Ownership, Record
+from torchorbax._src.storage.run_layout import (
+    BASE,
+    COMMITTED,
+    DAMAGED,
+    IDENTITY,
+    MANIFEST_FILE,
+    MOST_MANIFEST_BYTES,
+    absolute,
+    as_config_error,
+    check_is_run,
+    few,
+    is_step,
+)
 from torchorbax.errors import CheckpointNotFoundError, ConfigError, StorageError
 
-MANIFEST = "manifest"
-"""The name of the item that holds a step's manifest."""
-MANIFEST_FILE = f"{MANIFEST}/metadata"
-"""The manifest's file, below a step's folder."""
-BASE = "base"
-"""The subfolder with the run's bases, which hold its frozen parameters."""
-COMMITTED = "commit_success.txt"
-"""The commit marker of a step under a URI. Orbax's name for it."""
-MOST_MANIFEST_BYTES = 1 << 30
-"""No manifest is larger: a million leaves take less than half of that."""
-
-_IDENTITY = ".torchorbax-run"
-_DAMAGED = ".torchorbax-damaged"
-_TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it is writing
 _LEFTOVER = ".torchorbax-left-"
 _PROBE = ".torchorbax-probe-"
+_LATE = 2.0
+"""How many times `timeout_s` after a save was given up its last write may arrive: TensorStore goes on with it, and with
+the retries that it has begun."""
 _PARTIAL = re.compile(r"\.torchorbax-[a-z]+\.\d+\.partial")
-_OF_A_STEP = ("_CHECKPOINT_METADATA", MANIFEST, COMMITTED)
-_OF_AN_ITEM = ("_METADATA", "manifest.ocdbt", "d", "metadata")
-
-_MAY_PASS = (
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EBUSY, errno.EINTR, errno.EAGAIN),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-)
-"""Errors of the system that say nothing about a path: something is broken or lacking now."""
 
 _logger = logging.getLogger(__name__)
 
@@ -77,11 +68,12 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout_s: float, parent: RunFolder | None = None) -> None:
-        self.path = _absolute(path)
+        self.path = absolute(path)
         self.is_uri = gcs.is_uri(self.path)
         self._timeout_s = timeout_s
         self._parent = parent
         self._told: set[str] = set()  # names that are no steps, of which a warning has told
+        self._given_up: dict[str, float] = {}  # under a URI, by folder: `time.monotonic()` when a save of it failed
         self.files: Files
         record: Record
         if self.is_uri:
@@ -97,36 +89,6 @@ class RunFolder:
 
     # The run.
 
-    def check(self) -> None:
-        """Raise ConfigError if the path is a file, or a folder that holds other things than a run."""
-        with _as_config_error(self.path):
-            if not self.is_uri and os.path.exists(self.path) and not os.path.isdir(self.path):
-                raise ConfigError(f"{self.path} is a file; a run needs a folder")
-            found = self.files.entries()
-            entries = [entry for entry in found if not entry.name.startswith(".")]
-            strangers = {
-                name for name, kind in entries if _is_step(name) and kind == "folder" and not self._may_be_step(name)
-            }
-            is_run = any(_belongs_to_run(entry.name) and entry.name not in strangers for entry in found)
-        if entries and not is_run:
-            names = sorted(entry.name for entry in entries)
-            raise ConfigError(
-                f"{self.path} holds no run but other things ({few(names)}); choose a folder that is new or empty"
-            )
-        if strangers:
-            raise ConfigError(
-                f"{self.path} holds a run, but there are other things under names of steps ({few(sorted(strangers))}); "
-                "move them away"
-            )
-
-    def _may_be_step(self, folder: str) -> bool:
-        """Is a folder whose name is a number a step, whole or damaged? An empty folder may be one, too."""
-        inside = self.files.entries(folder)
-        return not inside or any(
-            name in _OF_A_STEP or any(below.name in _OF_AN_ITEM for below in self.files.entries(f"{folder}/{name}"))
-            for name, _ in inside
-        )
-
     def create(self, *, takeover: bool = False) -> None:
         """Create the folder, check that it can be written to, and become its owner.
 
@@ -137,9 +99,11 @@ class RunFolder:
             ConfigError: it cannot be written to, is a file, or holds other things than a run.
             OwnershipError: another program is the owner.
         """
-        self.check()
+        with as_config_error(self.path):
+            unfinished = self._ownership.noted()
+        check_is_run(self.files, unfinished)
         probe = f"{_PROBE}{uuid.uuid4().hex}"
-        with _as_config_error(self.path):
+        with as_config_error(self.path):
             if not self.is_uri:
                 os.makedirs(self.path, exist_ok=True)
             self.files.write(probe, b"")
@@ -176,11 +140,11 @@ class RunFolder:
         identity = runs.pop() if len(runs) == 1 else uuid.uuid4().hex
         if found is None:
             try:
-                self.files.create(_IDENTITY, identity.encode())
+                self.files.create(IDENTITY, identity.encode())
             except FileExistsError:
                 return self._stored_identity() or identity
         else:  # emptied by a loss of power
-            self.files.write(_IDENTITY, identity.encode())
+            self.files.write(IDENTITY, identity.encode())
         return identity
 
     def _stored_identity(self) -> str | None:
@@ -190,19 +154,19 @@ class RunFolder:
             ConfigError: it says something else.
         """
         try:
-            content = self.files.read(_IDENTITY, 1 << 10)
+            content = self.files.read(IDENTITY, 1 << 10)
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise ConfigError(f"{self.path}: {error}; delete it, and the steps will say which run it is") from error
         if content and not re.fullmatch(rb"[0-9a-f]{32}", content):
             advice = "delete it, and the steps will say which run it is"
-            raise ConfigError(f"{self.path}/{_IDENTITY} is not the identity of a run; {advice}")
+            raise ConfigError(f"{self.path}/{IDENTITY} is not the identity of a run; {advice}")
         return content.decode()
 
     def check_visible(self) -> None:
         """Raise ConfigError if this process cannot see the folder that process 0 has created."""
-        with _as_config_error(self.path):
+        with as_config_error(self.path):
             if not self.is_uri and not os.path.isdir(self.path):
                 raise ConfigError(
                     f"{self.path} was made by another process of this run and cannot be seen here; several processes "
@@ -217,7 +181,7 @@ class RunFolder:
         Raises:
             StorageError: the storage does not answer.
         """
-        entries = [entry for entry in self.files.entries() if _is_step(entry.name)]
+        entries = [entry for entry in self.files.entries() if is_step(entry.name)]
         for entry in entries:
             if entry.kind == "other" and entry.name not in self._told:
                 self._told.add(entry.name)
@@ -241,7 +205,7 @@ class RunFolder:
         runs = sorted(name for name in below if RunFolder(f"{self.path}/{name}", self._timeout_s).steps())
         hint = f"; there are runs below it: {few(runs)}" if runs else ""
         parent, _, name = self.path.rpartition("/")
-        if not hint and _is_step(name) and parent and int(name) in RunFolder(parent, self._timeout_s).steps():
+        if not hint and is_step(name) and parent and int(name) in RunFolder(parent, self._timeout_s).steps():
             hint = f"; it is step {name} of the run {parent}"
         raise CheckpointNotFoundError(self.path, hint=hint)
 
@@ -250,7 +214,7 @@ class RunFolder:
         self._ownership.check()
         count = 1
         while True:
-            aside = f"{step}{_DAMAGED}{'' if count == 1 else f'-{count}'}"
+            aside = f"{step}{DAMAGED}{'' if count == 1 else f'-{count}'}"
             if not self.files.exists(aside):
                 break
             count += 1
@@ -259,7 +223,7 @@ class RunFolder:
 
     def has_set_aside(self) -> bool:
         """Is there a damaged step that `set_aside` has renamed?"""
-        return any(_DAMAGED in entry.name for entry in self.files.entries())
+        return any(DAMAGED in entry.name for entry in self.files.entries())
 
     def is_own(self, step: int) -> bool:
         """Was the step saved by this run? False for what somebody else has put there, under whatever name.
@@ -267,6 +231,12 @@ class RunFolder:
         Steps that were saved before manifests had the identity of the run count as its own.
         """
         return self._run_of(step) in ("", self.identity())
+
+    def is_other_run(self, identity: str) -> bool:
+        """Is an identity in a manifest that of another run? Nothing is written to find out."""
+        run = self if self._parent is None else self._parent
+        mine = run.__dict__.get("_identity") or run._stored_identity()
+        return bool(identity and mine) and identity != mine
 
     def _run_of(self, step: int) -> str | None:
         """The identity of the run in the manifest of a step; empty if it has none, None if there is no manifest."""
@@ -303,11 +273,12 @@ class RunFolder:
         leftovers = self._leftovers()
         if self.is_uri:
             for folder in self._noted().difference(leftovers):  # gone, or committed although the answer was lost
-                self._finish(folder)
+                if time.monotonic() > self._given_up.get(folder, 0.0) + _LATE * self._timeout_s:
+                    self._finish(folder)
         for folder in leftovers:
             try:
                 _logger.info("removing %s/%s, left behind by an interrupted save or deletion", self.path, folder)
-                # Under a URI it stays on the list until it is seen to be gone: a write given up may still arrive.
+                # Under a URI it stays on the list until no write that was given up can arrive any more.
                 self.files.delete_folder(folder)
             except StorageError as error:
                 _logger.warning("%s could not be removed, trying later: %s", folder, error)
@@ -322,13 +293,13 @@ class RunFolder:
         """Under a URI, the folders of this one that are on the owner's list of unfinished ones."""
         below = "" if self._parent is None else f"{BASE}/"
         names = (name.removeprefix(below) for name in self._ownership.unfinished if name.startswith(below))
-        return {name for name in names if _is_step(name)}
+        return {name for name in names if is_step(name)}
 
     def _leftovers(self) -> list[str]:
         if self.is_uri:
             noted = self._noted()
             # A marker may also have been deleted by somebody else, or by an earlier version.
-            found = [entry.name for entry in self.files.entries() if _is_step(entry.name)]
+            found = [entry.name for entry in self.files.entries() if is_step(entry.name)]
             half = [name for name in found if not self._is_committed(name)]
             return [name for name in half if name in noted or self._run_of(int(name)) == self.identity()]
         # Probes, and files that were to become another, are empty or incomplete, whoever has left them.
@@ -347,51 +318,3 @@ class RunFolder:
     def _finish(self, folder: str) -> None:
         """Note that a folder under a URI is complete, or gone."""
         self._ownership.finish(folder if self._parent is None else f"{BASE}/{folder}")
-
-
-def _belongs_to_run(name: str) -> bool:
-    """Does only a run, finished or not, have something of this name?"""
-    return _is_step(name) or name in (_IDENTITY, BASE) or _DAMAGED in name or _TEMPORARY in name
-
-
-def _is_step(name: str) -> bool:
-    """Is it the name of a step? Digits of other scripts are none."""
-    return name.isascii() and name.isdecimal() and name == str(int(name))
-
-
-def few(names: Sequence[str]) -> str:
-    """The first five names, for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    """The absolute path or the URI. Raises ConfigError if it cannot name a run."""
-    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
-        raise ConfigError(f"a path must be a string or a Path, not {path!r}")
-    path = str(path)
-    if "\\" in path:
-        raise ConfigError(f"{path}: Orbax loses files below a path with a backslash in it; choose another")
-    if not gcs.is_uri(path):
-        if re.match(r"[a-z0-9]+:/", path):
-            raise ConfigError(f"{path}: a URI has two slashes: {path.replace(':/', '://', 1)}")
-        try:
-            return str(Path(path).expanduser().absolute())
-        except RuntimeError as error:
-            raise ConfigError(f"{path}: {error}") from error
-    gcs.check_supported(path)
-    return path.rstrip("/")
-
-
-@contextmanager
-def _as_config_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (StorageError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ is not None else error
-        if isinstance(error, StorageError) and isinstance(cause, OSError) and cause.errno in _MAY_PASS:
-            raise
-        if gcs.is_uri(path):
-            raise gcs.refused(path, cause) from error
-        refused = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        advice = "; to restore from it without writing, open it with read_only=True" if refused else ""
-        raise ConfigError(f"{path} cannot be used for a run: {type(cause).__name__}: {cause}{advice}") from error

@@ -21,15 +21,8 @@ from torchorbax._src.format.manifest import Key, LeafMeta, Manifest, by_base
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage import array_reader, gcs, inspection
 from torchorbax._src.storage.damage import is_proof_of_damage
-from torchorbax._src.storage.run_folder import (
-    BASE,
-    COMMITTED,
-    MANIFEST,
-    MANIFEST_FILE,
-    MOST_MANIFEST_BYTES,
-    RunFolder,
-    few,
-)
+from torchorbax._src.storage.run_folder import RunFolder
+from torchorbax._src.storage.run_layout import BASE, COMMITTED, MANIFEST, MANIFEST_FILE, MOST_MANIFEST_BYTES, few
 from torchorbax._src.storage.traffic import Traffic
 from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError, TorchorbaxError
 

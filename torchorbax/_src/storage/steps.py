@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -11,6 +12,7 @@ from torchorbax._src.format.manifest import Manifest
 from torchorbax._src.storage.preservation import preserved
 from torchorbax._src.storage.step_info import RunClock, StepInfo
 from torchorbax._src.storage.storage import Storage
+from torchorbax.errors import OwnershipError
 from torchorbax.policies import PreservationPolicy
 
 _logger = logging.getLogger(__name__)
@@ -100,7 +102,11 @@ class Steps:
         self._dispose_of_damaged(step)
 
     def _remove_leftovers(self) -> None:
-        if self._leftovers and self._cleaned_up("what is left of interrupted saves", self._storage.remove_leftovers):
+        def remove() -> None:
+            with contextlib.suppress(OwnershipError):  # whoever has taken the run over removes them
+                self._storage.remove_leftovers()
+
+        if self._leftovers and self._cleaned_up("what is left of interrupted saves", remove):
             self._leftovers = False
 
     def _dispose_of_damaged(self, step: int) -> None:

@@ -107,6 +107,9 @@ class Storage(Source, Protocol):
     def is_own(self, step: int) -> bool:
         """Was the step saved by this run? False for what somebody else has put there, under whatever name."""
 
+    def is_other_run(self, identity: str) -> bool:
+        """Is an identity in a manifest that of another run? Nothing is written to find out."""
+
     def check_visible(self) -> None:
         """Raise ConfigError if this process cannot see what another process has made with `create`."""
 
