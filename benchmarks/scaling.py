@@ -209,7 +209,8 @@ def _some_sums(seed: int) -> np.ndarray:
 def summing_a_save(processes: int, leaves: int) -> Found:
     """Seconds of processor time that process 0 takes to add up what all have sent, and the bytes that one has sent."""
     sums = {name: fingerprint.text(_some_sums(index)) for index, name in enumerate(names(leaves))}
-    part = {"sums": {"model": sums}, "own": "0" * 64}
+    files = {f"model/ocdbt.process_1000/d/{file:032x}": [128 << 20, "0" * 8] for file in range(8)}
+    part = {"sums": {"model": sums}, "own": "0" * 64, "files": files}
     meta = LeafMeta((8192, 8192), "float32", "jax", {"mesh": {"fsdp": 256}, "spec": ["fsdp", None]})
     manifest = Manifest(
         0, datetime.datetime.now(datetime.UTC), {}, {"model": ItemMeta("module", dict.fromkeys(sums, meta))}

@@ -127,7 +127,9 @@ class MemoryStorage:
         self.log.append(f"commit {step}")
         return manifest
 
-    def write_arrays(self, folders: Folders, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Sums]:
+    def write_arrays(
+        self, folders: Folders, arrays: MutableMapping[Key, Array], process: int, *, alone: bool
+    ) -> dict[Key, Sums]:
         sums: dict[Key, Sums] = {}
         for key in list(arrays):
             array = np.array(arrays.pop(key))

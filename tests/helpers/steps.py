@@ -28,7 +28,7 @@ def write(folder: Path, arrays: dict[str, Any], traffic: Traffic | None = None, 
     mine = {("state", name): array for name, array in arrays.items()}
 
     def fill(folders: Folders) -> Manifest:
-        sums = storage.write_arrays(folders, mine, 0)
+        sums = storage.write_arrays(folders, mine, 0, alone=True)
         return manifest.with_fingerprints({key: fingerprint.text(found) for key, found in sums.items()})
 
     storage.write(step, mine, fill)

@@ -76,8 +76,8 @@ RESTORE = """
     run.close()
 
     read = array_reader.read
-    def wrong(folder, leaves, traffic, *then):
-        found = read(folder, leaves, traffic, *then)
+    def wrong(folder, leaves, traffic, *then, **options):
+        found = read(folder, leaves, traffic, *then, **options)
         if "copied" in found and index == 1:
             array = found["copied"]
             shards = [jax.device_put(np.asarray(one.data) + 1, one.device) for one in array.addressable_shards]

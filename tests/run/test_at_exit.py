@@ -62,7 +62,7 @@ def test_a_save_in_flight_of_a_run_that_nobody_has_any_more(fails: bool, tmp_pat
         import gc, sys, threading, numpy as np, torchorbax
         from torchorbax._src.storage import array_writer
         if sys.argv[2] == "True":
-            def write(*args):
+            def write(*args, **options):
                 raise OSError("no more disk")
             array_writer.write = write
         def save():

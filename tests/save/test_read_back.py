@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ def sick(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """While its only element is true, one bit of the array data changes on its way to the disk."""
     write, on = array_writer.write, [False]
 
-    def flipping(folder: str, *args: Any, **kwargs: Any) -> Any:
-        sums = write(folder, *args, **kwargs)
+    def flipping(folders: Mapping[str, str], *args: Any, **kwargs: Any) -> Any:
+        sums = write(folders, *args, **kwargs)
         if on[0]:
-            file = max(Path(folder).rglob("d/*"), key=lambda path: path.stat().st_size)
+            files = (path for folder in folders.values() for path in Path(folder).rglob("d/*"))
+            file = max(files, key=lambda path: path.stat().st_size)
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 4
             file.write_bytes(content)

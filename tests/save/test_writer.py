@@ -276,8 +276,8 @@ MID_SAVE = """
     meet("saved")
     if index == 1:
         write = array_writer.write
-        def stuck(*args):
-            write(*args)
+        def stuck(*args, **options):
+            write(*args, **options)
             tell("in mid-save")
             threading.Event().wait()
         array_writer.write = stuck

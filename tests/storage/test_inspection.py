@@ -96,9 +96,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "where", ["manifest/metadata", "state/manifest.ocdbt", "state/d/*", "state/ocdbt.process_0/d/*"]
-)
+@pytest.mark.parametrize("where", ["manifest/metadata", "state/manifest.ocdbt", "state/d/*"])
 def test_a_file_of_another_kind_is_not_opened(where: str, kind: str, storage: Storage, tmp_path: Path) -> None:
     make, reason = KINDS[kind]
     for file in list((tmp_path / "0").glob(where)):
@@ -107,7 +105,7 @@ def test_a_file_of_another_kind_is_not_opened(where: str, kind: str, storage: St
     refused(storage, reason)
 
 
-@pytest.mark.parametrize("where", ["", "manifest", "state", "state/d", "state/ocdbt.process_0"])
+@pytest.mark.parametrize("where", ["", "manifest", "state", "state/d"])
 def test_folders_are_not_reached_by_links(where: str, storage: Storage, tmp_path: Path) -> None:
     folder = tmp_path / "0" / where
     folder.rename(tmp_path / "elsewhere")
@@ -123,7 +121,7 @@ def test_state_of_a_process_is_a_regular_file(storage: Storage, tmp_path: Path) 
 
 
 def test_a_hole_at_the_end_of_a_file_changes_nothing(storage: Storage, tmp_path: Path) -> None:
-    for file in (tmp_path / "0/state/ocdbt.process_0/d").iterdir():
+    for file in (tmp_path / "0/state/d").iterdir():
         os.truncate(file, 1 << 40)
     assert bits(read(storage, {"large": None})["large"]) == bits(ARRAYS["large"])
 
@@ -244,7 +242,7 @@ def test_an_inspection_is_kept_until_something_changes(
 
 def test_a_file_that_becomes_a_fifo_is_noticed(storage: Storage, tmp_path: Path) -> None:
     read(storage, dict.fromkeys(ARRAYS))
-    file = sorted((tmp_path / "0/state/ocdbt.process_0/d").iterdir())[0]
+    file = sorted((tmp_path / "0/state/d").iterdir())[0]
     file.unlink()
     os.mkfifo(file)
     refused(storage, "is a FIFO")

@@ -46,7 +46,7 @@ def write(storage: Storage, step: int, arrays: Mapping[Key, Any]) -> None:
     mine = dict(arrays)
 
     def fill(folders: Folders) -> Manifest:
-        sums = storage.write_arrays(folders, mine, 0)
+        sums = storage.write_arrays(folders, mine, 0, alone=True)
         assert not mine, "each array is taken out when it is written"
         return manifest_of(step, arrays).with_fingerprints(
             {key: fingerprint.text(found) for key, found in sums.items()}
@@ -132,7 +132,7 @@ def test_a_process_finds_what_it_has_for_itself(storage: Storage) -> None:
     digests: dict[str, str] = {}
 
     def fill(folders: Folders) -> Manifest:
-        storage.write_arrays(folders, mine, 0)
+        storage.write_arrays(folders, mine, 0, alone=True)
         digests["1"] = storage.write_process_items(folders, own, 1)
         return dataclasses.replace(
             manifest_of(5, arrays).with_fingerprints(fingerprints(arrays)), processes=2, own=digests

@@ -33,8 +33,8 @@ PAUSED_SAVE = """
 
     reached, go, write = threading.Event(), threading.Event(), array_writer.write
 
-    def paused(*arguments):
-        sums = write(*arguments)
+    def paused(*arguments, **options):
+        sums = write(*arguments, **options)
         reached.set()
         go.wait(100)
         array_writer.write = write

@@ -59,9 +59,11 @@ def test_what_another_process_has_written_must_be_seen_as_it_was_written(tmp_pat
     storage.create()
     (tmp_path / "run" / "folder").mkdir()
     (tmp_path / "run" / "folder" / "file").write_bytes(b"123")
-    assert storage._digests("folder", {"file": (3, "107b2fb2")}) == {"file": (3, "107b2fb2")}
+    folders: dict[str, str] = {}
+    crc32c = "107b2fb2"
+    assert storage._merged(folders, "folder", {"file": (3, crc32c)}) == {"file": (3, crc32c)}
     for nbytes, path in ((4, "file"), (3, "gone")):
         expected = re.escape(f"folder/{path} was written by another process with {nbytes} bytes")
         with pytest.raises(StorageError, match=expected):
-            storage._digests("folder", {path: (nbytes, "107b2fb2")})
+            storage._merged(folders, "folder", {path: (nbytes, crc32c)})
     storage.release()

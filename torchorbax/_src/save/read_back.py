@@ -58,7 +58,7 @@ class ReadBack:
             return True
         try:
             going = set(self._steps.unpreserved(step))
-            return bool(going) and not (set(self._steps.good()) - going) & self._steps.proved
+            return bool(going) and not (set(self._steps.found_after(step)) - going) & self._steps.proved
         except StorageError:  # then no step can be deleted either
             return False
 

@@ -259,9 +259,9 @@ class _StepWriting:
         own state, or None; and `files`, the digests of the files of other processes than process 0.
         """
         self._save.phase = "writing arrays"
-        process = self._processes.index
+        process, alone = self._processes.index, self._processes.count == 1
         sums: dict[str, dict[str, str]] = {}
-        for (item, name), of_leaf in storage.write_arrays(folders, arrays, process).items():
+        for (item, name), of_leaf in storage.write_arrays(folders, arrays, process, alone=alone).items():
             if process == 0 or of_leaf.any():
                 sums.setdefault(item, {})[name] = fingerprint.text(of_leaf)
         digest = storage.write_process_items(folders, own, process) if own else None

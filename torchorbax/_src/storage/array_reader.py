@@ -43,6 +43,7 @@ def read(
     wanted: Mapping[str, tuple[LeafMeta, Sharding | None]],
     traffic: Traffic,
     then: Callable[[str, Any], object] | None = None,
+    readers: int = 1,
 ) -> dict[str, Array | FirstReplica]:
     """Read arrays, each into its sharding or into a numpy array.
 
@@ -55,6 +56,7 @@ def read(
             array is empty.
         traffic: how arrays are read. Whether they are compressed, the data itself says.
         then: called with each array as soon as it is in place, while others are still being read.
+        readers: how many calls share the host memory that `traffic` allows.
 
     Raises:
         ValueError: an array is missing, or has another shape or dtype. Other errors of TensorStore for damaged files
@@ -87,7 +89,7 @@ def read(
             then(name, array)
     # Large arrays, one after another.
     large = {name: expected for name, expected in wanted.items() if name not in found}
-    most_bytes = min(BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2)
+    most_bytes = min(BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2) // readers
     for name, array in _read_large(spec, context, large, traffic, most_bytes, wait_s, inspected):
         found[name] = array
         if then is not None:
@@ -171,7 +173,14 @@ def _read_large(
     """
     opened = {
         name: ts.open(
-            {"driver": "zarr", "kvstore": {**spec, "path": f"{name}/"}, "fill_missing_data_reads": False},
+            {
+                "driver": "zarr",
+                "kvstore": {**spec, "path": f"{name}/"},
+                "fill_missing_data_reads": False,
+                # A step never changes, so what has been read to open an array is not asked for again.
+                "recheck_cached_data": "open",
+                "recheck_cached_metadata": "open",
+            },
             context=context,
             open=True,
             read=True,

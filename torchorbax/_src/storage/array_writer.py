@@ -1,8 +1,11 @@
-"""Writes the arrays of one item to storage with TensorStore, in Orbax's own layout: zarr in OCDBT.
+"""Writes the arrays of a step to storage with TensorStore, in Orbax's own layout: zarr in OCDBT.
 
 Orbax's array handlers hold a whole state in host memory, open every leaf by itself (0.5 ms each) and commit every chunk
-by itself. Here leaves are written in batches, each of which is one transaction and one data file. Small leaves are
-gathered on the host and written as plain keys. Plain Orbax can still read every leaf under its own name.
+by itself. Here leaves are written in batches, of which each item's part is one transaction and one data file. Small
+leaves are gathered on the host and written as plain keys. Plain Orbax can still read every leaf under its own name.
+
+Each item has a database of its own. Of several processes each writes into one of its own, too, and they are merged at
+the end; a process that is alone writes into the item's, so that nothing is to be merged.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import functools
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,8 +29,8 @@ from torchorbax._src.arrays.jax_context import own_context
 from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.arrays.shards import HostShards, is_on_device, shards
 from torchorbax._src.arrays.stacks import GATHERED_BYTES, Stack, by_layout, can_be_stacked, in_programs
+from torchorbax._src.format.manifest import Key
 from torchorbax._src.storage import gcs
-from torchorbax._src.storage.files_at import files_at
 from torchorbax._src.storage.traffic import BATCH_BYTES, CHUNK_BYTES, Traffic
 from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
 
@@ -50,166 +53,216 @@ def folder_of(process: int) -> str:
     return f"{ocdbt_process_spec.PROCESS_PREFIX}{process}"
 
 
-def write(folder: str, arrays: MutableMapping[str, Array], traffic: Traffic, process: int = 0) -> dict[str, Sums]:
+def is_of_process(path: str) -> bool:
+    """Is a path below an item's folder in a folder into which one of several processes writes?"""
+    return path.startswith(ocdbt_process_spec.PROCESS_PREFIX)
+
+
+def write(
+    folders: Mapping[str, str],
+    arrays: MutableMapping[Key, Array],
+    traffic: Traffic,
+    process: int = 0,
+    *,
+    alone: bool = True,
+) -> dict[Key, Sums]:
     """Write this process's shards of arrays, and sum them for their fingerprints.
 
     Args:
-        folder: the item's folder, local or a URI.
-        arrays: by name; no array is empty. Each is removed as soon as it is written; its memory is then freed, if the
+        folders: the items' folders, local or URIs.
+        arrays: by key; no array is empty. Each is removed as soon as it is written; its memory is then freed, if the
             caller holds no other reference.
         traffic: how arrays are written.
         process: the number of this process among those that write. Process 0 writes small arrays and metadata.
+        alone: is it the only process? Otherwise `merge` is needed when all have written.
 
     Returns:
-        By name, the sums of the shards that this process has written.
+        By key, the sums of the shards that this process has written.
     """
-    names = list(arrays)
-    options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.WRITE)
-    spec = tensorstore_utils.build_kvstore_tspec(
-        folder, ocdbt_process_spec=ocdbt_process_spec.OcdbtProcessSpec(str(process)), ocdbt_write_options=options
-    )
-    context = context_of(folder, traffic)
-    at_once = traffic.max_host_bytes if gcs.is_uri(folder) else _LOCAL_BATCHES * BATCH_BYTES
-    wait_s = longest_wait_s(folder, traffic)
-    out = _Batches(
-        ts.KvStore.open(spec, context=context).result(wait_s), spec, context, traffic, at_once, wait_s, process
-    )
+    keys = list(arrays)
+    if not keys:
+        return {}
+    out = _Batches(_Databases(folders, traffic, None if alone else process), traffic, is_first=process == 0)
     try:
         with own_context():
             started = _add_small(out, arrays, process)
             # Large arrays, one after another. Their sums are started a batch at a time, just before they are needed.
-            batch_of = {name: batch for batch in fingerprint.batches(arrays) for name in batch}
-            for name in list(arrays):
-                if name not in started:
-                    started |= fingerprint.start_batch({member: arrays[member] for member in batch_of[name]})
-                out.add_large(name, arrays[name])
-                out.when_written(functools.partial(arrays.pop, name))
+            batch_of = {key: batch for batch in fingerprint.batches(arrays) for key in batch}
+            for key in list(arrays):
+                if key not in started:
+                    started |= fingerprint.start_batch({member: arrays[member] for member in batch_of[key]})
+                out.add_large(key, arrays[key])
+                out.when_written(functools.partial(arrays.pop, key))
             out.finish()
     except BaseException:
         out.abort()
         raise
-    return {name: started[name]() for name in names if name in started}
+    return {key: started[key]() for key in keys if key in started}
 
 
-def merge(folder: str, traffic: Traffic) -> None:
-    """Merge the databases that the processes have written into an item's folder into one. Their data files stay.
+def merge(folders: Mapping[str, str], written: Mapping[str, Sequence[str]], traffic: Traffic) -> None:
+    """Merge the databases that several processes have written for each item into one. Their data files stay.
 
     Args:
-        folder: the item's folder, local or a URI.
+        folders: the items' folders, local or URIs.
+        written: by item, the names of the folders in it into which processes have written.
         traffic: how arrays are written.
-
-    Raises:
-        FileNotFoundError: no process has written anything.
     """
-    context, wait_s = context_of(folder, traffic), longest_wait_s(folder, traffic)
     options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.MERGE)
-    entries = files_at(folder, traffic.timeout_s).entries()
-    written = [entry.name for entry in entries if entry.name.startswith(ocdbt_process_spec.PROCESS_PREFIX)]
-    if not written:
-        raise FileNotFoundError(f"no array data in {folder}")
-    transaction = ts.Transaction(atomic=True)
-    spec = tensorstore_utils.build_kvstore_tspec(folder, use_ocdbt=True, ocdbt_write_options=options)
-    whole = ts.KvStore.open(spec, context=context).result(wait_s).with_transaction(transaction)
-    for name in written:
-        spec = tensorstore_utils.build_kvstore_tspec(f"{folder}/{name}", use_ocdbt=True)
-        part = ts.KvStore.open(spec, context=context).result(wait_s)
-        part.experimental_copy_range_to(whole).result(wait_s)
-    transaction.commit_async().result(wait_s)
+    started = []
+    # All at once: what one database needs does not depend on another.
+    for item, names in written.items():
+        folder = folders[item]
+        context, wait_s = context_of(folder, traffic), longest_wait_s(folder, traffic)
+        transaction = ts.Transaction(atomic=True)
+        spec = tensorstore_utils.build_kvstore_tspec(folder, use_ocdbt=True, ocdbt_write_options=options)
+        whole = ts.KvStore.open(spec, context=context).result(wait_s).with_transaction(transaction)
+        copies = []
+        for name in names:
+            spec = tensorstore_utils.build_kvstore_tspec(f"{folder}/{name}", use_ocdbt=True)
+            part = ts.KvStore.open(spec, context=context).result(wait_s)
+            copies.append(part.experimental_copy_range_to(whole))
+        started.append((transaction, copies, wait_s))
+    commits = []
+    for transaction, copies, wait_s in started:
+        for copy in copies:
+            copy.result(wait_s)
+        commits.append((transaction.commit_async(), wait_s))
+    for commit, wait_s in commits:
+        commit.result(wait_s)
 
 
-def _add_small(out: _Batches, arrays: MutableMapping[str, Array], process: int) -> dict[str, Callable[[], Sums]]:
+def _add_small(out: _Batches, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Callable[[], Sums]]:
     """Take the small arrays out of `arrays`. Process 0 adds them to the batches and starts to sum them."""
-    small = {name: arrays.pop(name) for name in list(arrays) if is_gathered(arrays[name])}
+    small = {key: arrays.pop(key) for key in list(arrays) if is_gathered(arrays[key])}
     started = {}
-    for name, on_host in _gathered(small) if process == 0 else ():
-        started[name] = fingerprint.start(on_host)
-        out.add_small(name, on_host)
+    for key, on_host in _gathered(small) if process == 0 else ():
+        started[key] = fingerprint.start(on_host)
+        out.add_small(key, on_host)
     return started
 
 
-def _gathered(arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
+def _gathered(arrays: Mapping[Key, Array]) -> Iterator[tuple[Key, np.ndarray]]:
     """Small arrays on the host. Those of one layout are copied there together."""
-    on_devices: dict[str, jax.Array] = {}
-    for name, array in arrays.items():
+    on_devices: dict[Key, jax.Array] = {}
+    for key, array in arrays.items():
         if isinstance(array, HostShards):
-            yield name, array.addressable_shards[0].data
+            yield key, array.addressable_shards[0].data
         elif isinstance(array, jax.Array):
-            on_devices[name] = array if array.is_fully_addressable else array.addressable_data(0)
+            on_devices[key] = array if array.is_fully_addressable else array.addressable_data(0)
         else:
-            yield name, np.asarray(array)
+            yield key, np.asarray(array)
     for layout, group in by_layout(on_devices).items():
-        for names in in_programs(list(group)):
-            members = [group[name] for name in names]
+        for keys in in_programs(list(group)):
+            members = [group[key] for key in keys]
             stacked = len(members) >= _STACKED and can_be_stacked(layout) and is_on_device(layout[2])
-            yield from zip(names, Stack(members).rows if stacked else map(np.asarray, members), strict=True)
+            yield from zip(keys, Stack(members).rows if stacked else map(np.asarray, members), strict=True)
+
+
+class _Databases:
+    """The databases that this process writes into, one for each item. Each is opened when it is first asked for.
+
+    Args:
+        folders: the items' folders.
+        traffic: how arrays are written.
+        process: the number of this process; None if it is alone.
+
+    Attributes:
+        wait_s: how long to wait for a result; None for ever.
+        context: TensorStore's context.
+        at_once_bytes: the most bytes that are written at once.
+    """
+
+    def __init__(self, folders: Mapping[str, str], traffic: Traffic, process: int | None) -> None:
+        self._folders = folders
+        self._process = None if process is None else ocdbt_process_spec.OcdbtProcessSpec(str(process))
+        self._opened: dict[str, tuple[Any, ts.KvStore]] = {}
+        anywhere = next(iter(folders.values()))
+        self.wait_s = longest_wait_s(anywhere, traffic)
+        self.context = context_of(anywhere, traffic)
+        self.at_once_bytes = traffic.max_host_bytes if gcs.is_uri(anywhere) else _LOCAL_BATCHES * BATCH_BYTES
+
+    def spec(self, item: str) -> Any:
+        """The spec of an item's database."""
+        return self._of(item)[0]
+
+    def database(self, item: str) -> ts.KvStore:
+        """An item's database."""
+        return self._of(item)[1]
+
+    def _of(self, item: str) -> tuple[Any, ts.KvStore]:
+        if item not in self._opened:
+            options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.WRITE)
+            spec = tensorstore_utils.build_kvstore_tspec(
+                self._folders[item], ocdbt_process_spec=self._process, ocdbt_write_options=options
+            )
+            self._opened[item] = spec, ts.KvStore.open(spec, context=self.context).result(self.wait_s)
+        return self._opened[item]
 
 
 @dataclass
 class _Batch:
-    """Arrays that are written in one transaction.
+    """Arrays that are written together, those of each item in one transaction.
 
     Attributes:
-        transaction: the transaction.
-        copies: the writes of chunks into it.
-        written: functions to call when the transaction has been committed.
+        transactions: the transactions by item.
+        copies: the writes of chunks into them.
+        written: functions to call when all have been committed.
         nbytes: bytes of the chunks.
-        commit: the future of the commit, once it has been started.
+        commits: the futures of the commits, once they have been started.
     """
 
-    transaction: ts.Transaction
-    copies: list[Any]
-    written: list[Callable[[], object]]
+    transactions: dict[str, ts.Transaction] = field(default_factory=dict)
+    copies: list[Any] = field(default_factory=list)
+    written: list[Callable[[], object]] = field(default_factory=list)
     nbytes: int = 0
-    commit: Any = None
+    commits: list[Any] = field(default_factory=list)
+
+    def transaction(self, item: str) -> ts.Transaction:
+        """The transaction of an item. It is atomic: else TensorStore may commit it in several turns."""
+        return self.transactions.setdefault(item, ts.Transaction(atomic=True))
 
 
 class _Batches:
     """The batches of a write. Each is filled, committed and awaited in turn; their total number of bytes is bounded."""
 
-    def __init__(
-        self,
-        database: ts.KvStore,
-        spec: Any,
-        context: ts.Context,
-        traffic: Traffic,
-        at_once_bytes: int,
-        wait_s: float | None,
-        process: int,
-    ) -> None:
-        self._is_first = process == 0
-        self._wait_s = wait_s
-        self._database = database
-        self._spec = spec
-        self._context = context
+    def __init__(self, databases: _Databases, traffic: Traffic, *, is_first: bool) -> None:
+        self._is_first = is_first
+        self._databases = databases
+        self._wait_s = databases.wait_s
         self._traffic = traffic
         self._batch_bytes = min(BATCH_BYTES, traffic.max_host_bytes // 2)
-        self._most_bytes = min(traffic.max_host_bytes, at_once_bytes)
+        self._most_bytes = min(traffic.max_host_bytes, databases.at_once_bytes)
         self._committing: deque[_Batch] = deque()
-        self._batch = self._new()
+        self._batch = _Batch()
 
-    def add_small(self, name: str, array: np.ndarray) -> None:
+    def add_small(self, key: Key, array: np.ndarray) -> None:
         """Add an array as a single uncompressed chunk."""
         self._room_for(array.nbytes)
-        database = self._database.with_transaction(self._batch.transaction)
+        item, name = key
+        database = self._databases.database(item).with_transaction(self._batch.transaction(item))
         database[f"{name}/.zarray"] = zarr_metadata(array.dtype, array.shape, array.shape, False)
         database[f"{name}/{first_chunk(array.ndim)}"] = array.tobytes()
 
-    def add_large(self, name: str, array: Array) -> None:
+    def add_large(self, key: Key, array: Array) -> None:
         """Add an array as one chunk or more for each distinct shard that this process has."""
+        item, name = key
         shares = _shares(array) if self._traffic.all_replicas_write else 1
         chunks = _chunk_shape(_share_shape(array, shares), array.dtype.itemsize)
         zarray = zarr_metadata(array.dtype, array.shape, chunks, self._traffic.compressed)
-        spec = {"driver": "zarr", "kvstore": {**self._spec, "path": f"{name}/"}, "metadata": json.loads(zarray)}
+        spec: dict[str, Any] = {"driver": "zarr", "kvstore": {**self._databases.spec(item), "path": f"{name}/"}}
+        spec["metadata"] = json.loads(zarray)
         # By default, TensorStore does not store chunks of zeros. Orbax's metadata says that they are stored, and a
         # chunk of zeros could then not be distinguished from a lost one.
         spec["store_data_equal_to_fill_value"] = True
-        store = ts.open(spec, context=self._context, open=True, assume_metadata=True).result(self._wait_s)
+        store = ts.open(spec, context=self._databases.context, open=True, assume_metadata=True).result(self._wait_s)
         if self._is_first:
             self._room_for(0)
-            self._database.with_transaction(self._batch.transaction)[f"{name}/.zarray"] = zarray
+            database = self._databases.database(item).with_transaction(self._batch.transaction(item))
+            database[f"{name}/.zarray"] = zarray
         for index, host in _chunks(array, chunks, shares):
             self._room_for(host.nbytes)
-            target = store.with_transaction(self._batch.transaction)[index]
+            target = store.with_transaction(self._batch.transaction(item))[index]
             self._batch.copies.append(target.write(host, can_reference_source_data_indefinitely=True))
 
     def when_written(self, then: Callable[[], object]) -> None:
@@ -225,10 +278,8 @@ class _Batches:
     def abort(self) -> None:
         """Abort all transactions that are not committed."""
         for batch in (*self._committing, self._batch):
-            batch.transaction.abort()
-
-    def _new(self) -> _Batch:
-        return _Batch(ts.Transaction(), [], [])
+            for transaction in batch.transactions.values():
+                transaction.abort()
 
     def _room_for(self, nbytes: int) -> None:
         """Count these bytes for the current batch. If a bound would be exceeded, first start a new batch or wait."""
@@ -245,13 +296,14 @@ class _Batches:
         """Start to commit the current batch, and begin a new one."""
         for written in self._batch.copies:
             written.copy.result(self._wait_s)
-        self._batch.commit = self._batch.transaction.commit_async()
+        self._batch.commits = [transaction.commit_async() for transaction in self._batch.transactions.values()]
         self._committing.append(self._batch)
-        self._batch = self._new()
+        self._batch = _Batch()
 
     def _wait_for_oldest(self) -> None:
         batch = self._committing.popleft()
-        batch.commit.result(self._wait_s)
+        for commit in batch.commits:
+            commit.result(self._wait_s)
         for written in batch.copies:
             written.result(self._wait_s)
         for then in batch.written:

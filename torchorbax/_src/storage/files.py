@@ -44,6 +44,9 @@ class Files(Protocol):
     def exists(self, path: str) -> bool:
         """Is there a file or a folder?"""
 
+    def is_file(self, path: str) -> bool:
+        """Is there a regular file?"""
+
     def sizes(self, folder: str) -> dict[str, int]:
         """The sizes in bytes of all files below a folder, by path below the folder; empty if there is no such folder.
 
@@ -51,8 +54,8 @@ class Files(Protocol):
             NotAFileError: there is something else than files and folders in it.
         """
 
-    def digests(self, folder: str, paths: Collection[str]) -> dict[str, FileDigest]:
-        """The sizes and the CRC-32C of files below a folder, by path below the folder.
+    def digests(self, folder: str, paths: Collection[str] | None = None) -> dict[str, FileDigest]:
+        """The sizes and the CRC-32C of files below a folder, of all or of those asked for, by path below the folder.
 
         Raises:
             FileNotFoundError: one of them is not there.

@@ -17,6 +17,7 @@ import fsspec.asyn
 
 from torchorbax._src.format.manifest import FileDigest
 from torchorbax._src.storage import gcs
+from torchorbax._src.storage.at_once import at_once
 from torchorbax._src.storage.files import Entry
 from torchorbax.errors import StorageError, TorchorbaxError
 
@@ -49,15 +50,26 @@ class GcsFiles:
 
     def exists(self, path: str) -> bool:
         """See `Files.exists`."""
-        return self._is_object(path) or any(self.entries(path))
+        return any(at_once([lambda: self.is_file(path), lambda: bool(self.entries(path))]))
+
+    def is_file(self, path: str) -> bool:
+        """See `Files.is_file`."""
+        with self._translated():
+            try:
+                self._call("GET", "b/{}/o/{}", self._bucket, self._name(path), fields="name")
+            except FileNotFoundError:
+                return False
+            return True
 
     def sizes(self, folder: str) -> dict[str, int]:
         """See `Files.sizes`."""
         return {path: nbytes for path, (nbytes, _) in self._listed(folder).items()}
 
-    def digests(self, folder: str, paths: Collection[str]) -> dict[str, FileDigest]:
+    def digests(self, folder: str, paths: Collection[str] | None = None) -> dict[str, FileDigest]:
         """See `Files.digests`. Cloud Storage knows them; nothing is read."""
         listed = self._listed(folder)
+        if paths is None:
+            return listed
         if missing := [path for path in paths if path not in listed]:
             raise FileNotFoundError(f"{self.root}/{folder}/{missing[0]}")
         return {path: listed[path] for path in paths}
@@ -178,14 +190,6 @@ class GcsFiles:
     def _name(self, path: str) -> str:
         """The name of an object in the bucket."""
         return "/".join(part for part in (self._prefix, path) if part)
-
-    def _is_object(self, path: str) -> bool:
-        with self._translated():
-            try:
-                self._call("GET", "b/{}/o/{}", self._bucket, self._name(path), fields="name")
-            except FileNotFoundError:
-                return False
-            return True
 
     def _pages(self, **query: str) -> Iterator[dict[str, Any]]:
         token: str | None = None

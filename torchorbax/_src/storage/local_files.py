@@ -55,6 +55,14 @@ class LocalFiles:
                 return False
             return True
 
+    def is_file(self, path: str) -> bool:
+        """See `Files.is_file`."""
+        with self._translated(path):
+            try:
+                return stat.S_ISREG(os.lstat(self._path(path)).st_mode)
+            except _NOT_THERE:
+                return False
+
     def sizes(self, folder: str) -> dict[str, int]:
         """See `Files.sizes`."""
         found: dict[str, int] = {}
@@ -74,8 +82,9 @@ class LocalFiles:
                 return {}
         return found
 
-    def digests(self, folder: str, paths: Collection[str]) -> dict[str, FileDigest]:
+    def digests(self, folder: str, paths: Collection[str] | None = None) -> dict[str, FileDigest]:
         """See `Files.digests`. Every file is read."""
+        paths = self.sizes(folder) if paths is None else paths
         return {path: self._digest(os.path.join(folder, path)) for path in paths}
 
     def read(self, path: str, most_bytes: int) -> bytes:

@@ -20,7 +20,7 @@ from torchorbax._src.arrays.leaves import Array
 from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import FileDigest, Key, Manifest
 from torchorbax._src.format.per_process import HostItem
-from torchorbax._src.storage import array_writer, orbax_commit
+from torchorbax._src.storage import array_writer, orbax_layout
 from torchorbax._src.storage.damage import reason_of
 from torchorbax._src.storage.files_at import files_at
 from torchorbax._src.storage.run_layout import BASE, COMMITTED, MANIFEST, MANIFEST_FILE
@@ -67,13 +67,22 @@ class OrbaxStorage(StepReader):
     def write(self, step: int, arrays: Mapping[Key, Array], fill: Callable[[Folders], Manifest]) -> Manifest:
         """Write a step and commit it; see `Storage.write`."""
         folder = str(step) if self.is_uri else self._leftover(step)
+        items = orbax_layout.items_of(arrays.items())
+        folders = {item: f"{self.path}/{folder}/{item}" for item in (*items, MANIFEST)}
         try:
             self._prepare(step)
-            full = f"{self.path}/{folder}"
-            described = orbax_commit.described(arrays)
-            manifest = orbax_commit.save(full, described, self._traffic, fill, self.check_owned)
-            manifest = dataclasses.replace(manifest, files=self._digests(folder, manifest.files))
-            self.files.create(f"{folder}/{MANIFEST_FILE}", manifest.to_text().encode())
+            metadata = orbax_layout.files(items, markers=self.is_uri)
+            # Metadata and arrays, in this order where the metadata makes the folders.
+            manifests: list[Manifest] = []
+            writes: list[Callable[[], None]] = [
+                functools.partial(self.files.write, f"{folder}/{path}", text) for path, text in metadata.items()
+            ]
+            self.at_once([*writes, lambda: manifests.append(fill(folders))])
+            manifest = manifests[0]
+            # The manifest, with all files in it.
+            manifest = dataclasses.replace(manifest, files=self._merged(folders, folder, manifest.files))
+            text = manifest.to_text().encode()
+            self.at_once([lambda: self.files.create(f"{folder}/{MANIFEST_FILE}", text), self.check_owned])
             self._commit(step, folder)
         except SaveError:
             raise
@@ -85,18 +94,41 @@ class OrbaxStorage(StepReader):
             self._remove_what_is_left()
         return manifest
 
-    def _digests(self, folder: str, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
+    def _merged(self, folders: Folders, folder: str, known: Mapping[str, FileDigest]) -> dict[str, FileDigest]:
+        """Merge what several processes have written. The files of the step, of which some may be known already."""
+        found = self._found(folder)
+        written: dict[str, set[str]] = {}
+        for path in found:
+            item, _, below = path.partition("/")
+            if array_writer.is_of_process(below):
+                written.setdefault(item, set()).add(below.partition("/")[0])
+        if written:
+            self.check_owned()
+            array_writer.merge(folders, {item: sorted(names) for item, names in written.items()}, self._traffic)
+            found = self._found(folder)
+        return self._digests(folder, found, known)
+
+    def _found(self, folder: str) -> dict[str, FileDigest]:
+        """The files of a step that is being written. On a local disk, where it takes long, without their digests."""
+        if self.is_uri:
+            return self.files.digests(folder)
+        return {path: (nbytes, "") for path, nbytes in self.files.sizes(folder).items()}
+
+    def _digests(
+        self, folder: str, found: Mapping[str, FileDigest], known: Mapping[str, FileDigest]
+    ) -> dict[str, FileDigest]:
         """The files that the manifest of a step lists. Of those that are known, only the sizes are looked at."""
-        sizes = self.files.sizes(folder)
         for path, (nbytes, _) in known.items():
-            if sizes.get(path) != nbytes:
+            seen = found[path][0] if path in found else "none"
+            if seen != nbytes:
                 raise StorageError(
                     self.path,
-                    f"{folder}/{path} was written by another process with {nbytes} bytes, but process 0 sees "
-                    f"{sizes.get(path, 'none')}; all processes need one file system that shows each what others write",
+                    f"{folder}/{path} was written by another process with {nbytes} bytes, but process 0 sees {seen}; "
+                    "all processes need one file system that shows each what others write",
                 )
-        paths = [path for path in sizes if path not in (MANIFEST_FILE, COMMITTED) and path not in known]
-        return dict(sorted({**known, **self.files.digests(folder, paths)}.items()))
+        others = [path for path in found if path not in (MANIFEST_FILE, COMMITTED) and path not in known]
+        digests = {path: found[path] for path in others} if self.is_uri else self.files.digests(folder, others)
+        return dict(sorted({**known, **digests}.items()))
 
     def _prepare(self, step: int) -> None:
         """Check that a step can be written, and note under a URI that it is."""
@@ -133,8 +165,8 @@ class OrbaxStorage(StepReader):
     def _commit(self, step: int, folder: str) -> None:
         """Make a step that is complete durable, and have it listed."""
         if self.is_uri:
-            self.check_owned()
             self.files.create(f"{step}/{COMMITTED}", self._ownership.token.encode())
+            self._note_committed(step)
             self._finish(folder)
             return
         self.files.flush(folder)
@@ -171,22 +203,14 @@ class OrbaxStorage(StepReader):
         except (StorageError, OwnershipError) as failure:
             _logger.warning("%s: what failed saves have written could not be removed: %s", self.path, failure)
 
-    def write_arrays(self, folders: Folders, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Sums]:
+    def write_arrays(
+        self, folders: Folders, arrays: MutableMapping[Key, Array], process: int, *, alone: bool
+    ) -> dict[Key, Sums]:
         """Write one process's shards of the arrays of a step; see `Storage.write_arrays`."""
-        # By item. No reference to an array is kept here, so that each is freed as soon as it is written.
-        by_item: dict[str, dict[str, Array]] = {}
-        sums: dict[Key, Sums] = {}
-        for item, name in list(arrays):
-            array = arrays.pop((item, name))
-            if array.size:
-                by_item.setdefault(item, {})[name] = array
-            else:  # no elements: Orbax cannot store it, and the manifest has its shape and dtype
-                sums[item, name] = fingerprint.start(array)()
-            del array
-        for item, of_item in by_item.items():
-            written = array_writer.write(folders[item], of_item, self._traffic, process)
-            sums |= {(item, name): sums_of_leaf for name, sums_of_leaf in written.items()}
-        return sums
+        # Without elements: Orbax cannot store them, and the manifest has their shapes and dtypes.
+        empty = [key for key, array in arrays.items() if not array.size]
+        sums = {key: fingerprint.start(arrays.pop(key))() for key in empty}
+        return sums | array_writer.write(folders, arrays, self._traffic, process, alone=alone)
 
     def written_files(self, folders: Folders, process: int) -> dict[str, FileDigest]:
         """See `Storage.written_files`."""

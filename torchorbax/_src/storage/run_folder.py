@@ -17,10 +17,13 @@ import re
 import time
 import uuid
 import weakref
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torchorbax._src.format import bounded_json
 from torchorbax._src.storage import gcs
-from torchorbax._src.storage.files import Files
+from torchorbax._src.storage.at_once import at_once, one_by_one
+from torchorbax._src.storage.files import Entry, Files
 from torchorbax._src.storage.gcs_files import GcsFiles
 from torchorbax._src.storage.local_files import LocalFiles
 from torchorbax._src.storage.owner_records import GcsRecord, LocalRecord
@@ -37,8 +40,11 @@ from torchorbax._src.storage.run_layout import (
     check_is_run,
     few,
     is_step,
+    may_be_step,
 )
 from torchorbax.errors import CheckpointNotFoundError, ConfigError, StorageError
+
+Result = TypeVar("Result")
 
 _LEFTOVER = ".torchorbax-left-"
 _PROBE = ".torchorbax-probe-"
@@ -73,6 +79,7 @@ class RunFolder:
         self._timeout_s = timeout_s
         self._parent = parent
         self._told: set[str] = set()  # names that are no steps, of which a warning has told
+        self._committed: set[str] = set()  # under a URI, the steps that this process has committed
         self._given_up: dict[str, float] = {}  # under a URI, by folder: `time.monotonic()` when a save of it failed
         self.files: Files
         record: Record
@@ -87,6 +94,12 @@ class RunFolder:
             # A run that is dropped without being closed must not keep others out.
             weakref.finalize(self, self._ownership.release).atexit = False
 
+    def at_once(self, actions: Sequence[Callable[[], Result]]) -> list[Result]:
+        """The results of actions that do not depend on each other. Under a URI they wait for it at the same time."""
+        if not actions:
+            return []
+        return at_once(actions) if self.is_uri else one_by_one(actions)
+
     # The run.
 
     def create(self, *, takeover: bool = False) -> None:
@@ -99,19 +112,34 @@ class RunFolder:
             ConfigError: it cannot be written to, is a file, or holds other things than a run.
             OwnershipError: another program is the owner.
         """
-        with as_config_error(self.path):
-            unfinished = self._ownership.noted()
-        check_is_run(self.files, unfinished)
-        probe = f"{_PROBE}{uuid.uuid4().hex}"
+        self._check_is_run()
         with as_config_error(self.path):
             if not self.is_uri:
                 os.makedirs(self.path, exist_ok=True)
-            self.files.write(probe, b"")
-            self.files.delete_file(probe)
-        if self.is_uri:
-            gcs.check_access(self.path, self._timeout_s)
+            probes = [self._probe, lambda: gcs.check_access(self.path, self._timeout_s)]
+            self.at_once(probes if self.is_uri else probes[:1])
         self._ownership.acquire(takeover=takeover)
         self.identity()  # raises now, and not at the first save
+
+    def _check_is_run(self) -> None:
+        """Raise ConfigError if the path is a file, or holds other things than a run."""
+        with as_config_error(self.path):
+            unfinished: list[str] = []
+            found: list[Entry] = []
+            self.at_once(
+                [lambda: unfinished.extend(self._ownership.noted()), lambda: found.extend(self.files.entries())]
+            )
+            # Anything may be left in a folder that an owner of the run was writing or deleting.
+            steps = [name for name, kind in found if is_step(name) and kind == "folder" and name not in unfinished]
+            looks = self.at_once([functools.partial(may_be_step, self.files, name) for name in steps])
+        strangers = {name for name, may_be in zip(steps, looks, strict=True) if not may_be}
+        check_is_run(self.files, found, strangers)
+
+    def _probe(self) -> None:
+        """Raise StorageError if nothing can be written here, or not deleted again."""
+        probe = f"{_PROBE}{uuid.uuid4().hex}"
+        self.files.write(probe, b"")
+        self.files.delete_file(probe)
 
     def release(self) -> None:
         """Let the run go, so that the next program need not wait. Nothing can be written afterwards."""
@@ -186,10 +214,20 @@ class RunFolder:
             if entry.kind == "other" and entry.name not in self._told:
                 self._told.add(entry.name)
                 _logger.warning("%s/%s is a link or a device, and so not taken for a step", self.path, entry.name)
-        return sorted(int(entry.name) for entry in entries if entry.kind == "folder" and self._is_committed(entry.name))
+        return sorted(map(int, self._committed_of([entry.name for entry in entries if entry.kind == "folder"])))
 
-    def _is_committed(self, name: str) -> bool:
-        return not self.is_uri or self.files.exists(f"{name}/{COMMITTED}")
+    def _committed_of(self, names: Sequence[str]) -> list[str]:
+        """Which of these folders are complete. What this process has committed itself stays so until it deletes it."""
+        if not self.is_uri:
+            return list(names)
+        others = [name for name in names if name not in self._committed]
+        markers = [functools.partial(self.files.is_file, f"{name}/{COMMITTED}") for name in others]
+        complete = {name for name, found in zip(others, self.at_once(markers), strict=True) if found}
+        return [name for name in names if name in self._committed or name in complete]
+
+    def _note_committed(self, step: int) -> None:
+        """Note that this process has committed a step under a URI."""
+        self._committed.add(str(step))
 
     def existing_steps(self) -> list[int]:
         """The committed steps in ascending order, at least one.
@@ -255,6 +293,7 @@ class RunFolder:
         """
         if self.is_uri:
             self._begin(str(step))
+            self._committed.discard(str(step))
             self.files.delete_file(f"{step}/{COMMITTED}")
             self.files.delete_folder(str(step))
             self._finish(str(step))
@@ -300,7 +339,7 @@ class RunFolder:
             noted = self._noted()
             # A marker may also have been deleted by somebody else, or by an earlier version.
             found = [entry.name for entry in self.files.entries() if is_step(entry.name)]
-            half = [name for name in found if not self._is_committed(name)]
+            half = sorted(set(found).difference(self._committed_of(found)))
             return [name for name in half if name in noted or self._run_of(int(name)) == self.identity()]
         # Probes, and files that were to become another, are empty or incomplete, whoever has left them.
         mine = (f"{_LEFTOVER}{self.identity()}-", _PROBE)

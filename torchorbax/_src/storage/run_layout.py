@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchorbax._src.storage import gcs
-from torchorbax._src.storage.files import Files
+from torchorbax._src.storage.files import Entry, Files
 from torchorbax.errors import ConfigError, StorageError
 
 MANIFEST = "manifest"
@@ -45,25 +45,20 @@ _MAY_PASS = (
 """Errors of the system that say nothing about a path: something is broken or lacking now."""
 
 
-def check_is_run(files: Files, unfinished: Collection[str]) -> None:
+def check_is_run(files: Files, found: Sequence[Entry], strangers: Collection[str]) -> None:
     """Raise ConfigError if a path is a file, or a folder that holds other things than a run.
 
     Args:
         files: the files below the path.
-        unfinished: the folders that an owner of the run was writing or deleting. Anything may be left in them.
+        found: what is in the folder.
+        strangers: the folders in it that are no steps, although their names are numbers.
     """
     path = files.root
     with as_config_error(path):
         if not gcs.is_uri(path) and os.path.exists(path) and not os.path.isdir(path):
             raise ConfigError(f"{path} is a file; a run needs a folder")
-        found = files.entries()
         entries = [entry for entry in found if not entry.name.startswith(".")]
         links = sorted(name for name, kind in entries if is_step(name) and kind == "other")
-        strangers = {
-            name
-            for name, kind in entries
-            if is_step(name) and kind == "folder" and name not in unfinished and not _may_be_step(files, name)
-        }
         is_run = any(_belongs_to_run(entry.name) and entry.name not in strangers for entry in found)
     if entries and not is_run:
         names = sorted(entry.name for entry in entries)
@@ -80,7 +75,7 @@ def check_is_run(files: Files, unfinished: Collection[str]) -> None:
         )
 
 
-def _may_be_step(files: Files, folder: str) -> bool:
+def may_be_step(files: Files, folder: str) -> bool:
     """Is a folder whose name is a number a step, whole or damaged? An empty folder may be one, too."""
     inside = files.entries(folder)
     return not inside or any(

@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jax.sharding import Sharding
 
 from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
+from torchorbax._src.arrays.jax_context import transfers_allowed
 from torchorbax._src.arrays.leaves import Array, put
 from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import Key, LeafMeta, Manifest, by_base
@@ -22,7 +24,7 @@ from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage import array_reader, gcs, inspection
 from torchorbax._src.storage.damage import is_proof_of_damage
 from torchorbax._src.storage.run_folder import RunFolder
-from torchorbax._src.storage.run_layout import BASE, COMMITTED, MANIFEST, MANIFEST_FILE, MOST_MANIFEST_BYTES, few
+from torchorbax._src.storage.run_layout import BASE, MANIFEST, MANIFEST_FILE, MOST_MANIFEST_BYTES, few
 from torchorbax._src.storage.traffic import Traffic
 from torchorbax.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError, TorchorbaxError
 
@@ -80,8 +82,6 @@ class StepReader(RunFolder):
             CorruptCheckpointError: the step exists, but its manifest is missing or damaged.
             StorageError: it could not be read.
         """
-        if not self._is_there(step):
-            raise CheckpointNotFoundError(self.path, step, self.steps())
 
         def read() -> Manifest:
             try:
@@ -100,11 +100,16 @@ class StepReader(RunFolder):
                 raise ValueError(f"its manifest is that of step {manifest.step}")
             return manifest
 
-        return self._read_twice(step, read)
+        _, manifest = self.at_once([lambda: self._check_there(step), lambda: self._read_twice(step, read)])
+        return cast(Manifest, manifest)
+
+    def _check_there(self, step: int) -> None:
+        """Raise CheckpointNotFoundError if there is no step of this number, whole or damaged."""
+        if not self._is_there(step):
+            raise CheckpointNotFoundError(self.path, step, self.steps())
 
     def _is_there(self, step: int) -> bool:
-        """Is there a step of this number, whole or damaged?"""
-        return self.files.exists(f"{step}/{COMMITTED}" if self.is_uri else str(step))
+        return bool(self._committed_of([str(step)])) if self.is_uri else self.files.exists(str(step))
 
     def check_files(self, manifest: Manifest, *, digests: Collection[str]) -> None:
         """Compare the files of a step with its manifest; see `Source.check_files`."""
@@ -163,29 +168,40 @@ class StepReader(RunFolder):
         by_item: dict[str, dict[str, Sharding | None]] = {}
         for (item, name), target in targets.items():
             by_item.setdefault(item, {})[name] = target
-        arrays: dict[Key, Any] = {}
-        reasons = []
-        for item, of_item in by_item.items():
+        lock, readers = threading.Lock(), len(by_item) if self.is_uri else 1
+
+        def read_item(item: str) -> dict[Key, Any] | str:
+            """What has been read; or, if the item is damaged, the reason."""
             wanted = {
                 name: (leaves[item, name], target)
-                for name, target in of_item.items()
+                for name, target in by_item[item].items()
                 if not leaves[item, name].is_empty
             }
-            then = None if when_read is None else functools.partial(_called, when_read, item)
+            if not wanted:
+                return {}
+            then = None if when_read is None else functools.partial(_called, when_read, lock, item)
             path = f"{self.path}/{step}/{item}"
-            read = functools.partial(array_reader.read, path, wanted, self._traffic, then)
             try:
-                found = self._translated(step, read) if wanted else {}
-            except _CallerError as error:
-                raise error.error from None
+                with transfers_allowed():
+                    found = self._translated(
+                        step, lambda: array_reader.read(path, wanted, self._traffic, then, readers=readers)
+                    )
             except CorruptCheckpointError as error:
-                reasons.append(f"item {item}: {error.reasons[step]}")
-                continue
-            for name, target in of_item.items():
-                arrays[item, name] = found[name] if name in found else _empty(leaves[item, name], target)
-        if reasons:
+                return f"item {item}: {error.reasons[step]}"
+            return {(item, name): array for name, array in found.items()}
+
+        try:
+            of_items = self.at_once([functools.partial(read_item, item) for item in by_item])
+        except _CallerError as error:
+            raise error.error from None
+        if reasons := [found for found in of_items if isinstance(found, str)]:
             raise CorruptCheckpointError(self.path, {step: "; ".join(reasons)})
-        return arrays
+        arrays: dict[Key, Any] = {}
+        for found in of_items:
+            if not isinstance(found, str):
+                arrays |= found
+        empty = {key: _empty(leaves[key], target) for key, target in targets.items() if leaves[key].is_empty}
+        return {key: (arrays | empty)[key] for key in targets}
 
     def _read_twice(self, step: int, read: Callable[[], Result]) -> Result:
         """Read something of a step, and again if it seems to be damaged."""
@@ -221,9 +237,10 @@ class _CallerError(Exception):
         self.error = error
 
 
-def _called(when_read: Callable[[Key, Any], object], item: str, name: str, array: Any) -> None:
+def _called(when_read: Callable[[Key, Any], object], lock: threading.Lock, item: str, name: str, array: Any) -> None:
     try:
-        when_read((item, name), array)
+        with lock:
+            when_read((item, name), array)
     except Exception as error:
         raise _CallerError(error) from error
 

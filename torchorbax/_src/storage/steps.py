@@ -50,6 +50,9 @@ class Steps:
         self.proved: set[int] = set()
         self._damaged: set[int] = set()
         self._failing_s = 0.0  # seconds that failing deletions have taken, of this save
+        # What has been seen after the newest commit: the steps, and whether those that may go are the run's own.
+        self._found_after: tuple[int, list[int]] | None = None
+        self._own_after: dict[int, bool] = {}
         self._leftovers = True  # may there be leftovers, of an earlier life or of a deletion that has failed?
 
     def mark_damaged(self, step: int) -> None:
@@ -73,8 +76,16 @@ class Steps:
         info.metrics = None
         return info
 
+    def found_after(self, newest: int) -> list[int]:
+        """The steps on storage after the newest has been committed. They are looked for once after each commit."""
+        if self._found_after is None or self._found_after[0] != newest:
+            self._found_after = newest, self._storage.steps()
+        return list(self._found_after[1])
+
     def commit(self, manifest: Manifest) -> None:
         """Note that a step has been committed, with its manifest."""
+        self._found_after = None
+        self._own_after.clear()
         info = self.infos[manifest.step]
         info.metrics, info.manifest = dict(manifest.metrics) or None, manifest
 
@@ -138,7 +149,7 @@ class Steps:
         """
         self._failing_s = 0.0
         try:
-            found = self._storage.steps()
+            found = self.found_after(newest)
         except Exception as error:  # of the storage, of any type
             _logger.warning("%s: no step can be deleted now: %s", self._storage.path, _error_line(error))
             return []
@@ -162,7 +173,7 @@ class Steps:
             found: the steps on storage; None to look.
         """
         self.clock.now()
-        steps = [step for step in (self._storage.steps() if found is None else found) if step not in self._damaged]
+        steps = [step for step in (self.found_after(newest) if found is None else found) if step not in self._damaged]
         infos = [self.infos.get(step) or StepInfo(step, self._storage, self.clock) for step in steps]
         try:
             keep = preserved(self._keep, infos)
@@ -176,7 +187,9 @@ class Steps:
             )
             return []
         unkept = [step for step, kept in zip(steps, keep, strict=True) if not kept and step != newest]
-        own = [step for step in unkept if self._storage.is_own(step)]
+        for step in set(unkept).difference(self._own_after):
+            self._own_after[step] = self._storage.is_own(step)
+        own = [step for step in unkept if self._own_after[step]]
         if others := set(unkept).difference(own, self._others):
             self._others |= others
             _logger.warning(

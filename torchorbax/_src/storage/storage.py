@@ -153,13 +153,16 @@ class Storage(Source, Protocol):
                 was written of it is removed if possible.
         """
 
-    def write_arrays(self, folders: Folders, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Sums]:
+    def write_arrays(
+        self, folders: Folders, arrays: MutableMapping[Key, Array], process: int, *, alone: bool
+    ) -> dict[Key, Sums]:
         """Write one process's shards of the arrays of a step.
 
         Args:
             folders: the folders of the step.
             arrays: the arrays. Each is removed and its memory freed as soon as it is written.
             process: the number of the process. Process 0 writes small arrays and metadata.
+            alone: is it the only process? Otherwise `write` has to merge what they have written.
 
         Returns:
             The sums, for the fingerprints, of the shards that were written.
