@@ -74,6 +74,15 @@ def measure_table(folder: Path, repeats: int, scale: int) -> dict[str, Samples]:
     place = _fresh(folder / "small")
     found["save_small"] = run_case("save", place, **small, repeats=repeats)
     found["restore_small"] = run_case("restore", place, devices=16, **small, repeats=repeats)
+    found["read_back"] = run_case("read_back", _fresh(folder / "read_back"), **large, repeats=repeats)
+    found["object_storage"] = run_case(
+        "object_storage",
+        _fresh(folder / "object_storage"),
+        leaves=10,
+        leaf_bytes=MB // scale,
+        answer_s=0.05 / scale,
+        repeats=repeats,
+    )
     found["loop"] = run_case(
         "loop",
         _fresh(folder / "loop"),

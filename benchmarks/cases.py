@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import torch
 import torchorbax
+from tests.helpers import gcs_server
 from torchorbax._src.arrays import fingerprint
 
 from benchmarks import peers, states
@@ -63,6 +65,54 @@ def restore(folder: Path, leaves: int, leaf_bytes: int, repeats: int) -> Samples
     samples = interleaved({"auto": ours.restore, "orbax": orbax.restore, "fingerprint": checked}, repeats)
     ours.close()
     orbax.close()
+    return samples
+
+
+def read_back(folder: Path, leaves: int, leaf_bytes: int, repeats: int) -> Samples:
+    """The same save with no step read back, and with every step read back before the step before it is deleted."""
+    tree, change = states.state(leaves, leaf_bytes), states.step()
+    contenders = {
+        name: peers.Ours(folder / name, tree, verify_after_save=which) for name, which in (("no", False), ("all", True))
+    }
+
+    def saved(peer: peers.Ours) -> dict[str, float]:
+        nonlocal tree
+        tree = change(tree)
+        return peer.save(tree)
+
+    samples = interleaved({name: lambda peer=peer: saved(peer) for name, peer in contenders.items()}, repeats)
+    for peer in contenders.values():
+        peer.close()
+    return samples
+
+
+def object_storage(folder: Path, leaves: int, leaf_bytes: int, answer_s: float, repeats: int) -> Samples:
+    """Saves and restores under gs://, on a server on this machine that takes its time for each answer."""
+    tree, change = states.state(leaves, leaf_bytes), states.step()
+    with gcs_server.ServerProcess(folder, buckets=["bucket"]) as server:
+        os.environ.update(gcs_server.environment(server.port))
+        contenders: dict[str, Any] = {
+            "ours": peers.Ours("gs://bucket/ours", tree),
+            "orbax": peers.Orbax("gs://bucket/orbax", tree),
+        }
+        server.add_faults(f"delay:{answer_s}")
+
+        def saved_and_restored(peer: Any) -> dict[str, float]:
+            nonlocal tree
+            tree = change(tree)
+            server.clear_log()
+            found: dict[str, float] = peer.save(tree)
+            found["save_requests"] = len(server.log())
+            server.clear_log()
+            found |= peer.restore()
+            found["restore_requests"] = len(server.log())
+            return found
+
+        samples = interleaved(
+            {name: lambda peer=peer: saved_and_restored(peer) for name, peer in contenders.items()}, repeats
+        )
+        for peer in contenders.values():
+            peer.close()
     return samples
 
 
@@ -166,7 +216,7 @@ def adapter(folder: Path, repeats: int, tensors: int = 2000) -> Samples:
 
 
 CASES: dict[str, Callable[..., Samples]] = {
-    case.__name__: case for case in (save, restore, skipped, loop, memory, adapter)
+    case.__name__: case for case in (save, restore, read_back, object_storage, skipped, loop, memory, adapter)
 }
 
 

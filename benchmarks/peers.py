@@ -23,9 +23,11 @@ HOUR = datetime.timedelta(hours=1)
 class Ours:
     """torchorbax, fingerprints on."""
 
-    def __init__(self, folder: Path, tree: Tree, staging: Any = "auto", save: Any = None) -> None:
+    def __init__(self, folder: Path | str, tree: Tree, staging: Any = "auto", save: Any = None, **options: Any) -> None:
         self._tree = tree
-        self._run = torchorbax.Checkpointer(str(folder), {"model": tree}, save=save, keep=1, rng=False, staging=staging)
+        self._run = torchorbax.Checkpointer(
+            str(folder), {"model": tree}, save=save, keep=1, rng=False, staging=staging, **options
+        )
 
     def save(self, tree: Tree) -> dict[str, float]:
         """Seconds that the loop waits, until the step is committed, and until the step before is deleted, too."""
@@ -56,7 +58,7 @@ class Ours:
 class Orbax:
     """Raw `CheckpointManager` with its defaults."""
 
-    def __init__(self, folder: Path, tree: Tree, continuous: Any = None) -> None:
+    def __init__(self, folder: Path | str, tree: Tree, continuous: Any = None) -> None:
         policy = (
             None if continuous is None else policies.ContinuousCheckpointingPolicy(minimum_interval_secs=continuous)
         )

@@ -69,6 +69,10 @@ ROWS = [
     Row("– `staging='auto'`, a copy", "save_small", "auto/stall_s", _ORBAX, "orbax/stall_s", 0.02),
     Row("commit of the same", "save_small", "auto/commit_s", _ORBAX, "orbax/commit_s", 0.2),
     Row("restore of the same, 8 → 16", "restore_small", "auto/restore_s", _ORBAX, "orbax/restore_s", 0.2),
+    Row("read back and compared, until the step before is deleted", "read_back", "all/deleted_s", "not read back", "no/deleted_s", 2.0),
+    Row("commit under gs://, 10 MB, 50 ms an answer", "object_storage", "ours/commit_s", _ORBAX, "orbax/commit_s", 0.25),
+    Row("– requests of that save, with the deletion", "object_storage", "ours/save_requests", _ORBAX, "orbax/save_requests", 0.5, ""),
+    Row("restore of it", "object_storage", "ours/restore_s", _ORBAX, "orbax/restore_s", 0.4),
     Row("a step without a save", "skipped", "ours/skip_s", "raw Orbax, continuous", "orbax/skip_s", 0.2, "µs"),
     Row("steps per second, saves back to back", "loop", "ours/steps_per_s", "raw Orbax", "orbax/steps_per_s", 1.2, "/s", True),
     Row("– an interval of ten commits", "loop", "rare/steps_per_s", "no saves", "none/steps_per_s", 0.95, "/s", True),
@@ -77,12 +81,12 @@ ROWS = [
     Row("`to_jax`, per tensor", "adapter", "to_jax/tensor_s", "–", None, 2e-6, "µs"),
 ]  # fmt: skip
 
-_SCALES = {"ms": (1e3, 1), "µs": (1e6, 2), "/s": (1.0, 2), "MiB": (2.0**-20, 0)}
+_SCALES = {"ms": (1e3, 1), "µs": (1e6, 2), "/s": (1.0, 2), "MiB": (2.0**-20, 0), "": (1.0, 0)}
 
 
 def _shown(value: float, unit: str = "ms") -> str:
     scale, digits = _SCALES[unit]
-    return f"{value * scale:,.{digits}f} {unit}"
+    return f"{value * scale:,.{digits}f} {unit}".rstrip()
 
 
 def table(results: Results) -> str:

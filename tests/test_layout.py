@@ -32,7 +32,6 @@ TESTED_ELSEWHERE = {
     "state/trees": ("state/test_law", "trees of every kind"),
     "state/values": ("format/test_values", "the same values, with tensors"),
     "state/live_leaves": ("restore/test_plan", "what a live leaf would be saved as, which plans compare"),
-    "storage/at_once": ("storage/test_gcs", "how many requests there are in a row"),
     "storage/files": ("storage/test_local_files", "a protocol; gs:// has its tests in storage/test_gcs"),
     "storage/files_at": ("storage/test_run_folder", "a line that tells a URI from a folder"),
     "storage/gcs_files": ("storage/test_gcs", "every test of gs:// goes through it"),

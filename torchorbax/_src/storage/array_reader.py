@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -33,6 +33,9 @@ from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest
 _LOCAL_READ_BYTES = 32 << 20
 """The most bytes that are being read at once from a local disk. It keeps the disk busy; a restore needs a few times
 this much host memory."""
+
+_ANY_TIME = 0.0
+"""What has been read at any time is good enough: a step never changes, and the caches are those of one call."""
 
 _MERGED_BYTES = 16 << 20
 """Neighbouring chunks on object storage are merged into one request up to this size, and read in parallel beyond it."""
@@ -76,24 +79,26 @@ def read(
         for name, (meta, target) in wanted.items()
         if isinstance(target, NamedSharding) and not _reading_devices(meta, target, traffic)
     }
-    # Small arrays, all at once.
-    small = {
-        name: (meta, target)
-        for name, (meta, target) in wanted.items()
-        if meta.nbytes <= GATHERED_BYTES and name not in found
-    }
-    if small:
-        found |= _read_small(ts.KvStore.open(spec, context=context).result(wait_s), small, traffic, wait_s)
-    for name, array in found.items():
-        if then is not None:
-            then(name, array)
-    # Large arrays, one after another.
-    large = {name: expected for name, expected in wanted.items() if name not in found}
-    most_bytes = min(BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2) // readers
-    for name, array in _read_large(spec, context, large, traffic, most_bytes, wait_s, inspected):
+
+    def take(name: str, array: Array | FirstReplica) -> None:
         found[name] = array
         if then is not None:
             then(name, array)
+
+    for name in list(found):
+        take(name, found[name])
+    # Small arrays are asked for, all at once.
+    rest = {name: expected for name, expected in wanted.items() if name not in found}
+    small = {name: expected for name, expected in rest.items() if expected[0].nbytes <= GATHERED_BYTES}
+    asked = _ask_for_small(ts.KvStore.open(spec, context=context).result(wait_s), small) if small else {}
+    # Large arrays, one after another; then the small ones, of which other libraries may have stored some as large ones.
+    most_bytes = min(BATCH_BYTES if gcs.is_uri(folder) else _LOCAL_READ_BYTES, traffic.max_host_bytes // 2) // readers
+    for name, array in _read_large(spec, context, _without(rest, small), traffic, most_bytes, wait_s, inspected):
+        take(name, array)
+    for name, array in _small_arrays(asked, small, traffic, wait_s).items():
+        take(name, array)
+    for name, array in _read_large(spec, context, _without(rest, found), traffic, most_bytes, wait_s, inspected):
+        take(name, array)
     return {name: found[name] for name in wanted}
 
 
@@ -110,24 +115,35 @@ def _has_one_reader(target: Sharding | None, meta: LeafMeta, traffic: Traffic) -
     return traffic.first_replica_reads and is_shared(target, BY_NAME[meta.dtype])
 
 
-def _read_small(
-    database: ts.KvStore,
+def _without(wanted: Mapping[str, Any], others: Collection[str]) -> dict[str, Any]:
+    return {name: expected for name, expected in wanted.items() if name not in others}
+
+
+def _ask_for_small(
+    database: ts.KvStore, wanted: Mapping[str, tuple[LeafMeta, Sharding | None]]
+) -> dict[str, tuple[Any, Any]]:
+    """Start to read leaves that are stored as a single uncompressed chunk each: the description and the chunk."""
+    return {
+        name: (
+            database.read(f"{name}/.zarray", staleness_bound=_ANY_TIME),
+            database.read(
+                f"{name}/{first_chunk(len(meta.shape))}", byte_range=slice(0, meta.nbytes), staleness_bound=_ANY_TIME
+            ),
+        )
+        for name, (meta, _) in wanted.items()
+    }
+
+
+def _small_arrays(
+    asked: Mapping[str, tuple[Any, Any]],
     wanted: Mapping[str, tuple[LeafMeta, Sharding | None]],
     traffic: Traffic,
     wait_s: float | None,
 ) -> dict[str, Array | FirstReplica]:
-    """Read the leaves that are stored as a single uncompressed chunk each.
+    """The leaves that have been asked for.
 
     Leaves that are stored in another way are missing from the result; `_read_large` reads them.
     """
-    # Start to read all of them.
-    asked = {
-        name: (
-            database.read(f"{name}/.zarray"),
-            database.read(f"{name}/{first_chunk(len(meta.shape))}", byte_range=slice(0, meta.nbytes)),
-        )
-        for name, (meta, _) in wanted.items()
-    }
     # Decode those whose metadata is as expected.
     on_host: dict[str, np.ndarray] = {}
     for name, (zarray, chunk) in asked.items():
@@ -177,9 +193,9 @@ def _read_large(
                 "driver": "zarr",
                 "kvstore": {**spec, "path": f"{name}/"},
                 "fill_missing_data_reads": False,
-                # A step never changes, so what has been read to open an array is not asked for again.
-                "recheck_cached_data": "open",
-                "recheck_cached_metadata": "open",
+                # A step never changes, so what has been read for one array is not asked for again for another.
+                "recheck_cached_data": False,
+                "recheck_cached_metadata": False,
             },
             context=context,
             open=True,
