@@ -86,6 +86,20 @@ class Entry:
     effect: str  # of a fault; empty: none
 
 
+def in_a_row(entries: Iterable[Entry], answer_s: float) -> int:
+    """The most requests of which each was made when the one before had been answered.
+
+    Args:
+        entries: the requests.
+        answer_s: how long each answer took, by a fault `delay`.
+    """
+    count, answered = 0, 0.0
+    for entry in sorted(entries, key=lambda entry: entry.time):
+        if entry.time >= answered:
+            count, answered = count + 1, entry.time + answer_s
+    return count
+
+
 class Control:
     """What tests do with a server, wherever it runs."""
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
 
 import pytest
 from torchorbax._src.storage.at_once import at_once
 
 from tests.helpers.gcs_client import Client
-from tests.helpers.gcs_server import Entry, Server, environment
+from tests.helpers.gcs_server import Entry, Server, environment, in_a_row
 
 DELAY_S = 0.15
 """How long each answer takes: so long that a client on a loaded machine sends all that belongs together before it."""
@@ -70,25 +69,16 @@ def requests() -> dict[str, list[Entry]]:
     return found
 
 
-def in_a_row(entries: Sequence[Entry]) -> int:
-    """The most requests of which each was made when the one before had been answered."""
-    count, answered = 0, 0.0
-    for entry in sorted(entries, key=lambda entry: entry.time):
-        if entry.time >= answered:
-            count, answered = count + 1, entry.time + DELAY_S
-    return count
-
-
 def test_a_save_waits_for_few_requests_in_a_row(requests: dict[str, list[Entry]]) -> None:
     entries = requests["save"]
     committed = next(entry.time for entry in entries if entry.name == "bucket/rows/3/commit_success.txt")
-    assert in_a_row([entry for entry in entries if entry.time <= committed]) <= 12
-    assert in_a_row(entries) <= 20  # and then it deletes a step
+    assert in_a_row([entry for entry in entries if entry.time <= committed], DELAY_S) <= 12
+    assert in_a_row(entries, DELAY_S) <= 20  # and then it deletes a step
 
 
 def test_a_restore_waits_for_few_requests_in_a_row(requests: dict[str, list[Entry]]) -> None:
-    assert in_a_row(requests["restore"]) <= 6
+    assert in_a_row(requests["restore"], DELAY_S) <= 6
 
 
 def test_to_open_a_run_is_to_wait_for_few_requests_in_a_row(requests: dict[str, list[Entry]]) -> None:
-    assert in_a_row(requests["open"]) <= 14
+    assert in_a_row(requests["open"], DELAY_S) <= 14
