@@ -21,6 +21,7 @@ from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import FileDigest, Key, Manifest
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage import array_writer, orbax_layout
+from torchorbax._src.storage.at_once import at_once
 from torchorbax._src.storage.damage import reason_of
 from torchorbax._src.storage.files_at import files_at
 from torchorbax._src.storage.run_layout import BASE, COMMITTED, MANIFEST, MANIFEST_FILE
@@ -72,12 +73,12 @@ class OrbaxStorage(StepReader):
         try:
             self._prepare(step)
             metadata = orbax_layout.files(items, markers=self.is_uri)
-            # Metadata and arrays, in this order where the metadata makes the folders.
+            # Metadata and arrays, also on a local disk at the same time: each of them waits for the disk.
             manifests: list[Manifest] = []
             writes: list[Callable[[], None]] = [
                 functools.partial(self.files.write, f"{folder}/{path}", text) for path, text in metadata.items()
             ]
-            self.at_once([*writes, lambda: manifests.append(fill(folders))])
+            at_once([*writes, lambda: manifests.append(fill(folders))])
             manifest = manifests[0]
             # The manifest, with all files in it.
             manifest = dataclasses.replace(manifest, files=self._merged(folders, folder, manifest.files))
