@@ -78,7 +78,7 @@ def read_back(folder: Path, leaves: int, leaf_bytes: int, repeats: int) -> Sampl
     def saved(peer: peers.Ours) -> dict[str, float]:
         nonlocal tree
         tree = change(tree)
-        return peer.save(tree)
+        return {**peer.save(tree), "check_s": peer.check_owner()}
 
     samples = interleaved({name: lambda peer=peer: saved(peer) for name, peer in contenders.items()}, repeats)
     for peer in contenders.values():

@@ -38,6 +38,10 @@ class Ours:
         deleted_s = time.perf_counter() - started
         return {"stall_s": stall_s, "commit_s": self._run.history[-1].commit_s or math.nan, "deleted_s": deleted_s}
 
+    def check_owner(self) -> float:
+        """Seconds that it takes to see that the run is still this program's."""
+        return timed(self._run._main.storage.check_owned)
+
     def offer(self, step: int, tree: Tree) -> bool:
         """`save` as a loop calls it after every step."""
         return self._run.save(step, {"model": tree})

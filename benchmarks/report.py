@@ -70,6 +70,7 @@ ROWS = [
     Row("commit of the same", "save_small", "auto/commit_s", _ORBAX, "orbax/commit_s", 0.2),
     Row("restore of the same, 8 → 16", "restore_small", "auto/restore_s", _ORBAX, "orbax/restore_s", 0.2),
     Row("read back and compared, until the step before is deleted", "read_back", "all/deleted_s", "not read back", "no/deleted_s", 2.0),
+    Row("a check of the owner, of which a save makes three", "read_back", "no/check_s", "–", None, 1e-3),
     Row("commit under gs://, 10 MB, 50 ms an answer", "object_storage", "ours/commit_s", _ORBAX, "orbax/commit_s", 0.25),
     Row("– requests of that save, with the deletion", "object_storage", "ours/save_requests", _ORBAX, "orbax/save_requests", 0.5, ""),
     Row("restore of it", "object_storage", "ours/restore_s", _ORBAX, "orbax/restore_s", 0.4),
