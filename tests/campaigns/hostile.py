@@ -156,7 +156,8 @@ def attempt(number: int, pristine: Path, folder: Path) -> tuple[str, str, str]:
             outcomes.add("refused")
             if len(str(error)) > 20_000:
                 return name, "FAILURE", f"{what}: an error of {len(str(error))} characters"
-            if not isinstance(error, CorruptCheckpointError) and mutation not in FORGED:
+            is_told = isinstance(error, CorruptCheckpointError) or "link" in str(error)  # a link in place of a step
+            if not is_told and mutation not in FORGED:
                 return name, "FAILURE", f"{what}: {use.func.__name__}: {type(error).__name__}: {str(error)[:300]}"
         except Exception as error:  # whatever it is, it is a failure
             return name, "FAILURE", f"{what}: {use.func.__name__}: {type(error).__name__}: {str(error)[:300]}"

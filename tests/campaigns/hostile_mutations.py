@@ -274,11 +274,13 @@ def hostile_index(run: Path, chance: random.Random) -> None:
     if chance.random() < 0.3:
         manifest.write_bytes(packed(MANIFEST_MAGIC, damaged(whole, chance)))
         return
-    nodes = sorted((item / "d").iterdir())
+    # A node is at the end of its file, after the values that have been written with it.
+    nodes = [file for file in sorted((item / "d").iterdir()) if NODE_MAGIC in file.read_bytes()]
     node = chance.choice(nodes)
-    old = node.read_bytes()
+    content = node.read_bytes()
+    values, old = content[: content.rfind(NODE_MAGIC)], content[content.rfind(NODE_MAGIC) :]
     new = packed(NODE_MAGIC, damaged(body_of(old), chance) if chance.random() < 0.6 else hostile_node(chance))
-    node.write_bytes(new)
+    node.write_bytes(values + new)
     manifest.write_bytes(packed(MANIFEST_MAGIC, whole.replace(varint(len(old)), varint(len(new)))))
 
 

@@ -239,12 +239,16 @@ class RunFolder:
         """
         if found := self.steps():
             return found
-        below = [entry.name for entry in self.files.entries() if entry.kind == "folder"]
+        entries = self.files.entries()
+        below = [entry.name for entry in entries if entry.kind == "folder"]
+        links = [entry.name for entry in entries if entry.kind == "other" and is_step(entry.name)]
         runs = sorted(name for name in below if RunFolder(f"{self.path}/{name}", self._timeout_s).steps())
         hint = f"; there are runs below it: {few(runs)}" if runs else ""
         parent, _, name = self.path.rpartition("/")
         if not hint and is_step(name) and parent and int(name) in RunFolder(parent, self._timeout_s).steps():
             hint = f"; it is step {name} of the run {parent}"
+        if links:
+            hint += f"; {few(sorted(links))} is a link, and links are never followed: put the folder itself there"
         raise CheckpointNotFoundError(self.path, hint=hint)
 
     def set_aside(self, step: int) -> None:
