@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import jax
@@ -101,13 +102,13 @@ class LiveFunction:
 
     def devices(self) -> set[jax.Device]:
         """The devices of the module."""
-        first = next(iter([*self.params.values(), *self.buffers.values()]), None)
+        first = next(chain(self.params.values(), self.buffers.values()), None)
         return set() if first is None else torchax_tensors.array_of(first).sharding.device_set
 
     def _committed(self) -> bool:
         """Are the module's arrays bound to their devices? Those on the default device may go elsewhere, so that others
         beside them must not be bound to it, or the program is compiled twice."""
-        first = next(iter([*self.params.values(), *self.buffers.values()]))
+        first = next(chain(self.params.values(), self.buffers.values()))
         return bool(getattr(torchax_tensors.array_of(first), "committed", True))
 
     def values(self, inputs: LiveInputs, beside: Sharding) -> Values:
