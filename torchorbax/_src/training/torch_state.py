@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,9 +24,8 @@ _COUNTER = "step"
 """Under this key torch's own optimizers count the steps of each parameter. All of them add one at every step."""
 
 
-
 class Places(tuple[tuple[str, str, int], ...]):
-    """For every entry the name of its parameter, its key, and the index of its array."""
+    """For every entry the name of its parameter, its key, and the index of its array among arrays and counters."""
 
     @functools.cached_property
     def params(self) -> frozenset[str]:
@@ -39,11 +38,13 @@ class Entries:
     """A state as a pytree.
 
     Attributes:
-        arrays: the arrays, each once.
+        arrays: an array for each entry that is no counter; donated.
+        counters: those of the counters, each once; not donated, because many tensors may hold one.
         places: where they belong.
     """
 
     arrays: list[Any]
+    counters: list[Any]
     places: Places
 
     @classmethod
@@ -52,41 +53,46 @@ class Entries:
         here = [(name, key) for name, entries in state.items() for key in entries]
         if like is None or set(here) != {(name, key) for name, key, _ in like.places}:
             places = Places((name, key, at) for at, (name, key) in enumerate(here))
-            return cls([state[name][key] for name, key in here], places)
-        arrays: list[Any] = [None] * len(like.arrays)
+            return cls([state[name][key] for name, key in here], [], places)
+        own = len(like.arrays)
+        found: list[Any] = [None] * (own + len(like.counters))
         for name, key, index in reversed(like.places):
-            arrays[index] = state[name][key]
-        return cls(arrays, like.places)
+            found[index] = state[name][key]
+        return cls(found[:own], found[own:], like.places)
 
     def by_name(self) -> dict[str, Arrays]:
         """The arrays by the name of the parameter and the key."""
+        held = [*self.arrays, *self.counters]
         state: dict[str, Arrays] = {}
         for name, key, index in self.places:
-            state.setdefault(name, {})[key] = self.arrays[index]
+            state.setdefault(name, {})[key] = held[index]
         return state
 
 
-jax.tree_util.register_dataclass(Entries, ["arrays"], ["places"])
+jax.tree_util.register_dataclass(Entries, ["arrays", "counters"], ["places"])
 
 
 class LiveState:
     """The state that a torch optimizer keeps of some parameters.
 
     To hand an array to a program costs some microseconds on every device, so counters that are equal become one array:
-    what is added to them is the same, and so they stay equal until somebody sets one. They are compared when their
-    tensors hold other arrays than this one.
+    torch's own optimizers add one to all of them, and so they stay equal until somebody sets one. Their values are
+    compared when their tensors hold other arrays than this one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._params: Mapping[str, torch.Tensor] = {}
         self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
         self._keys: list[str] = []
         self._live = LiveArrays(())
-        self._firsts: list[int] = []  # of each array that goes into a step, the first entry that has it
-        self._repeated: list[int] = []  # the other entries,
-        self._originals: list[int] = []  # and the first one that has the same array
-        self._indices: list[int] = []  # of the array of each entry
+        self._merges = False
+        self._arrays: list[int] = []  # the entries whose arrays go into a step as they are
+        self._counters: list[int] = []  # and the first entry of those that are equal
+        self._repeated: list[int] = []  # the others of those,
+        self._originals: list[int] = []  # and the first one of each
+        self._indices: list[int] = []
         self._places = Places()
 
     def get(self, params: Mapping[str, torch.Tensor], shardings: Mapping[str, Sharding], *, own: bool) -> Entries:
@@ -100,27 +106,28 @@ class LiveState:
         Raises:
             ConfigError: an entry is no tensor.
         """
-        known = self._is_known(params)
+        known = self._is_known(params) and self._merges == own
         if not known:
             self._look(params, shardings)
-        arrays = self._live.get()
-        hold = arrays.__getitem__
-        if not known or not all_same(map(hold, self._repeated), map(hold, self._originals)):
-            self._share(arrays, own=own)
-        return Entries(list(map(hold, self._firsts)), self._places)
+        held = self._live.get()
+        take = held.__getitem__
+        if not known or not all_same(map(take, self._repeated), map(take, self._originals)):
+            self._merge(held, own=own)
+        return Entries(list(map(take, self._arrays)), list(map(take, self._counters)), self._places)
 
     def set(self, params: Mapping[str, torch.Tensor], entries: Entries) -> None:
         """Take what a step gave back."""
         if params is self._params and entries.places == self._places:
-            self._live.set(map(entries.arrays.__getitem__, self._indices))
+            held = [*entries.arrays, *entries.counters]
+            self._live.set(map(held.__getitem__, self._indices))
             return
         for name, state in entries.by_name().items():
-            held = self._optimizer.state[params[name]]
+            held_state = self._optimizer.state[params[name]]
             for key, array in state.items():
-                if key in held:
-                    torchax_tensors.set_array(held[key], array)
+                if key in held_state:
+                    torchax_tensors.set_array(held_state[key], array)
                 else:
-                    held[key] = torchax_tensors.wrap(array)
+                    held_state[key] = torchax_tensors.wrap(array)
 
     def _is_known(self, params: Mapping[str, torch.Tensor]) -> bool:
         """Are the entries the tensors that they were?"""
@@ -142,23 +149,22 @@ class LiveState:
             for key, value in entries.items():
                 entries[key] = _on_devices(key, value, shardings[name])
         self._params, self._owners = params, [entries for _, entries in found]
+        self._names = [name for name, entries in found for _ in entries]
         self._keys = [key for entries in self._owners for key in entries]
         self._live = LiveArrays(tensor for entries in self._owners for tensor in entries.values())
-        self._places = Places((name, key, 0) for name, entries in found for key in entries)
 
-    def _share(self, arrays: Sequence[jax.Array], *, own: bool) -> None:
+    def _merge(self, held: Sequence[jax.Array], *, own: bool) -> None:
         """Find which counters are equal."""
-        counters = [at for at, key in enumerate(self._keys) if own and key == _COUNTER and _is_counter(arrays[at])]
-        numbers = _numbers(arrays[at] for at in counters)
-        first_of: dict[Any, int] = {}
-        same = {at: first_of.setdefault((numbers[id(arrays[at])], *_kind(arrays[at])), at) for at in counters}
-        self._firsts = [at for at in range(len(arrays)) if same.get(at, at) == at]
-        self._repeated = [at for at, first in same.items() if at != first]
-        self._originals = [same[at] for at in self._repeated]
-        index = {at: number for number, at in enumerate(self._firsts)}
-        self._indices = [index[same.get(at, at)] for at in range(len(arrays))]
-        places = zip(self._places, self._indices, strict=True)
-        self._places = Places((name, key, index) for (name, key, _), index in places)
+        counters = [at for at, key in enumerate(self._keys) if key == _COUNTER and held[at].ndim == 0]
+        first_of = _first_of_equal(held, counters) if own else {at: at for at in counters}
+        self._merges = own
+        self._arrays = [at for at in range(len(held)) if at not in first_of]
+        self._counters = [at for at, first in first_of.items() if at == first]
+        self._repeated = [at for at, first in first_of.items() if at != first]
+        self._originals = [first_of[at] for at in self._repeated]
+        index = {at: number for number, at in enumerate((*self._arrays, *self._counters))}
+        self._indices = [index[first_of.get(at, at)] for at in range(len(held))]
+        self._places = Places(zip(self._names, self._keys, self._indices, strict=True))
 
 
 def _on_devices(key: str, value: Any, beside: Sharding) -> Any:
@@ -169,16 +175,14 @@ def _on_devices(key: str, value: Any, beside: Sharding) -> Any:
     return value
 
 
-def _is_counter(array: jax.Array) -> bool:
-    return array.ndim == 0 and not array.is_deleted()
-
-
-def _kind(array: jax.Array) -> tuple[Any, ...]:
-    return array.dtype, array.weak_type, array.sharding
-
-
-def _numbers(arrays: Iterable[jax.Array]) -> dict[int, float]:
-    """The values of scalars by their ids."""
-    distinct = {id(array): array for array in arrays}
-    values = jax.device_get(list(distinct.values()))
-    return {key: value.item() for key, value in zip(distinct, values, strict=True)}
+def _first_of_equal(held: Sequence[jax.Array], counters: Sequence[int]) -> dict[int, int]:
+    """For each counter the first one that is equal."""
+    distinct = {id(held[at]): held[at] for at in counters if not held[at].is_deleted()}
+    values = dict(zip(distinct, jax.device_get(list(distinct.values())), strict=True))
+    first: dict[Any, int] = {}
+    found: dict[int, int] = {}
+    for at in counters:
+        array = held[at]
+        value = values[id(array)].item() if id(array) in values else None
+        found[at] = first.setdefault((value, array.dtype, array.weak_type, array.sharding), at)
+    return found

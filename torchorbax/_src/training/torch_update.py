@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -37,10 +38,12 @@ class Further(NamedTuple):
     Attributes:
         rates: the learning rates.
         derived: the values of `Derived`, in its order.
+        counters: those of the state, which are not donated as the rest of it is.
     """
 
     rates: list[Any]
     derived: list[list[Any]]
+    counters: Sequence[Any] = ()
 
 
 class TorchUpdate:
@@ -113,7 +116,8 @@ class TorchUpdate:
             self.set_state(Entries.of(first))
         state = self._state.get(by_name, shardings, own=self._is_torchs_own())
         beside = replicated_like(next(iter(shardings.values())))
-        return state, self._further(by_name, state, beside)
+        further = self._further(by_name, state, beside)
+        return dataclasses.replace(state, counters=[]), further._replace(counters=state.counters)
 
     def set_state(self, state: Entries) -> None:
         self._state.set(self._trained, state)
@@ -128,6 +132,8 @@ class TorchUpdate:
     ) -> tuple[Arrays, Any]:
         new_params: Arrays = {}
         new_state: dict[str, Arrays] = {}
+        state = dataclasses.replace(state, counters=list(further.counters))
+        further = further._replace(counters=())
         before_by_name = state.by_name()
         derived = self._derived[self._kind(state)]  # found by `_further` before
         for names, step in self._steps(derived, before_by_name):

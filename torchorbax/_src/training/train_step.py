@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,8 +168,8 @@ class TrainStep:
         step = self._traceable(trained, buffers, frozen, shardings, inputs, outputs)
         run = jax.jit(step, donate_argnums=(1, 2, 3) if self._donate else ())
         held = self._live.surroundings.held()
-        parts = (LiveArrays(tensors.values()) for tensors in (trained, buffers, frozen))
-        return _Program(*parts, frozen, inputs, outputs, held, run)
+        live = [LiveArrays(tensors.values()) for tensors in (trained, buffers, frozen)]
+        return _Program(live[0], live[1], live[2], frozen, inputs, outputs, held, run)
 
     def _traceable(
         self,
@@ -205,8 +205,8 @@ class TrainStep:
             further: Any,
             batch: Any,
         ) -> Any:
-            params, old_buffers = dict(zip(trained, param_arrays)), dict(zip(buffers, buffer_arrays))
-            constants = dict(zip(frozen, frozen_arrays))
+            params, old_buffers = _named(trained, param_arrays), _named(buffers, buffer_arrays)
+            constants = _named(frozen, frozen_arrays)
             (loss, (rest, new_buffers, kept, key, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(
                 params, {**old_buffers, **constants}, values, key, batch
             )
@@ -261,6 +261,10 @@ class TrainStep:
         in_flight.limit(loss)
         readable = torchax_modes.readable(loss)
         return readable if rest is None else (readable, program.outputs.unflatten(rest))
+
+
+def _named(names: Iterable[str], arrays: Iterable[jax.Array]) -> Arrays:
+    return dict(zip(names, arrays, strict=True))
 
 
 def _check_trained(written: Collection[str]) -> None:
