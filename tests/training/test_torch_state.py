@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from torch import nn
 from torchorbax._src.tensors import torchax_tensors
 
-from tests.helpers.models import RULES, batch_of, loss_fn, seeded
+from tests.helpers.models import batch_of, loss_fn, seeded
 from tests.training.test_updates import OPTIMIZERS, train_in_torch
 
 _COUNTING = {name: make for name, make in OPTIMIZERS.items() if not name.startswith("SGD")}
@@ -75,7 +75,7 @@ def test_the_counter_of_a_parameter_that_is_frozen_stays() -> None:
 
 def test_a_state_that_is_replaced_is_taken_up_without_another_compilation(compilations: list[str], mesh: Mesh) -> None:
     model, optimizer, step = adamw()
-    torchorbax.place_(model, optimizer, (mesh, RULES))
+    torchorbax.place_(model, optimizer, (mesh, {}))
     step(batch_of(0))
     step(batch_of(1))
     for entries in optimizer.state.values():
