@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torchorbax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,8 +37,9 @@ def test_a_layout_stays_the_same_object_until_a_tensor_moves(mesh: Mesh) -> None
     before = layout.values
     for tensor in params.values():
         array = torchax_tensors.array_of(tensor)
-        equal = NamedSharding(mesh, array.sharding.spec)
-        torchax_tensors.set_array(tensor, jax.device_put(array, equal))
+        equal = jax.device_put(np.asarray(array), NamedSharding(mesh, P()))
+        assert equal.sharding is not array.sharding, "it is the same object, so this test shows nothing"
+        torchax_tensors.set_array(tensor, equal)
     layout.update(params)
     assert layout.values is before
     moved = NamedSharding(mesh, P("fsdp"))
