@@ -62,6 +62,8 @@ def measure_table(folder: Path, repeats: int, scale: int) -> dict[str, Samples]:
         "adapter": run_case("adapter", folder, repeats=repeats),
         "skipped": run_case("skipped", _fresh(folder / "skipped"), repeats=repeats),
     }
+    for case, devices in (("step", 8), ("step_alone", 1)):
+        found[case] = run_case("step", folder, devices=devices, repeats=repeats, parameters=max(500 // scale, 10))
     place = _fresh(folder / "large")
     found["save"] = run_case("save", place, **large, repeats=repeats, with_torch=True)
     found["restore"] = run_case("restore", place, devices=16, **large, repeats=repeats)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ import torchorbax
 from tests.helpers import gcs_server
 from torchorbax._src.arrays import fingerprint
 
-from benchmarks import peers, states
+from benchmarks import peers, states, steps
 from benchmarks.measure import Samples, interleaved, median, peak_bytes, timed
 from benchmarks.torch_peers import PEERS, TorchPeers
 
@@ -215,8 +216,19 @@ def adapter(folder: Path, repeats: int, tensors: int = 2000) -> Samples:
     )
 
 
+def step(folder: Path, repeats: int, parameters: int, calls: int = 20) -> Samples:
+    """Seconds that a call of a training step takes on the caller's thread."""
+    contenders = {
+        "torch": steps.ours(parameters, "torch"),
+        "optax": steps.ours(parameters, "optax"),
+        "hand": steps.by_hand(parameters),
+    }
+    measured = {name: functools.partial(steps.caller_times, call, calls) for name, call in contenders.items()}
+    return interleaved(measured, repeats)
+
+
 CASES: dict[str, Callable[..., Samples]] = {
-    case.__name__: case for case in (save, restore, read_back, object_storage, skipped, loop, memory, adapter)
+    case.__name__: case for case in (save, restore, read_back, object_storage, skipped, loop, memory, adapter, step)
 }
 
 

@@ -55,6 +55,8 @@ class Row:
 _LARGE = "512 MB in 64 arrays over 8 devices"
 _SMALL = "2,000 sharded leaves of 4 KB"
 _ORBAX = "raw Orbax, defaults"
+_STEP = "500 parameters with AdamW"
+_HAND = "a loop by hand, `jax.jit`"
 ROWS = [
     Row(f"stall per save, {_LARGE}", "save", "auto/stall_s", _ORBAX, "orbax/stall_s", 0.10),
     Row("– `staging='reference'`", "save", "reference/stall_s", _ORBAX, "orbax/stall_s", 0.10),
@@ -79,6 +81,11 @@ ROWS = [
     Row("– an interval of ten commits", "loop", "rare/steps_per_s", "no saves", "none/steps_per_s", 0.95, "/s", True),
     Row("peak extra host memory of a save", "memory_save", "ours/peak_bytes", _ORBAX, "orbax/peak_bytes", 0.5, "MiB"),
     Row("– of a restore, beside the state", "memory_restore", "ours/peak_bytes", _ORBAX, "orbax/peak_bytes", 0.5, "MiB"),
+    Row(f"call of a step, {_STEP} on 8 devices", "step", "torch/thread_s", _HAND, "hand/thread_s", 1.2),
+    Row("– `OptaxOptimizer`", "step", "optax/thread_s", _HAND, "hand/thread_s", 1.2),
+    Row("– the same, alone", "step", "optax/thread_s", "–", None, 5e-3),
+    Row("– on one device", "step_alone", "torch/thread_s", _HAND, "hand/thread_s", 1.0),
+    Row("– on one device, `OptaxOptimizer`", "step_alone", "optax/thread_s", _HAND, "hand/thread_s", 1.0),
     Row("`to_jax`, per tensor", "adapter", "to_jax/tensor_s", "–", None, 2e-6, "µs"),
 ]  # fmt: skip
 

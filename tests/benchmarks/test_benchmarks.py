@@ -45,6 +45,8 @@ def test_loops_and_calls(run_python: RunPython, tmp_path: Path) -> None:
     assert keys_of("loop") <= done.keys()
     assert keys_of("skipped") <= case(run_python, tmp_path / "skipped", "skipped", repeats=1, calls=5).keys()
     assert keys_of("adapter") <= case(run_python, tmp_path, "adapter", repeats=1, tensors=5).keys()
+    stepped = case(run_python, tmp_path, "step", repeats=1, parameters=2, calls=2)
+    assert keys_of("step") | keys_of("step_alone") <= stepped.keys()
 
 
 def test_the_accelerator_script_runs_on_the_cpu(run_python: RunPython, tmp_path: Path) -> None:

@@ -37,10 +37,11 @@ def device_batch(batch: Any, batch_sharding: BatchSharding, beside: Sharding) ->
         sharding = NamedSharding(beside.mesh, sharding)
     if sharding is None and not beside.is_fully_addressable:
         sharding = beside  # every process has the whole batch
+    several = beside if len(beside.device_set) > 1 else None
     flat, structure = jax.tree_util.tree_flatten_with_path(batch)
-    leaves = [device_leaf(_name(path), leaf, sharding) for path, leaf in flat]
-    if len(beside.device_set) > 1:  # said here, because a transfer guard refuses it where a program does it by itself
-        leaves = [put(leaf, beside) if len(leaf.sharding.device_set) == 1 else leaf for leaf in leaves]
+    leaves = [device_leaf(_name(path), leaf, sharding, several) for path, leaf in flat]
+    if several is not None:  # said here, because a transfer guard refuses it where a program does it by itself
+        leaves = [put(leaf, several) if len(leaf.sharding.device_set) == 1 else leaf for leaf in leaves]
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -49,8 +50,14 @@ def _name(path: tuple[Any, ...]) -> str:
     return f"batch.{name}" if name else "batch"
 
 
-def device_leaf(name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
+def device_leaf(name: str, leaf: Any, sharding: Sharding | None, beside: Sharding | None = None) -> jax.Array:
     """One tensor, array or number as a `jax.Array`; a scalar is replicated.
+
+    Args:
+        name: how messages call it.
+        leaf: the tensor, array or number.
+        sharding: how to lay it out; None leaves it to JAX.
+        beside: where what is in host memory goes that `sharding` says nothing of.
 
     Raises:
         ConfigError: it cannot be laid out by `sharding`.
@@ -68,7 +75,8 @@ def device_leaf(name: str, leaf: Any, sharding: Sharding | None) -> jax.Array:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:
             return array if sharding is None else jax.device_put(array, sharding)
         whole = array.ndim or (sharding is not None and not sharding.is_fully_addressable)
-        return put(array, sharding if whole else None)
+        elsewhere = None if isinstance(array, jax.Array) else beside
+        return put(array, sharding if whole and sharding is not None else elsewhere)
     except ValueError as error:
         raise ConfigError(f"{name} of shape {array.shape} cannot be laid out by {sharding}: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from torchorbax._src.arrays.leaves import put
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.training import in_flight
 from torchorbax._src.training.batches import BatchSharding, device_batch, signature
+from torchorbax._src.training.live_arrays import Layout, LiveArrays
 from torchorbax._src.training.live_function import LiveFunction, check_function, replicated
 from torchorbax._src.training.live_inputs import LiveInputs, MoreInputs, Values, names_of
 from torchorbax._src.training.programs import Part, Programs
 from torchorbax._src.training.random_keys import key_beside
 from torchorbax._src.training.results import Outputs
-from torchorbax._src.training.tracing import Arrays, arrays_of
 from torchorbax.errors import ConfigError
 
 EvalFn = Callable[[torch.nn.Module, Any], Any]
@@ -61,7 +61,7 @@ def eval_step(
 class _Program:
     """A compiled evaluation and the live tensors that go into it."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: LiveArrays
     inputs: LiveInputs
     outputs: Outputs
     held: list[Any]  # the objects that the program's key names by their ids
@@ -75,6 +75,7 @@ class EvalStep:
         check_function(model, fn, "fn must be a function (model, batch) -> outputs", batch_sharding)
         self._live = LiveFunction("fn", model, fn)
         self._batch_sharding = batch_sharding
+        self._layout = Layout()
         self._programs: Programs[_Program] = Programs("this evaluation step")
         self._calls = itertools.count()
 
@@ -85,14 +86,15 @@ class EvalStep:
             return self._evaluate(batch)
 
     def _evaluate(self, batch: Any) -> Any:
-        tensors = {**self._live.params, **self._live.buffers}
-        shardings = {name: torchax_tensors.array_of(tensor).sharding for name, tensor in tensors.items()}
+        tensors = self._live.tensors
+        self._layout.update(tensors)
+        shardings = self._layout.shardings
         beside = replicated(shardings.values()) if shardings else SingleDeviceSharding(jax.local_devices()[0])
         for name, sharding in shardings.items():
             if sharding.device_set != beside.device_set:
                 torchax_tensors.set_array(tensors[name], put(torchax_tensors.array_of(tensors[name]), beside))
         on_device = device_batch(batch, self._batch_sharding, beside)
-        program = self._programs.get(self._parts(shardings, on_device))
+        program = self._programs.get(self._parts(on_device))
         if program is not None and self._live.still_live(program.inputs):
             return self._result(program, self._run(program, beside, on_device))
         inputs = self._live.first_inputs()
@@ -104,21 +106,22 @@ class EvalStep:
             except MoreInputs as more:
                 inputs = self._live.with_more(inputs, more, beside)
         self._live.after_trace()
-        self._programs.put(self._parts(shardings, on_device), program)
+        self._programs.put(self._parts(on_device), program)
         return self._result(program, arrays)
 
-    def _parts(self, shardings: dict[str, Sharding], batch: Any) -> list[Part]:
+    def _parts(self, batch: Any) -> list[Part]:
         """Everything that a trace makes constants of."""
         return [
-            Part("the layout of parameters", tuple(shardings.values()), tuple(shardings)),
+            Part("the layout of parameters", self._layout.values, self._layout.names),
             self._live.part(),
             Part("the shape of the batch", signature(batch)),
         ]
 
-    def _new_program(self, tensors: dict[str, torch.Tensor], inputs: LiveInputs) -> _Program:
+    def _new_program(self, tensors: Mapping[str, torch.Tensor], inputs: LiveInputs) -> _Program:
         outputs = Outputs()
 
-        def evaluate(key: jax.Array, call: jax.Array, arrays: Arrays, values: Values, batch: Any) -> list[Any]:
+        def evaluate(key: jax.Array, call: jax.Array, held: list[jax.Array], values: Values, batch: Any) -> list[Any]:
+            arrays = dict(zip(tensors, held, strict=True))
             typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
             own = jax.random.fold_in(key if typed else jax.random.wrap_key_data(key), call)
             with torch.no_grad():
@@ -134,13 +137,14 @@ class EvalStep:
             results: list[Any] = found
             return results
 
-        return _Program(tensors, inputs, outputs, self._live.surroundings.held(), jax.jit(evaluate))
+        held = self._live.surroundings.held()
+        return _Program(LiveArrays(tensors.values()), inputs, outputs, held, jax.jit(evaluate))
 
     def _run(self, program: _Program, beside: Sharding, batch: Any) -> list[Any]:
         values = self._live.values(program.inputs, beside)
         call = put(np.asarray(next(self._calls) % 2**32, np.uint32), beside)
         try:
-            arrays: list[Any] = program.run(key_beside(beside), call, arrays_of(program.tensors), values, batch)
+            arrays: list[Any] = program.run(key_beside(beside), call, program.tensors.get(), values, batch)
         except (RuntimeError, ValueError):
             self._live.check_deleted(program.inputs)
             raise

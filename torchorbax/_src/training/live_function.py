@@ -52,7 +52,7 @@ class LiveFunction:
         optimizer: the optimizer whose state is placed with the module, if any.
 
     Attributes:
-        params, buffers: the module's tensors by name, known after `refresh`.
+        params, buffers, tensors: the module's tensors by name, known after `refresh`; `tensors` are both.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class LiveFunction:
         self.model = model
         self.params: dict[str, torch.Tensor] = {}
         self.buffers: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
         self._what = what
         self._fn = fn
         self._optimizer = optimizer
@@ -83,7 +84,8 @@ class LiveFunction:
         place_(self.model, self._optimizer)
         self.params = dict(self.model.named_parameters())
         self.buffers = dict(self.model.named_buffers())
-        unshare([*self.params.values(), *self.buffers.values()])
+        self.tensors = {**self.params, **self.buffers}
+        unshare(self.tensors.values())
         self._surroundings = Surroundings({self._what: self._fn, "": self.model}, self._ignored)
         return True
 
@@ -101,13 +103,13 @@ class LiveFunction:
 
     def devices(self) -> set[jax.Device]:
         """The devices of the module."""
-        first = next(iter([*self.params.values(), *self.buffers.values()]), None)
+        first = next(iter(self.tensors.values()), None)
         return set() if first is None else torchax_tensors.array_of(first).sharding.device_set
 
     def _committed(self) -> bool:
         """Are the module's arrays bound to their devices? Those on the default device may go elsewhere, so that others
         beside them must not be bound to it, or the program is compiled twice."""
-        first = next(iter([*self.params.values(), *self.buffers.values()]))
+        first = next(iter(self.tensors.values()))
         return bool(getattr(torchax_tensors.array_of(first), "committed", True))
 
     def values(self, inputs: LiveInputs, beside: Sharding) -> Values:
@@ -202,7 +204,7 @@ class LiveFunction:
         """Raise a `DeletedArrayError` that names those of the live tensors whose buffers were donated elsewhere."""
         names = self.surroundings.names
         others = {names.get(id(tensor), f"input {index}"): tensor for index, tensor in enumerate(inputs.tensors)}
-        raise_if_deleted({**self.params, **self.buffers, **others})
+        raise_if_deleted({**self.tensors, **others})
 
     def trace(
         self,

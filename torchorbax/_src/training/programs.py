@@ -43,6 +43,7 @@ class Programs(Generic[P]):
         self._programs: OrderedDict[Any, P] = OrderedDict()
         self._compiled = 0
         self._last: Sequence[Part] = ()
+        self._newest: tuple[Any, P | None] = None, None
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -50,9 +51,12 @@ class Programs(Generic[P]):
     def get(self, parts: Sequence[Part]) -> P | None:
         """The program that was compiled for these, if it is still here."""
         key = _key(parts)
+        if key == self._newest[0]:  # mostly the very same objects, which compare faster than they can be hashed
+            return self._newest[1]
         program = self._programs.get(key)
         if program is not None:
             self._programs.move_to_end(key)
+            self._newest = key, program
         return program
 
     def put(self, parts: Sequence[Part], program: P) -> None:
@@ -67,6 +71,7 @@ class Programs(Generic[P]):
             self._last = parts
         self._programs[key] = program
         self._programs.move_to_end(key)
+        self._newest = key, program
         if len(self._programs) > _MOST:
             self._programs.popitem(last=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -13,15 +14,15 @@ import torch
 import torch.optim.optimizer as torch_optimizer
 from jax.sharding import Sharding
 
-from torchorbax._src.arrays.leaves import put
 from torchorbax._src.arrays.sharding_rules import replicated_like, state_sharding
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.tensors.live import host_copy
 from torchorbax._src.training import torchax_modes
 from torchorbax._src.training.batches import number_on_devices
 from torchorbax._src.training.hyperparameters import Feeding, Hyperparameter, check_groups, constant, floats_in, sign
+from torchorbax._src.training.live_arrays import REQUIRES_GRAD, all_same
 from torchorbax._src.training.programs import Part
-from torchorbax._src.training.traced_state import TracedState, entry_array
+from torchorbax._src.training.torch_state import Entries, LiveState
+from torchorbax._src.training.traced_state import TracedState
 from torchorbax._src.training.tracing import Arrays, arrays_of, holding, laid_out, settled
 from torchorbax.errors import ConfigError
 
@@ -37,10 +38,12 @@ class Further(NamedTuple):
     Attributes:
         rates: the learning rates.
         derived: the values of `Derived`, in its order.
+        counters: those of the state, which are not donated as the rest of it is.
     """
 
     rates: list[Any]
     derived: list[list[Any]]
+    counters: Sequence[Any] = ()
 
 
 class TorchUpdate:
@@ -54,7 +57,10 @@ class TorchUpdate:
         self._model = model
         self._optimizer = optimizer
         self._names: dict[int, str] = {}
+        self._params: list[torch.Tensor] = []
+        self._trains: list[bool] = []
         self._trained: dict[str, torch.Tensor] = {}
+        self._state = LiveState(optimizer)
         self._looks_again = True
         self._stateless = False
         self._exact: set[int] = set()
@@ -63,6 +69,9 @@ class TorchUpdate:
 
     def trained(self) -> dict[str, torch.Tensor]:
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        trains = list(map(REQUIRES_GRAD, params))
+        if not self._looks_again and trains == self._trains and all_same(params, self._params):
+            return self._trained
         names = self._names
         if self._looks_again or any(id(param) not in names for param in params):
             names = {id(param): name for name, param in self._model.named_parameters()}
@@ -73,7 +82,7 @@ class TorchUpdate:
                 f"{len(strangers)} of the optimizer's {len(params)} parameters are not the model's{of}; build it from "
                 "model.parameters(), after model.to('jax') if you call that, and after layers were replaced"
             )
-        self._names, self._looks_again = names, False
+        self._names, self._looks_again, self._params, self._trains = names, False, params, trains
         self._trained = {names[id(param)]: param for param in params if param.requires_grad}
         return self._trained
 
@@ -98,43 +107,37 @@ class TorchUpdate:
                     values.append(constant(key, value))
         return [Part("hyperparameters", tuple(values), tuple(labels))]
 
-    def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[dict[str, Arrays], Further]:
+    def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[Entries, Further]:
         by_name = self._trained
-        states = self._optimizer.state
-        if not self._stateless and not any(states.get(param) for param in by_name.values()):
+        held = self._optimizer.state
+        if not self._stateless and not any(held.get(param) for param in by_name.values()):
             first = self._first_state(by_name, shardings)
             self._stateless = not first
-            self.set_state(first)
-        state: dict[str, Arrays] = {}
-        for name, param in by_name.items():
-            if entries := states.get(param):
-                state[name] = {key: _on_device(entries, key, shardings[name]) for key in entries}
+            self.set_state(Entries.of(first))
+        state = self._state.get(by_name, shardings, own=self._is_torchs_own())
         beside = replicated_like(next(iter(shardings.values())))
-        return state, self._further(by_name, state, beside)
+        further = self._further(by_name, state, beside)
+        return dataclasses.replace(state, counters=[]), further._replace(counters=state.counters)
 
-    def set_state(self, state: Mapping[str, Arrays]) -> None:
-        by_name = self._trained
-        for name, arrays in state.items():
-            entries = self._optimizer.state[by_name[name]]
-            for key, array in arrays.items():
-                if key in entries:
-                    torchax_tensors.set_array(entries[key], array)
-                else:
-                    entries[key] = torchax_tensors.wrap(array)
+    def set_state(self, state: Entries) -> None:
+        self._state.set(self._trained, state)
 
     def apply(
         self,
         params: Arrays,
         grads: Arrays,
-        state: Mapping[str, Arrays],
+        state: Entries,
         further: Further,
         shardings: Mapping[str, Sharding],
     ) -> tuple[Arrays, Any]:
         new_params: Arrays = {}
         new_state: dict[str, Arrays] = {}
+        state = dataclasses.replace(state, counters=list(further.counters))
+        further = further._replace(counters=())
+        before_by_name = state.by_name()
         derived = self._derived[self._kind(state)]  # found by `_further` before
-        for names, step in self._steps(derived, state):
-            mine = {name: state[name] for name in names if name in state}
+        for names, step in self._steps(derived, before_by_name):
+            mine = {name: before_by_name[name] for name in names if name in before_by_name}
             stepped, stepped_state = step(
                 {name: params[name] for name in names}, {name: grads[name] for name in names}, mine, further
             )
@@ -147,7 +150,7 @@ class TorchUpdate:
                     )
                     for key, array in entries.items()
                 }
-        return new_params, new_state
+        return new_params, Entries.of(new_state, state)
 
     def _is_torchs_own(self) -> bool:
         """Is this an optimizer of torch itself, without hooks? Others may do what they like with all parameters."""
@@ -237,11 +240,11 @@ class TorchUpdate:
 
         return first_values
 
-    def _kind(self, state: Mapping[str, Arrays]) -> Any:
+    def _kind(self, state: Entries) -> Any:
         """What decides which numbers a step hands to tensors."""
-        return tuple(part.value for part in self.constants()), frozenset(state)
+        return tuple(part.value for part in self.constants()), state.places.params
 
-    def _further(self, by_name: Mapping[str, torch.Tensor], state: Mapping[str, Arrays], beside: Sharding) -> Further:
+    def _further(self, by_name: Mapping[str, torch.Tensor], state: Entries, beside: Sharding) -> Further:
         """The inputs of a step, with every hyperparameter as it is now.
 
         What reaches tensors is found by tracing the steps of parameters alike once, with nothing computed.
@@ -253,12 +256,13 @@ class TorchUpdate:
             abstract = Further([jax.ShapeDtypeStruct((), jnp.float32, weak_type=True) for _ in groups], [])
             if self._is_torchs_own():
                 seen: set[int] = set()
-                for names, step in self._steps(derived, state):
+                before = state.by_name()
+                for names, step in self._steps(derived, before):
                     function = step.keywords["step"]  # type: ignore[attr-defined]
                     if id(function) not in seen:
                         seen.add(id(function))
                         params = {name: torchax_tensors.array_of(by_name[name]) for name in names}
-                        mine = {name: state[name] for name in names if name in state}
+                        mine = {name: before[name] for name in names if name in before}
                         jax.eval_shape(step, params, params, mine, abstract)
             kind = self._kind(state)  # which `exact` hyperparameters are part of
             self._derived[kind] = derived
@@ -390,11 +394,3 @@ def _feed(derived: Derived, given: Sequence[Any] | None) -> Callable[[Hyperparam
         return torchax_tensors.wrap(given[list(derived).index(number.text)])
 
     return feed
-
-
-def _on_device(entries: dict[str, Any], key: str, beside: Sharding) -> jax.Array:
-    """The array of an entry of the live state; moved beside its parameter if on the CPU (Adam's counter)."""
-    value = entries[key]
-    if isinstance(value, torch.Tensor) and not torchax_tensors.is_torchax(value):
-        value = entries[key] = torchax_tensors.wrap(put(host_copy(value), replicated_like(beside)))
-    return entry_array(key, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.optimizers import Optimizer
 from torchorbax._src.training import in_flight, torchax_modes
 from torchorbax._src.training.batches import BatchSharding, device_batch, signature
+from torchorbax._src.training.live_arrays import Layout, LiveArrays
 from torchorbax._src.training.live_function import LiveFunction, check_function, replicated, unshare
 from torchorbax._src.training.live_inputs import LiveInputs, MoreInputs, Values, settled_values
 from torchorbax._src.training.programs import Part, Programs
@@ -78,9 +79,10 @@ def train_step(
 class _Program:
     """A compiled step and the live tensors that go into it, by the part that they play."""
 
-    trained: dict[str, torch.Tensor]
-    buffers: dict[str, torch.Tensor]
-    frozen: dict[str, torch.Tensor]
+    trained: LiveArrays
+    buffers: LiveArrays
+    frozen: LiveArrays
+    frozen_by_name: dict[str, torch.Tensor]
     inputs: LiveInputs
     outputs: Outputs
     held: list[Any]  # the objects that the program's key names by their ids
@@ -106,6 +108,7 @@ class TrainStep:
         self._batch_sharding = batch_sharding
         self._donate = donate
         self._update = update_of(model, optimizer)
+        self._layout = Layout()
         self._programs: Programs[_Program] = Programs("this training step")
 
     def __call__(self, batch: Any) -> Any:
@@ -119,11 +122,12 @@ class TrainStep:
         trained = self._update.trained()
         if not trained:
             raise ConfigError("the optimizer has no parameter that requires a gradient, so there is nothing to train")
-        shardings = {name: torchax_tensors.array_of(param).sharding for name, param in trained.items()}
+        self._layout.update(trained)
+        shardings = self._layout.shardings
         beside = replicated(shardings.values())
         on_device = device_batch(batch, self._batch_sharding, beside)
         state, further = self._update.inputs(shardings)
-        parts = self._parts(shardings, on_device)
+        parts = self._parts(on_device)
         program = self._programs.get(parts)
         if program is not None and self._live.still_live(program.inputs):
             return self._set(program, *self._run(program, beside, state, further, on_device))
@@ -136,22 +140,22 @@ class TrainStep:
             except MoreInputs as more:
                 inputs = self._live.with_more(inputs, more, beside)
         self._live.after_trace()
-        self._programs.put(self._parts(shardings, on_device), program)
+        self._programs.put(self._parts(on_device), program)
         return self._set(program, *outputs)
 
-    def _parts(self, shardings: Mapping[str, Sharding], batch: Any) -> list[Part]:
+    def _parts(self, batch: Any) -> list[Part]:
         """Everything that a trace makes constants of."""
-        names = tuple(shardings)
+        names = self._layout.names
         return [
             Part("requires_grad", names),
-            Part("the layout of parameters", tuple(shardings.values()), names),
+            Part("the layout of parameters", self._layout.values, names),
             *self._update.constants(),
             self._live.part(),
             Part("the shape of the batch", signature(batch)),
         ]
 
     def _new_program(
-        self, trained: dict[str, torch.Tensor], shardings: dict[str, Sharding], inputs: LiveInputs
+        self, trained: Mapping[str, torch.Tensor], shardings: Mapping[str, Sharding], inputs: LiveInputs
     ) -> _Program:
         frozen = {name: param for name, param in self._live.params.items() if name not in trained}
         buffers = dict(self._live.buffers)
@@ -163,14 +167,16 @@ class TrainStep:
         outputs = Outputs()
         step = self._traceable(trained, buffers, frozen, shardings, inputs, outputs)
         run = jax.jit(step, donate_argnums=(1, 2, 3) if self._donate else ())
-        return _Program(trained, buffers, frozen, inputs, outputs, self._live.surroundings.held(), run)
+        held = self._live.surroundings.held()
+        live = [LiveArrays(tensors.values()) for tensors in (trained, buffers, frozen)]
+        return _Program(live[0], live[1], live[2], frozen, inputs, outputs, held, run)
 
     def _traceable(
         self,
-        trained: dict[str, torch.Tensor],
-        buffers: dict[str, torch.Tensor],
-        frozen: dict[str, torch.Tensor],
-        shardings: dict[str, Sharding],
+        trained: Mapping[str, torch.Tensor],
+        buffers: Mapping[str, torch.Tensor],
+        frozen: Mapping[str, torch.Tensor],
+        shardings: Mapping[str, Sharding],
         inputs: LiveInputs,
         outputs: Outputs,
     ) -> Callable[..., Any]:
@@ -191,14 +197,16 @@ class TrainStep:
 
         def step(
             key: jax.Array,
-            params: Arrays,
-            old_buffers: Arrays,
+            param_arrays: list[jax.Array],
+            buffer_arrays: list[jax.Array],
             state: Any,
-            constants: Arrays,
+            frozen_arrays: list[jax.Array],
             values: Values,
             further: Any,
             batch: Any,
         ) -> Any:
+            params, old_buffers = _named(trained, param_arrays), _named(buffers, buffer_arrays)
+            constants = _named(frozen, frozen_arrays)
             (loss, (rest, new_buffers, kept, key, written)), grads = jax.value_and_grad(loss_of, has_aux=True)(
                 params, {**old_buffers, **constants}, values, key, batch
             )
@@ -206,8 +214,8 @@ class TrainStep:
             return (
                 (loss, rest),
                 laid_out(key, replicated(shardings.values())),
-                {name: settled(new_params[name], params[name], shardings[name]) for name in params},
-                {name: settled(new_buffers[name], old_buffers[name], held_shardings[name]) for name in old_buffers},
+                [settled(new_params[name], params[name], shardings[name]) for name in params],
+                [settled(new_buffers[name], old_buffers[name], held_shardings[name]) for name in old_buffers],
                 {
                     name: settled(array, constants[name], held_shardings[name])
                     for name, array in kept.items()
@@ -220,14 +228,12 @@ class TrainStep:
         return step
 
     def _run(self, program: _Program, beside: Sharding, state: Any, further: Any, batch: Any) -> Any:
-        trained, buffers = arrays_of(program.trained), arrays_of(program.buffers)
-        if self._donate:
-            unshare(program.inputs.tensors, (*trained.values(), *buffers.values()))
+        trained, buffers, frozen = program.trained.get(), program.buffers.get(), program.frozen.get()
+        if self._donate and program.inputs.tensors:
+            unshare(program.inputs.tensors, (*trained, *buffers))
         values = self._live.values(program.inputs, beside)
         try:
-            return program.run(
-                key_beside(beside), trained, buffers, state, arrays_of(program.frozen), values, further, batch
-            )
+            return program.run(key_beside(beside), trained, buffers, state, frozen, values, further, batch)
         except (RuntimeError, ValueError):
             self._live.check_deleted(program.inputs)
             raise
@@ -237,26 +243,28 @@ class TrainStep:
         program: _Program,
         results: tuple[jax.Array, Any],
         key: jax.Array,
-        trained: Arrays,
-        buffers: Arrays,
+        trained: list[jax.Array],
+        buffers: list[jax.Array],
         frozen: Arrays,
         state: Any,
         written: Values,
     ) -> Any:
         """Put what a step has computed into the live objects; returns what the caller gets."""
         torchax_tensors.set_rng_key(key)
-        for name, array in trained.items():
-            torchax_tensors.set_array(program.trained[name], array)
-        for name, array in buffers.items():
-            torchax_tensors.set_array(program.buffers[name], array)
+        program.trained.set(trained)
+        program.buffers.set(buffers)
         for name, array in frozen.items():
-            torchax_tensors.set_array(program.frozen[name], array)
+            torchax_tensors.set_array(program.frozen_by_name[name], array)
         self._update.set_state(state)
         self._live.set_written(program.inputs, written)
         loss, rest = results
         in_flight.limit(loss)
         readable = torchax_modes.readable(loss)
         return readable if rest is None else (readable, program.outputs.unflatten(rest))
+
+
+def _named(names: Iterable[str], arrays: Iterable[jax.Array]) -> Arrays:
+    return dict(zip(names, arrays, strict=True))
 
 
 def _check_trained(written: Collection[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from jax.sharding import Sharding
 
 from torchorbax._src.tensors.optimizers import OptaxOptimizer, Optimizer
+from torchorbax._src.training.live_arrays import REQUIRES_GRAD
 from torchorbax._src.training.programs import Part
 from torchorbax._src.training.torch_update import TorchUpdate
 from torchorbax._src.training.tracing import Arrays, settled
@@ -53,41 +54,45 @@ class OptaxUpdate:
             raise ConfigError("the OptaxOptimizer was built for another model (or for a part of this one)")
         self._optimizer = optimizer
         self._params: dict[str, torch.Tensor] = {}
-        self._expected: tuple[tuple[str, ...], Any] | None = None  # trained names, and the structure of their state
+        self._trains: list[bool] = []
+        self._trained: dict[str, torch.Tensor] = {}
+        self._structure: Any = None
 
     def trained(self) -> dict[str, torch.Tensor]:
-        # Walking the modules and tracing the transformation take milliseconds, so both are done when something changes.
-        if not self._params:
+        if not self._params:  # walking the modules takes milliseconds
             self._params = dict(self._optimizer.model.named_parameters())
-        params = {name: param for name, param in self._params.items() if param.requires_grad}
-        state = self._optimizer.state
-        if params and state is not None:
-            if self._expected is None or self._expected[0] != tuple(params):
-                self._expected = tuple(params), jax.tree.structure(self._optimizer.abstract_state())
-            if jax.tree.structure(state) != self._expected[1]:
-                raise ConfigError(
-                    "the state of the OptaxOptimizer does not fit the parameters that require a gradient; have they "
-                    "changed since it was made? Use optax.multi_transform or optax.masked to freeze some"
-                )
-        return params
+        trains = list(map(REQUIRES_GRAD, self._params.values()))
+        if trains != self._trains:
+            self._trained = {name: param for name, param in self._params.items() if param.requires_grad}
+            self._trains, self._structure = trains, None
+        return self._trained
 
     def look_again(self) -> None:
-        self._params, self._expected = {}, None
+        self._params, self._trains, self._trained, self._structure = {}, [], {}, None
 
     def constants(self) -> list[Part]:
         return []
 
-    def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[Any, Any]:
-        return self._optimizer.init(), None
+    def inputs(self, shardings: Mapping[str, Sharding]) -> tuple[list[Any], Any]:
+        leaves, structure = jax.tree.flatten(self._optimizer.init())
+        if self._structure is None:  # tracing the transformation takes milliseconds
+            self._structure = jax.tree.structure(self._optimizer.abstract_state())
+        if structure != self._structure:
+            raise ConfigError(
+                "the state of the OptaxOptimizer does not fit the parameters that require a gradient; have they "
+                "changed since it was made? Use optax.multi_transform or optax.masked to freeze some"
+            )
+        return leaves, None
 
-    def set_state(self, state: Any) -> None:
-        self._optimizer.state = state
+    def set_state(self, state: list[Any]) -> None:
+        self._optimizer.state = jax.tree.unflatten(self._structure, state)
 
     def apply(
         self, params: Arrays, grads: Arrays, state: Any, further: Any, shardings: Mapping[str, Sharding]
     ) -> tuple[Arrays, Any]:
         import optax
 
-        updates, new_state = self._optimizer.tx.update(grads, state, params)
-        new_state = jax.tree.map(settled, new_state, state, self._optimizer.state_shardings(shardings))
-        return optax.apply_updates(params, updates), new_state
+        before = jax.tree.unflatten(self._structure, state)
+        updates, after = self._optimizer.tx.update(grads, before, params)
+        after = jax.tree.map(settled, after, before, self._optimizer.state_shardings(shardings))
+        return optax.apply_updates(params, updates), jax.tree.leaves(after)
