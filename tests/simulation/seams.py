@@ -1,0 +1,202 @@
+"""Where the simulation takes the place of the system: clocks, threads, process numbers, files, requests, arrays.
+
+Everything else is torchorbax's own code. What is replaced are names of its modules, all of them here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import logging
+import os
+import random
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest import mock
+
+from torchorbax._src.distributed import channel, processes
+from torchorbax._src.run import background_save, save_decision, slow_saves, step_choice, tier
+from torchorbax._src.storage import (
+    files_at,
+    gcs,
+    gcs_files,
+    orbax_storage,
+    ownership,
+    run_folder,
+    step_info,
+    steps,
+)
+
+from tests.simulation.arrays import Blobs, SimulatedArrays
+from tests.simulation.bucket import Bucket, Sequential, SimulatedGcs
+from tests.simulation.disk import Disk, SimulatedFiles, SimulatedRecord
+from tests.simulation.scheduler import Scheduler, SimulatedThreads
+
+_EPOCH_S = 1.75e9
+"""The wall clock when a simulation begins, in seconds since 1970."""
+
+
+class DiskBlobs:
+    """Whole files of a disk."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+
+    def put(self, path: str, content: bytes) -> None:
+        self._disk.asked(f"put {path}", lambda: self._disk.put(path, content), path)
+
+    def get(self, path: str) -> bytes:
+        found: bytes = self._disk.asked(f"read {path}", lambda: self._disk.node(path))
+        return found
+
+    def remove(self, path: str) -> None:
+        self._disk.asked(f"unlink {path}", lambda: self._disk.remove(path), path)
+
+    def names(self, folder: str) -> list[str]:
+        return self._disk.asked(f"list {folder}", lambda: sorted(self._disk.node(folder)))
+
+
+class BucketBlobs:
+    """Whole objects of a bucket, by way of a client that makes lost requests again."""
+
+    def __init__(self, bucket: Bucket, timeout_s: float) -> None:
+        self._gcs = SimulatedGcs(bucket, timeout_s)
+        self._bucket = bucket
+
+    def put(self, path: str, content: bytes) -> None:
+        self._gcs.pipe_file(path.removeprefix("gs://"), content)
+
+    def get(self, path: str) -> bytes:
+        content: bytes = self._gcs.call("GET", "", "", self._name(path), alt="media")[1]
+        return content
+
+    def remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._gcs.call("DELETE", "", "", self._name(path))
+
+    def names(self, folder: str) -> list[str]:
+        prefix = f"{self._name(folder)}/"
+        return self._gcs._asked(f"list {prefix}", lambda: [one[len(prefix) :] for one in self._bucket.below(prefix)])
+
+    def _name(self, path: str) -> str:
+        return path.removeprefix("gs://").partition("/")[2]
+
+
+class _Clock:
+    """What is used of `time`."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.sleep = scheduler.sleep
+
+    def monotonic(self) -> float:
+        return self._scheduler.now
+
+    def time(self) -> float:
+        return _EPOCH_S + self._scheduler.now + self._scheduler.running.clock_s
+
+
+class _System:
+    """What is used of `os`, as the processes of a simulation see it."""
+
+    PathLike = os.PathLike
+
+    def __init__(self, scheduler: Scheduler, disk: Disk | None) -> None:
+        self._scheduler = scheduler
+        self._disk = disk
+        self.path = types.SimpleNamespace(exists=self._is_there, isdir=self._is_there, join=os.path.join)
+
+    def getpid(self) -> int:
+        process = self._scheduler.process
+        return 0 if process is None else process.pid
+
+    def kill(self, pid: int, number: int) -> None:
+        if not any(process.pid == pid and process.alive for process in self._scheduler.processes):
+            raise ProcessLookupError(pid)
+
+    def makedirs(self, path: str, exist_ok: bool) -> None:
+        if self._disk is not None:
+            self._disk.folder(path)
+
+    def _is_there(self, path: str) -> bool:
+        return self._disk is not None and self._disk.there(path)
+
+
+class _AtOnce(ThreadPoolExecutor):
+    """Runs what is submitted on the caller's own thread: a simulated program waits for each save."""
+
+    def __init__(self, most: int, name: str) -> None:
+        super().__init__(most, name)
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, names: random.Random) -> Iterator[None]:
+    """Have torchorbax's code run on simulated machines, as long as the `with` block lasts."""
+    clock, threads, system = _Clock(scheduler), SimulatedThreads(scheduler), _System(scheduler, disk)
+    unique = types.SimpleNamespace(uuid4=lambda: types.SimpleNamespace(hex=f"{names.getrandbits(128):032x}"))
+    blobs: Blobs
+
+    # Storage.
+    replaced: list[Any] = []
+    if bucket is not None:
+        blobs = BucketBlobs(bucket, 20.0)
+        replaced += [
+            mock.patch.object(gcs, "prepare", lambda root, timeout_s: SimulatedGcs(bucket, timeout_s)),
+            mock.patch.object(gcs, "check_access", lambda path, timeout_s: None),
+            mock.patch.object(gcs, "check_supported", lambda path: None),
+            mock.patch.multiple(gcs_files, asyncio=Sequential, fsspec=Sequential),
+        ]
+    else:
+        assert disk is not None
+        blobs = DiskBlobs(disk)
+
+        def files(root: str) -> SimulatedFiles:
+            return SimulatedFiles(root, disk)
+
+        replaced += [
+            mock.patch.multiple(run_folder, LocalFiles=files, LocalRecord=SimulatedRecord),
+            mock.patch.object(files_at, "LocalFiles", files),
+        ]
+    arrays = SimulatedArrays(blobs)
+    replaced.append(mock.patch.multiple(orbax_storage, orbax_commit=arrays, array_writer=arrays, array_reader=arrays))
+    replaced.append(mock.patch.object(orbax_storage.inspection, "other_bytes", lambda step, manifest_bytes: 0))
+    # Clocks, threads, numbers of processes, unique names.
+    for module in (channel, processes, ownership, steps, step_info, tier, background_save, slow_saves, save_decision):
+        replaced.append(mock.patch.object(module, "time", clock))
+
+    def both_clocks() -> step_info._Reading:
+        return step_info._Reading(datetime.datetime.fromtimestamp(clock.time(), datetime.UTC), scheduler.now)
+
+    real = ownership.Ownership
+    replaced += [
+        mock.patch.object(step_info, "_read", both_clocks),
+        mock.patch.object(run_folder, "Ownership", functools.partial(real, now=clock.time, wait=scheduler.sleep)),
+        mock.patch.multiple(run_folder, os=system, uuid=unique),
+        mock.patch.multiple(
+            ownership,
+            os=system,
+            uuid=unique,
+            threading=threads,
+            socket=types.SimpleNamespace(gethostname=lambda: scheduler.running.host),
+            _system=lambda: f"{scheduler.running.host}/1",
+            _started=str,
+        ),
+        mock.patch.object(background_save, "ThreadPoolExecutor", _AtOnce),
+        # JAX's settings belong to threads of the system, of which there is one here.
+        mock.patch.object(background_save, "transfers_allowed", contextlib.nullcontext),
+        mock.patch.object(step_choice, "transfers_allowed", contextlib.nullcontext),
+        mock.patch.object(step_choice, "warnings", types.SimpleNamespace(warn=lambda *args, **kwargs: None)),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in replaced:
+            stack.enter_context(patch)
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        stack.callback(logging.disable, before)
+        yield
