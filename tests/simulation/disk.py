@@ -175,8 +175,14 @@ class SimulatedFiles:
         partial = f"{full}.{self.disk.scheduler.running.pid}.partial"
         label = "swap" if "torchorbax-owner" in path else "replace"
         with self._translated():
-            self.disk.asked(f"put {partial}", lambda: self.disk.put(partial, content), partial)
-            self.disk.asked(f"{label} {full}", lambda: self._replace(partial, full), full)
+            for is_last in (False, True):
+                self.disk.asked(f"put {partial}", lambda: self.disk.put(partial, content), partial)
+                try:
+                    self.disk.asked(f"{label} {full}", lambda: self._replace(partial, full), full)
+                    return
+                except FileNotFoundError:
+                    if is_last:
+                        raise
 
     def create(self, path: str, content: bytes) -> None:
         full = self._path(path)
@@ -234,8 +240,9 @@ class SimulatedFiles:
         return f"{self.root}/{path}" if path else self.root
 
     def _replace(self, partial: str, full: str) -> None:
-        above, _, name = partial.rpartition("/")
-        self.disk.put(full, self.disk.node(above).pop(name))
+        content = self.disk.node(partial)
+        self.disk.remove(partial)
+        self.disk.put(full, content)
 
     def _fill(self, full: str, content: bytes) -> None:
         if self.disk.there(full):  # else somebody has deleted it, and the open file is filled out of sight

@@ -20,7 +20,7 @@ from tests.simulation.scheduler import Process, Scheduler
 
 OWNER = ".torchorbax-owner"
 MARKER = "commit_success.txt"
-_OPENING_S = 300.0
+_OPENING_S = 400.0
 """No program waits longer for an owner and for its own processes, when it opens a run."""
 _SLACK_S = 12.0
 """What a wait may take beyond its limit: polls, and requests of a service that does not answer."""

@@ -33,8 +33,10 @@ from torchorbax._src.state.request import Request
 
 from tests.simulation.scheduler import Process, Scheduler
 
-BARRIER_TIMEOUT_S = 30.0
+BARRIER_TIMEOUT_S = 90.0
+"""Longer than it takes to wait for an owner that is gone."""
 STORAGE_TIMEOUT_S = 20.0
+_SHUTDOWN_S = 60.0
 Outcome = Literal["committed", "failed", "unknown"]
 
 
@@ -169,7 +171,7 @@ class TrainingProcess:
             self._process.alive = False
 
     def _run(self) -> None:
-        index, began = self._process.index, self._scheduler.now
+        index, began = self._process.index, self._scheduler.now - self._process.stopped_s
         processes = Processes(BARRIER_TIMEOUT_S, self._service, index, self._count, name="run")
         channel = Channel(processes, "run")
         # Open.
@@ -179,7 +181,8 @@ class TrainingProcess:
             self._check_refusal(error)
             return
         finally:
-            self._note(lambda: self._history.opened.update({str(self._process): self._scheduler.now - began}))
+            took_s = self._scheduler.now - self._process.stopped_s - began
+            self._note(lambda: self._history.opened.update({str(self._process): took_s}))
         self._process.kept.append(tier)
         # Restore.
         next_step = self._restored(tier, channel)
@@ -189,9 +192,13 @@ class TrainingProcess:
             self._state["loader"]["at"] = np.array(step, np.int64)
             self._scheduler.sleep(self._process.draw.random() * 2.0)
             self._save(tier, step)
-        # Close.
+        # Close. As `jax.distributed.shutdown` does, process 0 waits for the others, which need its service.
         tier.storage.release()
         processes.close()
+        others = [one for one in self._scheduler.processes if one.program == self._process.program and one.index]
+        until = self._scheduler.now + _SHUTDOWN_S
+        while index == 0 and any(one.alive for one in others) and self._scheduler.now < until:
+            self._scheduler.sleep(1.0)
 
     def _values(self, step: int) -> dict[str, np.ndarray]:
         return _weights(self._process.program, step, self._process.index)

@@ -173,6 +173,8 @@ class Scheduler:
         process, before = task.process, task.acted_at
         fault = process.fault_at(label)
         what, seconds = (fault.what, fault.seconds) if fault is not None else ("", 0.0)
+        if what == "late" and domain == "disk":  # the client of a disk gives up nothing
+            what = "slow"
         if fault is not None:
             self.trace.append(f"{self.now:9.3f} {process} {fault.what} {fault.seconds:g} at {label}")
         # On the way there.

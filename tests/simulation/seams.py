@@ -177,6 +177,8 @@ def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, na
     replaced += [
         mock.patch.object(step_info, "_read", both_clocks),
         mock.patch.object(run_folder, "Ownership", functools.partial(real, now=clock.time, wait=scheduler.sleep)),
+        # A process keeps its run to its end, and then nothing of it runs any more.
+        mock.patch.object(run_folder, "weakref", types.SimpleNamespace(finalize=lambda *_: types.SimpleNamespace())),
         mock.patch.multiple(run_folder, os=system, uuid=unique),
         mock.patch.multiple(
             ownership,
