@@ -276,8 +276,10 @@ class _StepWriting:
         failure: Exception | None = None
         try:
             self._write()
-        except ProcessError as error:  # process 0 cannot be reached, so it cannot announce the outcome either
-            raise SaveError(self._step, self._storage.path, _error_line(error)) from error
+        except ProcessError as error:
+            if error.phase != "write":  # it has not reported to process 0, which therefore does not commit
+                raise SaveError(self._step, self._storage.path, _error_line(error)) from error
+            failure = error  # the report may have arrived all the same
         except Exception as error:  # `collect` has reported it to process 0, which announces the outcome
             failure = error
         try:
@@ -290,7 +292,7 @@ class _StepWriting:
             raise SaveError(self._step, self._storage.path, unknown) from (failure or error)
         except SaveError as error:
             raise error from (error.__cause__ if failure is None or isinstance(failure, SaveError) else failure)
-        if failure is not None:
+        if failure is not None and not isinstance(failure, ProcessError):
             raise SaveError(self._step, self._storage.path, _error_line(failure)) from failure
         return outcome
 
