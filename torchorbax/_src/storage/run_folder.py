@@ -302,7 +302,10 @@ class RunFolder:
         self._ownership.check()
         leftovers = self._leftovers()
         if self.is_uri:
-            for folder in self._noted().difference(leftovers):  # gone, or committed although the answer was lost
+            # Gone, or committed although the answer was lost. The highest number of a base stays, so that no other base
+            # gets it: its owner may have been suspended before it wrote anything.
+            done = self._noted().difference(leftovers)
+            for folder in done if self._parent is None else sorted(done, key=int)[:-1]:
                 self._finish(folder)
         for folder in leftovers:
             try:
