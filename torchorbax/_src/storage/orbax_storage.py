@@ -204,7 +204,8 @@ class OrbaxStorage(RunFolder):
     def write_process_items(self, folders: Folders, items: Mapping[str, HostItem], process: int) -> str:
         """Write the file with one process's own state; returns its SHA-256, for the manifest."""
         text = per_process.to_text(items)
-        files_at(folders[MANIFEST], self._traffic.timeout_s).write(_process_file(process), text.encode())
+        # Never over one that is there: under a URI, a process whose program has been ousted may wake up here.
+        files_at(folders[MANIFEST], self._traffic.timeout_s).create(_process_file(process), text.encode())
         return per_process.digest_of(text)
 
     # Reading.
