@@ -73,6 +73,8 @@ class SimulatedGcs:
         self._timeout_s = timeout_s
 
     def call(self, method: str, path: str, *args: Any, **query: Any) -> Any:
+        if "copyTo" in path:
+            return self._copied(args[1], args[3])
         if method == "POST":
             return self._uploaded(query)
         if path == "b/{}/o":
@@ -115,6 +117,9 @@ class SimulatedGcs:
             self._bucket.delete(name)
 
         self._asked(f"move {name} {to}", act)
+
+    def _copied(self, name: str, to: str) -> Any:
+        return self._asked(f"copy {name} {to}", lambda: self._bucket.put(to, self._bucket.get(name)[0], 0))
 
     def _uploaded(self, query: dict[str, Any]) -> dict[str, int]:
         name, generation = query["name"], int(query["ifGenerationMatch"])

@@ -6,6 +6,11 @@
 - A step that was acknowledged is restored by the next program, or a newer one; all its processes restore the same one.
 - Nothing is deleted that is not the run's own.
 - Whoever has been ousted commits and deletes nothing more, but for one request that was on its way.
+
+Under gs:// a step is written in its place, and docs/reliability.md names what that leaves open: a program that is ousted
+while it writes a step may go on, until it looks at the record again, and a request that its client has given up may still
+arrive. If that changes a step of the same number that somebody else has saved, the step is *touched*. It may then be
+damaged, but that is noticed: it is never restored with other values, and an older step is restored instead.
 """
 
 from __future__ import annotations
@@ -46,14 +51,23 @@ class Watch:
         view: the files.
         scheduler: runs everything.
         strangers: files that do not belong to the run, by path.
+        in_place: are steps written in their places?
+
+    Attributes:
+        violations: what must not be, in words.
+        touched: the folders of steps and bases that a program changed after it had been ousted, or a late request.
     """
 
-    def __init__(self, view: View, scheduler: Scheduler, strangers: Mapping[str, bytes]) -> None:
+    def __init__(
+        self, view: View, scheduler: Scheduler, strangers: Mapping[str, bytes], *, in_place: bool = False
+    ) -> None:
+        self._in_place = in_place
         self.violations: list[str] = []
         self._view = view
         self._scheduler = scheduler
         self._strangers = dict(strangers)
         self._listed = {name for name in view.numbers() if view.is_listed(name)}
+        self.touched: set[str] = set()
         self._owner: int | None = None
         self._ousted: dict[int, float] = {}  # when a process lost the run, by number
 
@@ -63,9 +77,11 @@ class Watch:
         if path == OWNER:
             self._note_owner()
         elif top == "base":
+            self._note_touch(f"base/{rest.partition('/')[0]}")
             for name in sorted(self._listed):
                 self._check_whole(name)
         elif top.isdecimal():
+            self._note_touch(top)
             is_listed = self._view.is_listed(top)
             if is_listed != (top in self._listed):
                 self._note_act(f"{'commits' if is_listed else 'deletes'} step {top}")
@@ -102,8 +118,15 @@ class Watch:
         if before > self._ousted.get(process.pid, float("inf")):
             self.violations.append(f"process {process} {what} although it could know that it has been ousted")
 
+    def _note_touch(self, folder: str) -> None:
+        """Note that a program that has been ousted, or a late request, changes something in the place of a step."""
+        acting = self._scheduler.acting
+        is_late = self._scheduler.process is None
+        if self._in_place and acting is not None and (is_late or acting[0].pid in self._ousted):
+            self.touched.add(folder)
+
     def _check_whole(self, step: str) -> None:
-        if (problem := self._problem(step)) is not None:
+        if step not in self.touched and (problem := self._problem(step)) is not None:
             self.violations.append(f"step {step} is listed, but {problem}")
 
     def _problem(self, step: str) -> str | None:
@@ -120,6 +143,8 @@ class Watch:
         bases = {leaf.get("base") for item in manifest["items"].values() for leaf in item["leaves"].values()}
         for base in bases - {None}:
             folder = f"base/{base}"
+            if folder in self.touched:
+                continue
             if not self._view.is_listed(folder):
                 return f"its {folder} is not there"
             if (problem := self._problem(folder)) is not None:
@@ -143,13 +168,16 @@ class Watch:
             if len(outcomes) > 1:
                 self.violations.append(f"program {program}, step {step} has two outcomes: {outcomes}")
 
+    def _may_be_damaged(self, step: int) -> bool:
+        return str(step) in self.touched or any(folder.startswith("base/") for folder in self.touched)
+
     def _check_restores(self, history: History) -> None:
         by_program: dict[int, set[tuple[int, ...] | None]] = {}
         for came in history.came:
             acknowledged = [one.step for one in history.saved if one.outcome == "committed" and one.at <= came.began]
-            newest = max(acknowledged, default=-1)
+            newest = max((step for step in acknowledged if not self._may_be_damaged(step)), default=-1)
             who = f"process {came.program}.{came.process}"
-            if "CorruptCheckpointError" in came.error:
+            if "CorruptCheckpointError" in came.error and not self.touched:
                 self.violations.append(f"{who} finds no good step: {came.error}")
             elif not came.error and (-1 if came.step is None else came.step) < newest:
                 self.violations.append(f"{who} restores step {came.step}, but step {newest} was acknowledged")

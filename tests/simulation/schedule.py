@@ -23,7 +23,7 @@ WHATS: tuple[What, ...] = (
     *("kill", "kill after", "kill all", "suspend", "suspend after", "slow", "drop", "lose", "late"),
 )
 REQUESTS = (
-    *("create", "move", "unlink", "put", "read", "list", "exists", "flush"),  # of the storage
+    *("create", "copy", "move", "unlink", "put", "read", "list", "exists", "flush"),  # of the storage
     *("look ", "swap "),  # at the owner's record
     *("set ", "get ", "dir "),  # of the coordination service
 )

@@ -147,9 +147,9 @@ class OrbaxStorage(RunFolder):
 
     def _commit(self, step: int, folder: str) -> None:
         """Make a step that is complete durable, and have it listed."""
-        if self.is_uri:
+        if self.objects is not None:
             self.check_owned()
-            self.files.create(f"{step}/{COMMITTED}", self._ownership.token.encode())
+            self.objects.copy(folder, MANIFEST_FILE, COMMITTED)
             self._finish(folder)
             return
         self.files.flush(folder)

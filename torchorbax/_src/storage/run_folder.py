@@ -37,7 +37,8 @@ MANIFEST_FILE = f"{MANIFEST}/metadata"
 BASE = "base"
 """The subfolder with the run's bases, which hold its frozen parameters."""
 COMMITTED = "commit_success.txt"
-"""The commit marker of a step under a URI. Orbax's name for it."""
+"""The commit marker of a step under a URI. Orbax's name for it. It is a copy of the manifest, so that it cannot be made
+when the manifest is gone: a program that has been suspended commits nothing of which another has disposed."""
 MOST_MANIFEST_BYTES = 1 << 30
 """No manifest is larger: a million leaves take less than half of that."""
 
@@ -74,6 +75,7 @@ class RunFolder:
         path: the absolute path or URI.
         is_uri: is the folder under a URI, and not on a local disk?
         files: the files below the path.
+        objects: the same under a URI, with what only objects can do.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout_s: float, parent: RunFolder | None = None) -> None:
@@ -83,10 +85,11 @@ class RunFolder:
         self._parent = parent
         self._told: set[str] = set()  # names that are no steps, of which a warning has told
         self.files: Files
+        self.objects: GcsFiles | None = None
         record: Record
         if self.is_uri:
-            objects = GcsFiles(self.path, timeout_s)
-            self.files, record = objects, GcsRecord(objects)
+            self.files = self.objects = objects = GcsFiles(self.path, timeout_s)
+            record = GcsRecord(objects)
         else:
             self.files = folders = LocalFiles(self.path)
             record = LocalRecord(folders)
@@ -123,9 +126,13 @@ class RunFolder:
         """Is a folder whose name is a number a step, whole or damaged? An empty folder may be one, too."""
         inside = self.files.entries(folder)
         return not inside or any(
-            name in _OF_A_STEP or any(below.name in _OF_AN_ITEM for below in self.files.entries(f"{folder}/{name}"))
-            for name, _ in inside
+            name in _OF_A_STEP or (kind == "folder" and self._may_be_item(f"{folder}/{name}")) for name, kind in inside
         )
+
+    def _may_be_item(self, folder: str) -> bool:
+        """Is a folder in a step an item? Under a URI no folder is empty, so one that is now is being deleted."""
+        inside = self.files.entries(folder)
+        return (self.is_uri and not inside) or any(entry.name in _OF_AN_ITEM for entry in inside)
 
     def create(self, *, takeover: bool = False) -> None:
         """Create the folder, check that it can be written to, and become its owner.
@@ -286,7 +293,7 @@ class RunFolder:
         if self.is_uri:
             self._begin(str(step))
             self.files.delete_file(f"{step}/{COMMITTED}")
-            self.files.delete_folder(str(step))
+            self._delete_uncommitted(str(step))
             self._finish(str(step))
         else:
             self._ownership.check()
@@ -311,11 +318,22 @@ class RunFolder:
             try:
                 _logger.info("removing %s/%s, left behind by an interrupted save or deletion", self.path, folder)
                 # Under a URI it stays on the list until it is seen to be gone: a write given up may still arrive.
-                self.files.delete_folder(folder)
+                if self.is_uri:
+                    self._delete_uncommitted(folder)
+                else:
+                    self.files.delete_folder(folder)
             except StorageError as error:
                 _logger.warning("%s could not be removed, trying later: %s", folder, error)
                 if self.is_uri:  # no answer: each further deletion would take as long to fail
                     return
+
+    def _delete_uncommitted(self, folder: str) -> None:
+        """Delete a step under a URI that is not committed. Without its manifest it cannot be, so that goes first."""
+        self.files.delete_file(f"{folder}/{MANIFEST_FILE}")
+        if not self._is_committed(folder):
+            self.files.delete_folder(folder)
+        elif self.objects is not None:  # a program that has been suspended has committed it meanwhile, so it stays
+            self.objects.copy(folder, COMMITTED, MANIFEST_FILE)
 
     def unfinished(self) -> list[int]:
         """See `Storage.unfinished`. A local disk has none."""
