@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import google_crc32c
 from torchorbax._src.format.manifest import FileDigest
 from torchorbax._src.storage.files import Entry, NotAFileError
-from torchorbax._src.storage.owner_records import LocalRecord
+from torchorbax._src.storage.owner_records import LOCK_PATIENCE_S, LocalRecord
 from torchorbax.errors import StorageError
 
 from tests.simulation.scheduler import NoAnswerError, Process, Scheduler
@@ -293,8 +293,11 @@ class SimulatedRecord(LocalRecord):
         if self._disk.is_shared:
             yield
             return
+        deadline = scheduler.now + LOCK_PATIENCE_S
         while (holder := self._disk.locks.get(folder)) is not None and holder.alive:
-            scheduler.sleep(0.01)
+            if scheduler.now > deadline:
+                raise StorageError(folder, "another program holds the lock")
+            scheduler.sleep(0.1)
         self._disk.locks[folder] = scheduler.running
         try:
             yield

@@ -55,7 +55,7 @@ class Watch:
 
     Attributes:
         violations: what must not be, in words.
-        touched: the folders of steps and bases that a program changed after it had been ousted, or a late request.
+        touched: the steps in whose folders a program changed something after it had been ousted, or a late request.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class Watch:
         if path == OWNER:
             self._note_owner()
         elif top == "base":
-            self._note_touch(f"base/{rest.partition('/')[0]}")
             for name in sorted(self._listed):
                 self._check_whole(name)
         elif top.isdecimal():
@@ -143,8 +142,6 @@ class Watch:
         bases = {leaf.get("base") for item in manifest["items"].values() for leaf in item["leaves"].values()}
         for base in bases - {None}:
             folder = f"base/{base}"
-            if folder in self.touched:
-                continue
             if not self._view.is_listed(folder):
                 return f"its {folder} is not there"
             if (problem := self._problem(folder)) is not None:
@@ -168,14 +165,11 @@ class Watch:
             if len(outcomes) > 1:
                 self.violations.append(f"program {program}, step {step} has two outcomes: {outcomes}")
 
-    def _may_be_damaged(self, step: int) -> bool:
-        return str(step) in self.touched or any(folder.startswith("base/") for folder in self.touched)
-
     def _check_restores(self, history: History) -> None:
         by_program: dict[int, set[tuple[int, ...] | None]] = {}
         for came in history.came:
             acknowledged = [one.step for one in history.saved if one.outcome == "committed" and one.at <= came.began]
-            newest = max((step for step in acknowledged if not self._may_be_damaged(step)), default=-1)
+            newest = max((step for step in acknowledged if str(step) not in self.touched), default=-1)
             who = f"process {came.program}.{came.process}"
             if "CorruptCheckpointError" in came.error and not self.touched:
                 self.violations.append(f"{who} finds no good step: {came.error}")

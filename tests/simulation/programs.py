@@ -110,10 +110,7 @@ class _WithFrozen:
 
 
 def _weights(program: int, step: int, process: int) -> dict[str, np.ndarray]:
-    return {
-        "w": np.array([program, step, process], np.int32),
-        "b": np.array([step, program, process], np.float32),
-    }
+    return {"w": np.array([program, step, process], np.int32)}
 
 
 class TrainingProcess:
@@ -168,7 +165,7 @@ class TrainingProcess:
             if "newest step" not in str(error) and "already saved" not in str(error):
                 raise
         finally:
-            self._process.alive = False
+            self._scheduler.end(self._process)
 
     def _run(self) -> None:
         index, began = self._process.index, self._scheduler.now - self._process.stopped_s

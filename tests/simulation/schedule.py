@@ -23,7 +23,8 @@ WHATS: tuple[What, ...] = (
     *("kill", "kill after", "kill all", "suspend", "suspend after", "slow", "drop", "lose", "late"),
 )
 REQUESTS = (
-    *("create", "copy", "move", "unlink", "put", "read", "list", "exists", "flush"),  # of the storage
+    *("create", "fill", "copy", "move", "unlink", "put", "replace"),  # of the storage
+    *("read", "list", "exists", "flush", "digests"),
     *("look ", "swap "),  # at the owner's record
     *("set ", "get ", "dir "),  # of the coordination service
 )
@@ -85,7 +86,7 @@ class Schedule:
         keep: see `Checkpointer`.
         verify_after_save: see `Checkpointer`.
         frozen: has the state frozen parameters?
-        foreign: is there a step of another run in the folder?
+        foreign: is there a step of another run in the folder? Its state has no frozen parameters.
     """
 
     seed: int = 0
@@ -111,6 +112,7 @@ def generated(seed: int, processes: int | None = None) -> Schedule:
     draw = random.Random(seed)
     store: Store = draw.choice(("local", "nfs", "gcs", "gcs"))
     programs = tuple(_program(draw, processes, is_first=number == 0) for number in range(draw.choice((1, 1, 2, 2, 3))))
+    special = draw.choice((None, None, None, "frozen", "foreign"))
     faults = tuple(_fault(draw, programs) for _ in range(draw.choice((0, 1, 1, 2, 2, 3, 4))))
     return Schedule(
         seed,
@@ -119,8 +121,8 @@ def generated(seed: int, processes: int | None = None) -> Schedule:
         faults,
         keep=draw.choice((1, 1, 2, 3)),
         verify_after_save=draw.choice(("first", "first", True, False)),
-        frozen=draw.random() < 0.2,
-        foreign=draw.random() < 0.2,
+        frozen=special == "frozen",
+        foreign=special == "foreign",
     )
 
 
@@ -131,7 +133,7 @@ def _program(draw: random.Random, processes: int | None, *, is_first: bool) -> P
     start_s = None if is_first or draw.random() < 0.4 else draw.choice((0.0, 0.3, 2.0, 8.0, 35.0, 70.0, 120.0))
     return Program(
         several if processes is None else processes,
-        draw.randint(1, 4),
+        draw.choice((1, 1, 2, 2, 3)),
         start_s,
         takeover=draw.random() < 0.35,
         elsewhere=draw.random() < 0.7,

@@ -118,6 +118,7 @@ class Scheduler:
         self._current: _Task | None = None
         self._hub: Any = greenlet.getcurrent()
         self.processes: list[Process] = []
+        self.alive: set[Process] = set()
 
     # For the code of processes.
 
@@ -186,7 +187,7 @@ class Scheduler:
             self._suspend(process, seconds)
         if what in ("drop", "lose", "late"):
             process.cut_until[domain] = self.now + (seconds if what != "late" else 0.0)
-        latency = process.draw.random() ** 4 * 0.1
+        latency = process.draw.random() ** 4 * 0.15
         self.sleep(latency + (seconds if what == "slow" else 0.0))
         process.stopped_s += seconds if what == "slow" else 0.0
         if what not in ("drop", "lose", "late"):
@@ -205,12 +206,16 @@ class Scheduler:
             self._suspend(process, seconds)
         if what == "lose":
             self._lost(process, domain)
-        self.sleep(latency / 2)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     # For the simulation.
+
+    def add(self, process: Process) -> None:
+        """Take a new process in."""
+        self.processes.append(process)
+        self.alive.add(process)
 
     def start(self, process: Process, body: Callable[[], object]) -> None:
         """Start a thread of a process."""
@@ -230,9 +235,14 @@ class Scheduler:
     def kill(self, *processes: Process) -> None:
         """End processes at once. If the running one is among them, this does not return."""
         for process in processes:
-            process.alive = False
+            self.end(process)
         if self._current is not None and self._current.process in processes:
             raise Killed
+
+    def end(self, process: Process) -> None:
+        """Note that a process has ended."""
+        self.alive.discard(process)
+        process.alive = False
 
     def at(self, seconds: float, action: Callable[[], None]) -> None:
         """Do something outside of all processes, at this time or as soon as possible."""
@@ -245,7 +255,7 @@ class Scheduler:
             NeverEndsError: it does not end.
         """
         try:
-            while not ended():
+            while self.alive or not ended():
                 if not self._due or self._due[0][0] > _LONGEST_S:
                     waiting = sorted({str(process) for process in self.processes if process.alive})
                     raise NeverEndsError(f"these processes wait for ever: {', '.join(waiting)}")
@@ -257,7 +267,7 @@ class Scheduler:
 
     def _end(self) -> None:
         for process in self.processes:
-            process.alive = False
+            self.end(process)
         for task in self._tasks:
             if not task.greenlet.dead:
                 self._current = task

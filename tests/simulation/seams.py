@@ -176,6 +176,7 @@ def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, na
     real = ownership.Ownership
     replaced += [
         mock.patch.object(step_info, "_read", both_clocks),
+        mock.patch.object(channel, "_POLL_S", 5.0),  # less often, for speed
         mock.patch.object(run_folder, "Ownership", functools.partial(real, now=clock.time, wait=scheduler.sleep)),
         # A process keeps its run to its end, and then nothing of it runs any more.
         mock.patch.object(run_folder, "weakref", types.SimpleNamespace(finalize=lambda *_: types.SimpleNamespace())),

@@ -144,13 +144,11 @@ class World:
         started, programs = len(self._programs), self.schedule.programs
         if started < len(programs) and programs[started].start_s is not None and started:
             return False  # it has been put down for its time
-        if any(process.alive for process in self.scheduler.processes):
-            return False
         if started < len(programs):
             self._start(programs[started])
             return False
         if started == len(programs):
-            self._start(Program(programs[-1].processes, steps=2))
+            self._start(Program(programs[-1].processes, steps=1))
             return False
         if started == len(programs) + 1:
             self._check_last()
@@ -200,7 +198,7 @@ class World:
         draw = random.Random(f"{self.schedule.seed} {number} {index}")
         clock_s = 0.0 if host == "here" else program.clock_s
         process = Process(number, index, self._pids, host, clock_s, draw, faults)
-        self.scheduler.processes.append(process)
+        self.scheduler.add(process)
         return process
 
     def _check_last(self) -> None:
@@ -230,7 +228,7 @@ class World:
                     if self.watch.touched:
                         continue
                     self.watch.violations.append(f"step {step} is listed at the end, but {error}")
-            reader.alive = False
+            self.scheduler.end(reader)
 
         self.scheduler.start(reader, verify)
 

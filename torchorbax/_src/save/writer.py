@@ -263,7 +263,8 @@ class _StepWriting:
             with self._as_save_error(), self._channel.announcing("commit") as announce:
                 self._manifest = self._write()
                 self._steps.commit(self._manifest)
-                announce({"metrics": self._manifest.metrics, "nbytes": nbytes})
+                with self._as_save_error(committed=True):  # the others may have heard it, even if no answer comes back
+                    announce({"metrics": self._manifest.metrics, "nbytes": nbytes})
         else:
             outcome = self._write_and_hear()
             self._manifest = dataclasses.replace(self._manifest, metrics=outcome["metrics"])

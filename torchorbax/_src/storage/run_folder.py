@@ -50,6 +50,7 @@ _PROBE = ".torchorbax-probe-"
 _PARTIAL = re.compile(r"\.torchorbax-[a-z]+\.\d+\.partial")
 _OF_A_STEP = ("_CHECKPOINT_METADATA", MANIFEST, COMMITTED)
 _OF_AN_ITEM = ("_METADATA", "manifest.ocdbt", "d", "metadata")
+_OF_A_PROCESS = "ocdbt.process_"
 
 _MAY_PASS = (
     *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EBUSY, errno.EINTR, errno.EAGAIN),
@@ -132,7 +133,8 @@ class RunFolder:
     def _may_be_item(self, folder: str) -> bool:
         """Is a folder in a step an item? Under a URI no folder is empty, so one that is now is being deleted."""
         inside = self.files.entries(folder)
-        return (self.is_uri and not inside) or any(entry.name in _OF_AN_ITEM for entry in inside)
+        known = any(name in _OF_AN_ITEM or name.startswith(_OF_A_PROCESS) for name, _ in inside)
+        return known or (self.is_uri and not inside)
 
     def create(self, *, takeover: bool = False) -> None:
         """Create the folder, check that it can be written to, and become its owner.
