@@ -127,9 +127,7 @@ def generated(seed: int, processes: int | None = None) -> Schedule:
 
 
 def _program(draw: random.Random, processes: int | None, *, is_first: bool) -> Program:
-    several = draw.choices(
-        (1, 2, 3, draw.randint(4, 8), draw.randint(9, 64)), weights=(0.34, 0.42, 0.17, 0.06, 0.01)
-    )[0]
+    several = draw.choices((1, 2, 3, draw.randint(4, 8), draw.randint(9, 64)), weights=(50, 37, 10, 2.7, 0.3))[0]
     start_s = None if is_first or draw.random() < 0.4 else draw.choice((0.0, 0.3, 2.0, 8.0, 35.0, 70.0, 120.0))
     return Program(
         several if processes is None else processes,

@@ -24,7 +24,7 @@ Domain = Literal["disk", "objects", "service"]
 
 _CLIENT_PATIENCE_S = 1.0
 """How long a client waits for an answer that does not come before it takes the request for lost."""
-_LONGEST_S = 5 * 86_400.0
+_LONGEST_S = 6 * 3600.0
 """Virtual seconds after which a simulation counts as one that never ends."""
 
 

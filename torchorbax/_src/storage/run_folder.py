@@ -226,12 +226,22 @@ class RunFolder:
         Raises:
             StorageError: the storage does not answer.
         """
+        names = self._step_folders()
+        while True:
+            found = {name for name in names if self._is_committed(name)}
+            # Under a URI, one may have been deleted since it was listed, because a newer one has been committed.
+            if found == names or not (again := self._step_folders()) - names:
+                return sorted(map(int, found))
+            names = again
+
+    def _step_folders(self) -> set[str]:
+        """The folders whose names are those of steps."""
         entries = [entry for entry in self.files.entries() if _is_step(entry.name)]
         for entry in entries:
             if entry.kind == "other" and entry.name not in self._told:
                 self._told.add(entry.name)
                 _logger.warning("%s/%s is a link or a device, and so not taken for a step", self.path, entry.name)
-        return sorted(int(entry.name) for entry in entries if entry.kind == "folder" and self._is_committed(entry.name))
+        return {entry.name for entry in entries if entry.kind == "folder"}
 
     def _is_committed(self, name: str) -> bool:
         return not self.is_uri or self.files.exists(f"{name}/{COMMITTED}")
