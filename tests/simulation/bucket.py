@@ -164,7 +164,7 @@ class Sequential:
 
     TimeoutError = TimeoutError
 
-    class asyn:  # noqa: N801
+    class asyn:
         @staticmethod
         def sync(loop: object, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
             return finished(function())

@@ -7,10 +7,10 @@
 - Nothing is deleted that is not the run's own.
 - Whoever has been ousted commits and deletes nothing more, but for one request that was on its way.
 
-Under gs:// a step is written in its place, and docs/reliability.md names what that leaves open: a program that is ousted
-while it writes a step may go on, until it looks at the record again, and a request that its client has given up may still
-arrive. If that changes a step of the same number that somebody else has saved, the step is *touched*. It may then be
-damaged, but that is noticed: it is never restored with other values, and an older step is restored instead.
+Under gs:// a step is written in its place, and docs/reliability.md names what that leaves open: a program that is
+ousted while it writes a step may go on, until it looks at the record again, and a request that its client has given up
+may still arrive. If that changes a step of the same number that somebody else has saved, the step is *touched*. It may
+then be damaged, but that is noticed: it is never restored with other values, and an older step is restored instead.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Watch:
 
     Attributes:
         violations: what must not be, in words.
-        touched: the steps in whose folders a program changed something after it had been ousted, or a late request.
+        touched: the steps in whose folders an ousted program or a late request has changed something.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Watch:
 
     def changed(self, path: str) -> None:
         """Look at what a change of a file or folder has done; the path is one below the run's."""
-        top, _, rest = path.partition("/")
+        top = path.partition("/")[0]
         if path == OWNER:
             self._note_owner()
         elif top == "base":

@@ -176,9 +176,7 @@ def _simpler(schedule: Schedule) -> Iterator[Schedule]:
     for at in range(len(faults)):
         yield replace(schedule, faults=(*faults[:at], *faults[at + 1 :]))
     for at in range(len(programs) if len(programs) > 1 else 0):
-        left = [
-            replace(fault, program=fault.program - (fault.program > at)) for fault in faults if fault.program != at
-        ]
+        left = [replace(fault, program=fault.program - (fault.program > at)) for fault in faults if fault.program != at]
         yield replace(schedule, programs=(*programs[:at], *programs[at + 1 :]), faults=tuple(left))
     for at, program in enumerate(programs):
         needed = max((fault.process for fault in faults if fault.program == at), default=0)
@@ -192,10 +190,10 @@ def _simpler(schedule: Schedule) -> Iterator[Schedule]:
             {"start_s": None},
             {"elsewhere": True},
         ):
-            simpler = replace(program, **change)  # type: ignore[arg-type]
+            simpler = replace(program, **change)
             if simpler != program and simpler.processes >= 1 and simpler.steps >= 1:
                 yield replace(schedule, programs=(*programs[:at], simpler, *programs[at + 1 :]))
     for plain in ({"foreign": False}, {"frozen": False}, {"verify_after_save": False}, {"keep": 1}, {"seed": 0}):
-        simpler_one = replace(schedule, **plain)  # type: ignore[arg-type]
+        simpler_one = replace(schedule, **plain)
         if simpler_one != schedule:
             yield simpler_one

@@ -104,7 +104,7 @@ class Scheduler:
         now: the virtual time in seconds.
         trace: every request in the order in which it was acted on, for people.
         errors: exceptions that no process should raise.
-        acting: while a request is acted on, the process that made it, and when its thread's request before was acted on.
+        acting: while a request is acted on: who made it, and when the request before of the same thread was acted on.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Scheduler:
         self.trace: list[str] = []
         self.errors: list[str] = []
         self.acting: tuple[Process, float] | None = None
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._due: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self._tasks: list[_Task] = []
         self._current: _Task | None = None
@@ -244,7 +244,7 @@ class Scheduler:
         self.alive.discard(process)
         process.alive = False
 
-    def at(self, seconds: float, action: Callable[[], None]) -> None:
+    def at(self, seconds: float, action: Callable[[], object]) -> None:
         """Do something outside of all processes, at this time or as soon as possible."""
         self._at(max(self.now, seconds), action)
 
@@ -282,7 +282,7 @@ class Scheduler:
             raise Killed
         return task
 
-    def _at(self, when: float, action: Callable[[], None]) -> None:
+    def _at(self, when: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._due, (when, next(self._order), action))
 
     def _resume_at(self, when: float, task: _Task, ticket: int) -> None:
@@ -347,13 +347,13 @@ class SimulatedThreads:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
-    def Thread(self, target: Callable[[], object], name: str, daemon: bool) -> SimulatedThread:  # noqa: N802
+    def Thread(self, target: Callable[[], object], name: str, daemon: bool) -> SimulatedThread:
         return SimulatedThread(self._scheduler, target)
 
-    def RLock(self) -> SimulatedLock:  # noqa: N802
+    def RLock(self) -> SimulatedLock:
         return SimulatedLock(self._scheduler)
 
-    def Event(self) -> SimulatedEvent:  # noqa: N802
+    def Event(self) -> SimulatedEvent:
         return SimulatedEvent(self._scheduler)
 
 

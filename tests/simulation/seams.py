@@ -23,6 +23,7 @@ from torchorbax._src.storage import (
     files_at,
     gcs,
     gcs_files,
+    inspection,
     orbax_storage,
     ownership,
     run_folder,
@@ -131,7 +132,7 @@ class _AtOnce(ThreadPoolExecutor):
     def __init__(self, most: int, name: str) -> None:
         super().__init__(most, name)
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         function(*args, **kwargs)
 
 
@@ -148,8 +149,8 @@ def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, na
         blobs = BucketBlobs(bucket, 20.0)
         replaced += [
             mock.patch.object(gcs, "prepare", lambda root, timeout_s: SimulatedGcs(bucket, timeout_s)),
-            mock.patch.object(gcs, "check_access", lambda path, timeout_s: None),
-            mock.patch.object(gcs, "check_supported", lambda path: None),
+            mock.patch.object(gcs, "check_access"),
+            mock.patch.object(gcs, "check_supported"),
             mock.patch.multiple(gcs_files, asyncio=Sequential, fsspec=Sequential),
         ]
     else:
@@ -165,7 +166,7 @@ def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, na
         ]
     arrays = SimulatedArrays(blobs)
     replaced.append(mock.patch.multiple(orbax_storage, orbax_commit=arrays, array_writer=arrays, array_reader=arrays))
-    replaced.append(mock.patch.object(orbax_storage.inspection, "other_bytes", lambda step, manifest_bytes: 0))
+    replaced.append(mock.patch.object(inspection, "other_bytes", return_value=0))
     # Clocks, threads, numbers of processes, unique names.
     for module in (channel, processes, ownership, steps, step_info, tier, background_save, slow_saves, save_decision):
         replaced.append(mock.patch.object(module, "time", clock))

@@ -21,8 +21,8 @@ from tests.simulation.bucket import Bucket
 from tests.simulation.disk import Disk, Folder, files_below
 from tests.simulation.invariants import MARKER, Watch, check_wait
 from tests.simulation.programs import STORAGE_TIMEOUT_S, History, TrainingProcess
-from tests.simulation.scheduler import NeverEndsError, Process, Scheduler
 from tests.simulation.schedule import Program, Schedule, Store
+from tests.simulation.scheduler import NeverEndsError, Process, Scheduler
 from tests.simulation.seams import simulated
 from tests.simulation.service import SimulatedService
 

@@ -104,7 +104,7 @@ class LocalRecord:
 
 
 def _locked_in_time(descriptor: int) -> bool:
-    """Wait for the lock on a folder. True also without locks: two programs that start at once are seen a little later."""
+    """Wait for the lock on a folder. True also without locks: then two programs that start at once are seen later."""
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:

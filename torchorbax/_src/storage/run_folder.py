@@ -10,16 +10,13 @@ of unfinished folders under a URI.
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import os
 import re
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 from torchorbax._src.format import bounded_json
 from torchorbax._src.storage import gcs
@@ -28,6 +25,7 @@ from torchorbax._src.storage.gcs_files import GcsFiles
 from torchorbax._src.storage.local_files import LocalFiles
 from torchorbax._src.storage.owner_records import GcsRecord, LocalRecord
 from torchorbax._src.storage.ownership import Ownership, Record
+from torchorbax._src.storage.run_path import absolute, as_config_error
 from torchorbax.errors import CheckpointNotFoundError, ConfigError, StorageError
 
 MANIFEST = "manifest"
@@ -52,12 +50,6 @@ _OF_A_STEP = ("_CHECKPOINT_METADATA", MANIFEST, COMMITTED)
 _OF_AN_ITEM = ("_METADATA", "manifest.ocdbt", "d", "metadata")
 _OF_A_PROCESS = "ocdbt.process_"
 
-_MAY_PASS = (
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EBUSY, errno.EINTR, errno.EAGAIN),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-)
-"""Errors of the system that say nothing about a path: something is broken or lacking now."""
-
 _logger = logging.getLogger(__name__)
 
 
@@ -80,7 +72,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout_s: float, parent: RunFolder | None = None) -> None:
-        self.path = _absolute(path)
+        self.path = absolute(path)
         self.is_uri = gcs.is_uri(self.path)
         self._timeout_s = timeout_s
         self._parent = parent
@@ -103,7 +95,7 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise ConfigError if the path is a file, or a folder that holds other things than a run."""
-        with _as_config_error(self.path):
+        with as_config_error(self.path):
             if not self.is_uri and os.path.exists(self.path) and not os.path.isdir(self.path):
                 raise ConfigError(f"{self.path} is a file; a run needs a folder")
             found = self.files.entries()
@@ -148,7 +140,7 @@ class RunFolder:
         """
         self.check()
         probe = f"{_PROBE}{uuid.uuid4().hex}"
-        with _as_config_error(self.path):
+        with as_config_error(self.path):
             if not self.is_uri:
                 os.makedirs(self.path, exist_ok=True)
             self.files.write(probe, b"")
@@ -211,7 +203,7 @@ class RunFolder:
 
     def check_visible(self) -> None:
         """Raise ConfigError if this process cannot see the folder that process 0 has created."""
-        with _as_config_error(self.path):
+        with as_config_error(self.path):
             if not self.is_uri and not os.path.isdir(self.path):
                 raise ConfigError(
                     f"{self.path} was made by another process of this run and cannot be seen here; several processes "
@@ -395,36 +387,3 @@ def _is_step(name: str) -> bool:
 def few(names: Sequence[str]) -> str:
     """The first five names, for a message."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    """The absolute path or the URI. Raises ConfigError if it cannot name a run."""
-    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
-        raise ConfigError(f"a path must be a string or a Path, not {path!r}")
-    path = str(path)
-    if "\\" in path:
-        raise ConfigError(f"{path}: Orbax loses files below a path with a backslash in it; choose another")
-    if not gcs.is_uri(path):
-        if re.match(r"[a-z0-9]+:/", path):
-            raise ConfigError(f"{path}: a URI has two slashes: {path.replace(':/', '://', 1)}")
-        try:
-            return str(Path(path).expanduser().absolute())
-        except RuntimeError as error:
-            raise ConfigError(f"{path}: {error}") from error
-    gcs.check_supported(path)
-    return path.rstrip("/")
-
-
-@contextmanager
-def _as_config_error(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (StorageError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ is not None else error
-        if isinstance(error, StorageError) and isinstance(cause, OSError) and cause.errno in _MAY_PASS:
-            raise
-        if gcs.is_uri(path):
-            raise gcs.refused(path, cause) from error
-        refused = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        advice = "; to restore from it without writing, open it with read_only=True" if refused else ""
-        raise ConfigError(f"{path} cannot be used for a run: {type(cause).__name__}: {cause}{advice}") from error
