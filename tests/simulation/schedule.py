@@ -22,13 +22,13 @@ What = Literal[
 WHATS: tuple[What, ...] = (
     *("kill", "kill after", "kill all", "suspend", "suspend after", "slow", "drop", "lose", "late"),
 )
-REQUESTS = (
-    *("create", "fill", "copy", "move", "unlink", "put", "replace"),  # of the storage
+OF_STORAGE = (
+    *("create", "fill", "copy", "move", "unlink", "put", "replace"),
     *("read", "list", "exists", "flush", "digests"),
-    *("look ", "swap "),  # at the owner's record
-    *("set ", "get ", "dir "),  # of the coordination service
+    *("look ", "swap "),  # at the owner's record, and to change it
 )
-"""What faults are aimed at: labels of requests begin with, or contain, one of these."""
+REQUESTS = (*OF_STORAGE, "set ", "get ", "dir ")
+"""What faults are aimed at: parts of the labels of requests. The last three are of the coordination service."""
 _SECONDS = (0.0, 0.5, 3.0, 15.0, 45.0, 100.0, 400.0)
 
 
@@ -110,6 +110,8 @@ def generated(seed: int, processes: int | None = None) -> Schedule:
         processes: how many the programs have; None leaves that to the seed.
     """
     draw = random.Random(seed)
+    if draw.random() < 0.2 and processes in (None, 1):
+        return two_owners(seed)
     store: Store = draw.choice(("local", "nfs", "gcs", "gcs"))
     programs = tuple(_program(draw, processes, is_first=number == 0) for number in range(draw.choice((1, 1, 2, 2, 3))))
     special = draw.choice((None, None, None, "frozen", "foreign"))
@@ -123,6 +125,34 @@ def generated(seed: int, processes: int | None = None) -> Schedule:
         verify_after_save=draw.choice(("first", "first", True, False)),
         frozen=special == "frozen",
         foreign=special == "foreign",
+    )
+
+
+def two_owners(seed: int) -> Schedule:
+    """A schedule in which the owner stops in the midst of something, and goes on when another has taken over."""
+    draw = random.Random(f"two owners {seed}")
+    stops = Fault(
+        program=0,
+        process=0,
+        at=draw.choice(OF_STORAGE),
+        nth=draw.choice((0, 0, 1, 1, 2, 3, 4, 6)),
+        what=draw.choice(("suspend", "suspend after", "slow", "late")),
+        seconds=draw.choice((45.0, 100.0, 400.0)),
+    )
+    second = Program(
+        steps=draw.choice((1, 2)),
+        start_s=draw.choice((4.0, 8.0, 35.0, 70.0)),
+        takeover=draw.random() < 0.5,
+        clock_s=draw.choice((0.0, 20.0)),
+    )
+    return Schedule(
+        seed,
+        draw.choice(("local", "nfs", "gcs", "gcs")),
+        (Program(steps=draw.choice((2, 3))), second),
+        (stops,),
+        keep=draw.choice((1, 2)),
+        verify_after_save=draw.choice(("first", False)),
+        frozen=draw.random() < 0.2,
     )
 
 

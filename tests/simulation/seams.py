@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
+import numpy as np
+from torchorbax._src.arrays import fingerprint
 from torchorbax._src.distributed import channel, processes
 from torchorbax._src.run import background_save, save_decision, slow_saves, step_choice, tier
 from torchorbax._src.storage import (
@@ -126,6 +128,21 @@ class _System:
         return self._disk is not None and self._disk.there(path)
 
 
+_start = fingerprint._start_on_host
+
+
+def _sums(part: np.ndarray, first: tuple[int, ...], shape: tuple[int, ...]) -> Callable[[], fingerprint.Sums]:
+    """The sums of an array, which are computed once for each content: there are few."""
+    return lambda: _computed(part.tobytes(), part.dtype, part.shape, first, shape)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _computed(
+    data: bytes, dtype: np.dtype, of_part: tuple[int, ...], first: tuple[int, ...], shape: tuple[int, ...]
+) -> fingerprint.Sums:
+    return _start(np.frombuffer(data, dtype).reshape(of_part), first, shape)()
+
+
 class _AtOnce(ThreadPoolExecutor):
     """Runs what is submitted on the caller's own thread: a simulated program waits for each save."""
 
@@ -164,6 +181,7 @@ def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, na
             mock.patch.multiple(run_folder, LocalFiles=files, LocalRecord=SimulatedRecord),
             mock.patch.object(files_at, "LocalFiles", files),
         ]
+    replaced.append(mock.patch.object(fingerprint, "_start_on_host", _sums))
     arrays = SimulatedArrays(blobs)
     replaced.append(mock.patch.multiple(orbax_storage, orbax_commit=arrays, array_writer=arrays, array_reader=arrays))
     replaced.append(mock.patch.object(inspection, "other_bytes", return_value=0))
