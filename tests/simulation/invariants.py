@@ -80,7 +80,8 @@ class Watch:
             for name in sorted(self._listed):
                 self._check_whole(name)
         elif top.isdecimal():
-            self._note_touch(top)
+            if path != f"{top}/{MARKER}":  # whoever has been ousted cannot commit, and that is not excused
+                self._note_touch(top)
             is_listed = self._view.is_listed(top)
             if is_listed != (top in self._listed):
                 self._note_act(f"{'commits' if is_listed else 'deletes'} step {top}")
