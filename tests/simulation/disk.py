@@ -76,9 +76,9 @@ class Disk:
         at, answer = self._seen.get(key, (-_STALE_S, None))
         if self.is_shared and self.scheduler.now - at < _STALE_S:
             return answer  # type: ignore[no-any-return]
-        found = self.asked(label, act)
+        began, found = self.scheduler.now, self.asked(label, act)
         if believed(found):
-            self._seen[key] = self.scheduler.now, found
+            self._seen[key] = began, found
         return found
 
     # What is there now, without a request.
