@@ -243,7 +243,8 @@ class TrainingProcess:
 
     def _check_refusal(self, error: ConfigError) -> None:
         """A run may be refused because the storage does not answer, and for no other reason."""
-        if "cannot be used for a run" not in str(error) and "cannot be seen here" not in str(error):
+        unanswered = "cannot be used for a run" in str(error) or "cannot be seen here" in str(error)
+        if not unanswered or "FileNotFoundError" in str(error):
             raise error
 
 

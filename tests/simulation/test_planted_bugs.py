@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +12,10 @@ import pytest
 from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.save.writer import _StepWriting
 from torchorbax._src.storage.gcs_files import GcsFiles
-from torchorbax._src.storage.local_files import LocalFiles
 from torchorbax._src.storage.orbax_storage import OrbaxStorage
 from torchorbax._src.storage.ownership import Ownership
 
-from tests.simulation.disk import SimulatedFiles
-from tests.simulation.schedule import generated
+from tests.simulation.schedule import Schedule, generated, shrunk, two_owners
 from tests.simulation.world import simulate
 
 MOST_SCHEDULES = 150
@@ -37,7 +35,7 @@ def commit_without_a_look_at_the_record() -> Any:
 
 
 def never_look_at_the_record() -> Any:
-    return mock.patch.object(Ownership, "check", lambda owner: None)
+    return mock.patch.object(Ownership, "check", return_value=None)
 
 
 def announce_before_the_commit() -> Any:
@@ -68,7 +66,7 @@ def _announced(channel: Channel) -> Any:
 
 
 def delete_whatever_has_a_number() -> Any:
-    return mock.patch.object(OrbaxStorage, "is_own", lambda storage, step: True)
+    return mock.patch.object(OrbaxStorage, "is_own", return_value=True)
 
 
 def wait_for_ever() -> Any:
@@ -103,23 +101,36 @@ def write_the_marker_whether_or_not_the_manifest_is_there() -> Any:
     return mock.patch.object(GcsFiles, "copy", copy)
 
 
-def take_any_file_for_the_manifest() -> Any:
-    """A restore that does not compare: what has been read is another step's."""
-
-    def digests(files: Any, folder: str, paths: Any) -> Any:
-        return {path: (0, "00000000") for path in paths}
-
-    return mock.patch.object(SimulatedFiles, "digests", digests)
-
-
-PLANTED: dict[Callable[[], Any], str] = {
-    commit_without_a_look_at_the_record: "although it could know that it has been ousted",
-    never_look_at_the_record: "although it could know that it has been ousted",
-    announce_before_the_commit: "two outcomes|was acknowledged",
-    delete_whatever_has_a_number: "not the run's own",
-    wait_for_ever: "wait for ever|waited",
-    delete_in_place: "is listed, but",
-    delete_the_old_before_the_new_is_there: "was acknowledged",
-    write_the_marker_whether_or_not_the_manifest_is_there: "has no manifest",
-    take_any_file_for_the_manifest: "is not what was written",
+PLANTED: dict[Callable[[], Any], tuple[Callable[[int], Schedule], str]] = {
+    commit_without_a_look_at_the_record: (two_owners, "although it could know that it has been ousted"),
+    never_look_at_the_record: (two_owners, "although it could know that it has been ousted"),
+    announce_before_the_commit: (generated, "has two outcomes|was acknowledged"),
+    delete_whatever_has_a_number: (generated, "not the run's own"),
+    wait_for_ever: (generated, "wait for ever|waited"),
+    delete_in_place: (generated, "is listed, but"),
+    delete_the_old_before_the_new_is_there: (generated, "was acknowledged"),
+    write_the_marker_whether_or_not_the_manifest_is_there: (two_owners, "is listed, but has no manifest"),
 }
+"""For each mistake: the schedules among which it is looked for, and what the simulation says about it."""
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found(plant: Callable[[], Any]) -> None:
+    schedules, expected = PLANTED[plant]
+    with plant():
+        found = next((seed for seed in range(MOST_SCHEDULES) if _finds(schedules(seed), expected)), None)
+    assert found is not None, f"not in {MOST_SCHEDULES} schedules"
+    assert not simulate(schedules(found)).violations, "without the bug, the same schedule is fine"
+
+
+def test_what_finds_a_bug_is_shrunk() -> None:
+    with announce_before_the_commit():
+        found = next(schedule for seed in range(MOST_SCHEDULES) if _finds(schedule := generated(seed), "two outcomes"))
+        simple = shrunk(found, lambda schedule: _finds(schedule, "two outcomes"))
+        assert _finds(simple, "two outcomes")
+    assert len(simple.faults) == len(simple.programs) == 1
+    assert simple.programs[0].processes == 2
+
+
+def _finds(schedule: Schedule, expected: str) -> bool:
+    return any(re.search(expected, violation) for violation in simulate(schedule).violations)
