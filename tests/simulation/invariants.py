@@ -55,7 +55,7 @@ class Watch:
 
     Attributes:
         violations: what must not be, in words.
-        touched: the steps in whose folders an ousted program or a late request has changed something.
+        touched: the folders of steps and bases in which an ousted program or a late request has changed something.
     """
 
     def __init__(
@@ -77,6 +77,8 @@ class Watch:
         if path == OWNER:
             self._note_owner()
         elif top == "base":
+            if self._scheduler.process is None:  # of an ousted program, no base has the number of another's
+                self._note_touch("/".join(path.split("/")[:2]))
             for name in sorted(self._listed):
                 self._check_whole(name)
         elif top.isdecimal():
@@ -143,6 +145,8 @@ class Watch:
         bases = {leaf.get("base") for item in manifest["items"].values() for leaf in item["leaves"].values()}
         for base in bases - {None}:
             folder = f"base/{base}"
+            if folder in self.touched:
+                continue
             if not self._view.is_listed(folder):
                 return f"its {folder} is not there"
             if (problem := self._problem(folder)) is not None:

@@ -28,7 +28,7 @@ FOUND: dict[str, Schedule] = {
         faults=(Fault(1, 0, "replace", 0, "suspend", 3.0),),
     ),
     "a record that is being written is taken for a leftover": Schedule(
-        programs=(Program(steps=2), Program(steps=1, start_s=0.9, takeover=True)),
+        programs=(Program(steps=2), Program(steps=1, start_s=0.4, takeover=True)),
         faults=(Fault(1, 0, "swap", 0, "suspend", 3.0),),
     ),
     "a rename is made twice over NFS": Schedule(
