@@ -59,12 +59,14 @@ class Disk:
                 self.changed(path)
             return answer
 
-        try:
-            answer = self.scheduler.request("disk", label, act_and_tell)
-        except NoAnswerError as error:
-            if not self.is_shared:
-                raise OSError(errno.EIO, f"{error}: {label}") from None
-            answer = self.scheduler.request("disk", f"again {label}", act_and_tell)  # the client does not give up
+        while True:
+            try:
+                answer = self.scheduler.request("disk", label, act_and_tell)
+                break
+            except NoAnswerError as error:
+                if not self.is_shared:
+                    raise OSError(errno.EIO, f"{error}: {label}") from None
+                # Over NFS the client makes it again, and does not give up.
         if changes:
             host = self.scheduler.running.host
             self._seen = {key: seen for key, seen in self._seen.items() if key[0] != host}
