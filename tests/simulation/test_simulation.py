@@ -5,12 +5,23 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from tests.simulation.schedule import WHATS, Fault, Program, Schedule, Store, generated, shrunk
 from tests.simulation.world import Report, simulate
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _objects_that_stay() -> Iterator[None]:
+    """JAX's many objects are not looked at again and again by the collector of garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("first", range(0, 1000, 250))
