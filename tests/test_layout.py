@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "storage/gcs_files": ("storage/test_gcs", "every test of gs:// goes through it"),
     "storage/owner_records": ("storage/test_two_programs", "records on a disk and under gs://, by real programs"),
     "storage/opening": ("storage/test_run_folder", "three lines that open what is at a path"),
+    "storage/run_path": ("storage/test_run_folder", "paths that can name a run, and those that cannot"),
     "storage/orbax_storage": ("storage/test_storage", "one of the two storages that must do the same"),
     "storage/traffic": ("run/test_options", "limits that are checked once, as options of a run"),
     "storage/zarr": ("storage/test_array_writer", "one layout for writer and reader"),
