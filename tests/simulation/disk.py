@@ -28,7 +28,7 @@ T = TypeVar("T")
 Folder = dict[str, Any]
 """Files, as bytes, and folders, by name."""
 
-_STALE_S = 20.0
+STALE_S = 20.0
 """For how long a machine believes over NFS what it has seen of a folder."""
 
 
@@ -75,8 +75,8 @@ class Disk:
     def asked_of_cache(self, label: str, act: Callable[[], T], believed: Callable[[T], bool]) -> T:
         """Make a request that a machine answers itself if it has asked lately, and the answer may be believed."""
         key = (self.scheduler.running.host, label)
-        at, answer = self._seen.get(key, (-_STALE_S, None))
-        if self.is_shared and self.scheduler.now - at < _STALE_S:
+        at, answer = self._seen.get(key, (-STALE_S, None))
+        if self.is_shared and self.scheduler.now - at < STALE_S:
             return answer  # type: ignore[no-any-return]
         began, found = self.scheduler.now, self.asked(label, act)
         if believed(found):

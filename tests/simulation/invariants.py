@@ -11,6 +11,9 @@ Under gs:// a step is written in its place, and docs/reliability.md names what t
 ousted while it writes a step may go on, until it looks at the record again, and a request that its client has given up
 may still arrive. If that changes a step of the same number that somebody else has saved, the step is *touched*. It may
 then be damaged, but that is noticed: it is never restored with other values, and an older step is restored instead.
+
+Over NFS, where there are no locks, two programs that open a run at the same moment may both believe for a while that
+they own it. The one that does not may restore what was listed some seconds ago; its first save tells it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from tests.simulation.disk import digest_of
-from tests.simulation.programs import BARRIER_TIMEOUT_S, History
+from tests.simulation.programs import BARRIER_TIMEOUT_S, Came, History
 from tests.simulation.scheduler import Process, Scheduler
 
 OWNER = ".torchorbax-owner"
@@ -52,6 +55,7 @@ class Watch:
         scheduler: runs everything.
         strangers: files that do not belong to the run, by path.
         in_place: are steps written in their places?
+        stale_s: how old a listing may be.
 
     Attributes:
         violations: what must not be, in words.
@@ -59,9 +63,11 @@ class Watch:
     """
 
     def __init__(
-        self, view: View, scheduler: Scheduler, strangers: Mapping[str, bytes], *, in_place: bool = False
+        self, view: View, scheduler: Scheduler, strangers: Mapping[str, bytes], *, in_place: bool, stale_s: float
     ) -> None:
         self._in_place = in_place
+        self._stale_s = stale_s
+        self._owners: list[tuple[float, int]] = []  # since when, and the number of the process
         self.violations: list[str] = []
         self._view = view
         self._scheduler = scheduler
@@ -111,6 +117,7 @@ class Watch:
                 self._ousted[self._owner] = self._scheduler.now
             self._ousted.pop(owner, None)
             self._owner = owner
+            self._owners.append((self._scheduler.now, owner))
 
     def _note_act(self, what: str) -> None:
         acting = self._scheduler.acting
@@ -170,10 +177,16 @@ class Watch:
             if len(outcomes) > 1:
                 self.violations.append(f"program {program}, step {step} has two outcomes: {outcomes}")
 
+    def _owns(self, came: Came) -> bool:
+        """Did a process's program own the run when it restored?"""
+        owner = [pid for since, pid in self._owners if since <= came.began][-1:]
+        return any(process.pid in owner and process.program == came.program for process in self._scheduler.processes)
+
     def _check_restores(self, history: History) -> None:
         by_program: dict[int, set[tuple[int, ...] | None]] = {}
         for came in history.came:
-            acknowledged = [one.step for one in history.saved if one.outcome == "committed" and one.at <= came.began]
+            seen = came.began if self._owns(came) else came.began - self._stale_s
+            acknowledged = [one.step for one in history.saved if one.outcome == "committed" and one.at <= seen]
             newest = max((step for step in acknowledged if str(step) not in self.touched), default=-1)
             who = f"process {came.program}.{came.process}"
             if "CorruptCheckpointError" in came.error and not self.touched:

@@ -18,7 +18,7 @@ from torchorbax._src.verification.step_check import check_step
 from torchorbax.errors import TorchorbaxError
 
 from tests.simulation.bucket import Bucket
-from tests.simulation.disk import Disk, Folder, files_below
+from tests.simulation.disk import STALE_S, Disk, Folder, files_below
 from tests.simulation.invariants import MARKER, Watch, check_wait
 from tests.simulation.programs import STORAGE_TIMEOUT_S, History, TrainingProcess
 from tests.simulation.schedule import Program, Schedule, Store
@@ -111,7 +111,13 @@ class World:
             view = _DiskView(self.disk, self.path)
         strangers = {path: data for path, data in view.files("").items() if not path.startswith(".torchorbax-run")}
         self.view = view
-        self.watch = Watch(view, self.scheduler, strangers, in_place=schedule.store == "gcs")
+        self.watch = Watch(
+            view,
+            self.scheduler,
+            strangers,
+            in_place=schedule.store == "gcs",
+            stale_s=STALE_S if schedule.store == "nfs" else 0.0,
+        )
 
         def changed(path: str) -> None:
             if path.startswith(below):
