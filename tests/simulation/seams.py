@@ -155,12 +155,26 @@ class _AtOnce(ThreadPoolExecutor):
 
 @contextlib.contextmanager
 def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, names: random.Random) -> Iterator[None]:
-    """Have torchorbax's code run on simulated machines, as long as the `with` block lasts."""
-    clock, threads, system = _Clock(scheduler), SimulatedThreads(scheduler), _System(scheduler, disk)
-    unique = types.SimpleNamespace(uuid4=lambda: types.SimpleNamespace(hex=f"{names.getrandbits(128):032x}"))
-    blobs: Blobs
+    """Have torchorbax's code run on simulated machines, as long as the `with` block lasts.
 
-    # Storage.
+    Args:
+        scheduler: runs the processes.
+        disk: where the run is kept; or None, if that is a bucket.
+        bucket: where the run is kept; or None.
+        names: where names come from that must be unique.
+    """
+    with contextlib.ExitStack() as stack:
+        for patch in (*_of_storage(disk, bucket), *_of_system(scheduler, disk, names)):
+            stack.enter_context(patch)
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        stack.callback(logging.disable, before)
+        yield
+
+
+def _of_storage(disk: Disk | None, bucket: Bucket | None) -> list[Any]:
+    """What takes the place of files, requests and arrays."""
+    blobs: Blobs
     replaced: list[Any] = []
     if bucket is not None:
         blobs = BucketBlobs(bucket, 20.0)
@@ -185,15 +199,21 @@ def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, na
     arrays = SimulatedArrays(blobs)
     replaced.append(mock.patch.multiple(orbax_storage, orbax_commit=arrays, array_writer=arrays, array_reader=arrays))
     replaced.append(mock.patch.object(inspection, "other_bytes", return_value=0))
-    # Clocks, threads, numbers of processes, unique names.
-    for module in (channel, processes, ownership, steps, step_info, tier, background_save, slow_saves, save_decision):
-        replaced.append(mock.patch.object(module, "time", clock))
+    return replaced
+
+
+def _of_system(scheduler: Scheduler, disk: Disk | None, names: random.Random) -> list[Any]:
+    """What takes the place of clocks, threads, numbers of processes and unique names."""
+    clock, threads, system = _Clock(scheduler), SimulatedThreads(scheduler), _System(scheduler, disk)
+    unique = types.SimpleNamespace(uuid4=lambda: types.SimpleNamespace(hex=f"{names.getrandbits(128):032x}"))
+    timed = (channel, processes, ownership, steps, step_info, tier, background_save, slow_saves, save_decision)
 
     def both_clocks() -> step_info._Reading:
         return step_info._Reading(datetime.datetime.fromtimestamp(clock.time(), datetime.UTC), scheduler.now)
 
     real = ownership.Ownership
-    replaced += [
+    return [
+        *(mock.patch.object(module, "time", clock) for module in timed),
         mock.patch.object(step_info, "_read", both_clocks),
         mock.patch.object(channel, "_POLL_S", 5.0),  # less often, for speed
         mock.patch.object(run_folder, "Ownership", functools.partial(real, now=clock.time, wait=scheduler.sleep)),
@@ -215,10 +235,3 @@ def simulated(scheduler: Scheduler, disk: Disk | None, bucket: Bucket | None, na
         mock.patch.object(step_choice, "transfers_allowed", contextlib.nullcontext),
         mock.patch.object(step_choice, "warnings", types.SimpleNamespace(warn=lambda *args, **kwargs: None)),
     ]
-    with contextlib.ExitStack() as stack:
-        for patch in replaced:
-            stack.enter_context(patch)
-        before = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
-        stack.callback(logging.disable, before)
-        yield

@@ -29,7 +29,7 @@ def commit_without_a_look_at_the_record() -> Any:
         try:
             real(storage, step, folder)
         finally:
-            del storage.check_owned  # type: ignore[method-assign]
+            del storage.check_owned
 
     return mock.patch.object(OrbaxStorage, "_commit", commit)
 

@@ -119,7 +119,7 @@ def test_processes_agree_through_a_simulated_service() -> None:
     def agree(index: int) -> None:
         agreed.append(Channel(Processes(50.0, service, index, 3, name="run"), "run").everyone("phase", index))
 
-    run(*(lambda _, index=index: agree(index) for index in range(3)), scheduler=scheduler)  # type: ignore[misc]
+    run(*(lambda _, index=index: agree(index) for index in range(3)), scheduler=scheduler)
     assert agreed == [[0, 1, 2]] * 3
 
 
