@@ -73,7 +73,7 @@ PLACES = [
     Place("merge of the array data", "save", "kind=read,data-write name=/{step}/[^/]+/(d/|manifest.ocdbt)"),
     Place("metadata", "save", "kind=metadata-write name=/{step}/.*(_METADATA|metadata)$"),
     Place("shardings", "save", "kind=metadata-write name=/{step}/.*_sharding$"),
-    Place("commit marker", "save", "kind=metadata-write name=/{step}/commit_success"),
+    Place("commit marker", "save", "kind=copy name=/{step}/commit_success"),
     Place("listing", "save", "kind=list,stat"),
     Place("deletion of a commit marker", "save", "kind=delete,batch name=/{old}/commit_success"),
     Place("deletion, half done", "save", "kind=batch"),

@@ -134,6 +134,26 @@ def test_nothing_is_replaced_that_is_there(files: LocalFiles, tmp_path: Path) ->
     assert files.read("folder/file", 100) == b"content"
 
 
+def test_a_file_whose_beginnings_are_removed_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner of a run may take it for a leftover while another program opens the run."""
+    files, replace, removed = LocalFiles(str(tmp_path)), os.replace, []
+
+    def remove_and_replace(partial: str, path: str) -> None:
+        if len(removed) < times:
+            removed.append(partial)
+            os.unlink(partial)
+        replace(partial, path)
+
+    monkeypatch.setattr(local_files.os, "replace", remove_and_replace)
+    times = 1
+    files.write("probe", b"content")
+    assert files.read("probe", 100) == b"content"
+    times = 3
+    with pytest.raises(FileNotFoundError, match="partial"):
+        files.write("probe", b"other")
+    assert len(removed) == 3
+
+
 def test_a_user_without_a_name_saves_and_restores(run_python: RunPython) -> None:
     """A container may run as a user that /etc/passwd does not know."""
     if os.geteuid() != 0:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torchorbax import OwnershipError, StorageError
-from torchorbax._src.storage import owner, ownership
+from torchorbax._src.storage import owner, owner_records, ownership
+from torchorbax._src.storage.local_files import LocalFiles
 from torchorbax._src.storage.owner import Owner, started_at
 from torchorbax._src.storage.ownership import Ownership, RecordChangedError
 
@@ -255,3 +258,17 @@ def test_a_record_that_says_nothing_has_no_owner(content: bytes) -> None:
     mine = another(record, 1000.0)
     mine.acquire()
     assert record.owner.token == mine.token
+
+
+def test_a_program_that_keeps_the_lock_on_the_folder_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is suspended while it changes the record."""
+    monkeypatch.setattr(owner_records, "LOCK_PATIENCE_S", 0.05)
+    record = owner_records.LocalRecord(LocalFiles(str(tmp_path)))
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(StorageError, match=r"another program has held the lock .* let it go on, or end it"):
+        record.swap(b"mine", None)
+    os.close(held)
+    assert record.swap(b"mine", None) == b"mine"

@@ -102,11 +102,14 @@ class Channel:
             try:
                 values.append(json.loads(self._wait(f"{prefix}/{process}", process, phase, deadline)))
             except TimeoutError:
-                here = {int(key.rpartition("/")[2]) for key, _ in self._service.key_value_dir_get(prefix)}
+                with as_process_error(phase):
+                    found = self._service.key_value_dir_get(prefix)
+                here = {int(key.rpartition("/")[2]) for key, _ in found}
                 raise self._late(set(range(1, self.processes.count)) - here, phase) from None
         # A process reads what is published before it comes here, so the earlier keys are no longer needed.
-        for key in (prefix, *self._published):
-            self._service.key_value_delete(key)
+        with as_process_error(phase):
+            for key in (prefix, *self._published):
+                self._service.key_value_delete(key)
         self._published.clear()
         return values
 

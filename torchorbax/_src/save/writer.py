@@ -182,7 +182,8 @@ class _StepWriting:
             with self._as_save_error(), self._channel.announcing("commit") as announce:
                 self._manifest = self._write()
                 self._steps.commit(self._manifest)
-                announce({"metrics": self._manifest.metrics, "nbytes": nbytes})
+                with self._as_save_error(committed=True):  # the others may have heard it, even if no answer comes back
+                    announce({"metrics": self._manifest.metrics, "nbytes": nbytes})
         else:
             outcome = self._write_and_hear()
             self._manifest = dataclasses.replace(self._manifest, metrics=outcome["metrics"])
@@ -195,21 +196,18 @@ class _StepWriting:
         failure: Exception | None = None
         try:
             self._write()
-        except ProcessError as error:  # process 0 cannot be reached, so it cannot announce the outcome either
-            raise SaveError(self._step, self._storage.path, _error_line(error)) from error
         except Exception as error:  # `collect` has reported it to process 0, which announces the outcome
-            failure = error
+            if isinstance(error, ProcessError) and error.phase != "write":  # no report, so process 0 does not commit
+                raise SaveError(self._step, self._storage.path, _error_line(error)) from error
+            failure = error  # if it is a ProcessError, the report may have arrived all the same
         try:
             outcome: dict[str, Any] = self._channel.hear("commit")
         except ProcessError as error:
-            unknown = (
-                "process 0 does not say how the save ended, so the step may have been saved all the same: "
-                f"{_error_line(error)}"
-            )
-            raise SaveError(self._step, self._storage.path, unknown) from (failure or error)
+            unknown = "process 0 does not say how the save ended, so the step may have been saved all the same"
+            raise SaveError(self._step, self._storage.path, f"{unknown}: {_error_line(error)}") from (failure or error)
         except SaveError as error:
             raise error from (error.__cause__ if failure is None or isinstance(failure, SaveError) else failure)
-        if failure is not None:
+        if failure is not None and not isinstance(failure, ProcessError):
             raise SaveError(self._step, self._storage.path, _error_line(failure)) from failure
         return outcome
 

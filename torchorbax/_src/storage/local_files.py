@@ -116,11 +116,18 @@ class LocalFiles:
         """See `Files.write`. The file is replaced as a whole."""
         partial = f"{path}.{os.getpid()}.partial"
         with self._translated(path):
-            self._make_folder_of(path)
-            self._fill(
-                os.open(self._path(partial), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), content
-            )
-            os.replace(self._path(partial), self._path(path))
+            for is_last in (False, True):
+                self._make_folder_of(path)
+                self._fill(
+                    os.open(self._path(partial), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), content
+                )
+                try:
+                    os.replace(self._path(partial), self._path(path))
+                    return
+                except FileNotFoundError:
+                    # The owner of the run has taken it for a leftover; or NFS has made the request twice.
+                    if is_last:
+                        raise
 
     def create(self, path: str, content: bytes) -> None:
         """See `Files.create`."""

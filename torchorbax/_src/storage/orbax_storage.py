@@ -82,8 +82,7 @@ class OrbaxStorage(StepReader):
             manifest = manifests[0]
             # The manifest, with all files in it.
             manifest = dataclasses.replace(manifest, files=self._merged(folders, folder, manifest.files))
-            text = manifest.to_text().encode()
-            self.at_once([lambda: self.files.create(f"{folder}/{MANIFEST_FILE}", text), self.check_owned])
+            self.files.create(f"{folder}/{MANIFEST_FILE}", manifest.to_text().encode())
             self._commit(step, folder)
         except SaveError:
             raise
@@ -165,8 +164,9 @@ class OrbaxStorage(StepReader):
 
     def _commit(self, step: int, folder: str) -> None:
         """Make a step that is complete durable, and have it listed."""
-        if self.is_uri:
-            self.files.create(f"{step}/{COMMITTED}", self._ownership.token.encode())
+        if self.objects is not None:
+            self.check_owned()  # not beside the manifest, which may take so long that this is no longer true
+            self.objects.copy(folder, MANIFEST_FILE, COMMITTED)
             self._note_committed(step)
             self._finish(folder)
             return
@@ -231,5 +231,6 @@ class OrbaxStorage(StepReader):
     def write_process_items(self, folders: Folders, items: Mapping[str, HostItem], process: int) -> str:
         """Write the file with one process's own state; returns its SHA-256, for the manifest."""
         text = per_process.to_text(items)
-        files_at(folders[MANIFEST], self._traffic.timeout_s).write(process_file(process), text.encode())
+        # Never over one that is there: under a URI, a process whose program has been ousted may wake up here.
+        files_at(folders[MANIFEST], self._traffic.timeout_s).create(process_file(process), text.encode())
         return per_process.digest_of(text)

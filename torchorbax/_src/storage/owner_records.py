@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,10 @@ _logger = logging.getLogger(__name__)
 
 OWNER = ".torchorbax-owner"
 LOCK = ".torchorbax-lock"
+LOCK_PATIENCE_S = 10.0
+"""Seconds to wait for the lock on the folder. It is held for one change of the record, but for as long as its holder is
+suspended meanwhile."""
+_POLL_S = 0.02
 _MOST_BYTES = 1 << 20
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 """Errors which mean that the file system has no locks, or, as NFS, none for a file that is open for reading only. A
@@ -77,7 +82,11 @@ class LocalRecord:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Keep all others from changing the record, by a lock on the folder itself."""
+        """Keep all others from changing the record, by a lock on the folder itself.
+
+        Raises:
+            StorageError: another program does not let the lock go.
+        """
         try:
             descriptor = os.open(self._files.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:  # so there is no record to change either
@@ -90,11 +99,30 @@ class LocalRecord:
         except OSError as error:
             raise StorageError(self._files.root, f"{type(error).__name__}: {error}") from error
         try:
-            with contextlib.suppress(OSError):  # without locks, two programs that start at once are seen a little later
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _locked_in_time(descriptor):
+                raise StorageError(
+                    self._files.root,
+                    f"for {LOCK_PATIENCE_S:g} s another program has held the lock under which {OWNER} is changed; it "
+                    "is suspended, or the disk hangs: let it go on, or end it",
+                )
             yield
         finally:
             os.close(descriptor)
+
+
+def _locked_in_time(descriptor: int) -> bool:
+    """Wait for the lock on a folder. True also without locks: then two programs that start at once are seen later."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        except OSError:
+            return True
 
 
 class GcsRecord:

@@ -71,6 +71,7 @@ class RunFolder:
         path: the absolute path or URI.
         is_uri: is the folder under a URI, and not on a local disk?
         files: the files below the path.
+        objects: the same under a URI, with what only objects can do.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout_s: float, parent: RunFolder | None = None) -> None:
@@ -82,10 +83,11 @@ class RunFolder:
         self._committed: set[str] = set()  # under a URI, the steps that this process has committed
         self._given_up: dict[str, float] = {}  # under a URI, by folder: `time.monotonic()` when a save of it failed
         self.files: Files
+        self.objects: GcsFiles | None = None
         record: Record
         if self.is_uri:
-            objects = GcsFiles(self.path, timeout_s)
-            self.files, record = objects, GcsRecord(objects)
+            self.files = self.objects = objects = GcsFiles(self.path, timeout_s)
+            record = GcsRecord(objects)
         else:
             self.files = folders = LocalFiles(self.path)
             record = LocalRecord(folders)
@@ -209,12 +211,22 @@ class RunFolder:
         Raises:
             StorageError: the storage does not answer.
         """
+        names = self._step_folders()
+        while True:
+            found = set(self._committed_of(sorted(names)))
+            # Under a URI, one may have been deleted since it was listed, because a newer one has been committed.
+            if found == names or not (again := self._step_folders()) - names:
+                return sorted(map(int, found))
+            names = again
+
+    def _step_folders(self) -> set[str]:
+        """The folders whose names are those of steps."""
         entries = [entry for entry in self.files.entries() if is_step(entry.name)]
         for entry in entries:
             if entry.kind == "other" and entry.name not in self._told:
                 self._told.add(entry.name)
                 _logger.warning("%s/%s is a link or a device, and so not taken for a step", self.path, entry.name)
-        return sorted(map(int, self._committed_of([entry.name for entry in entries if entry.kind == "folder"])))
+        return {entry.name for entry in entries if entry.kind == "folder"}
 
     def _committed_of(self, names: Sequence[str]) -> list[str]:
         """Which of these folders are complete. What this process has committed itself stays so until it deletes it."""
@@ -299,7 +311,7 @@ class RunFolder:
             self._begin(str(step))
             self._committed.discard(str(step))
             self.files.delete_file(f"{step}/{COMMITTED}")
-            self.files.delete_folder(str(step))
+            self._delete_uncommitted(str(step))
             self._finish(str(step))
         else:
             self._ownership.check()
@@ -315,18 +327,32 @@ class RunFolder:
         self._ownership.check()
         leftovers = self._leftovers()
         if self.is_uri:
-            for folder in self._noted().difference(leftovers):  # gone, or committed although the answer was lost
+            # Gone, or committed although the answer was lost. The highest number of a base stays, so that no other base
+            # gets it: its owner may have been suspended before it wrote anything.
+            done = sorted(self._noted().difference(leftovers), key=int)
+            for folder in done if self._parent is None else done[:-1]:
                 if time.monotonic() > self._given_up.get(folder, 0.0) + _LATE * self._timeout_s:
                     self._finish(folder)
         for folder in leftovers:
             try:
                 _logger.info("removing %s/%s, left behind by an interrupted save or deletion", self.path, folder)
                 # Under a URI it stays on the list until no write that was given up can arrive any more.
-                self.files.delete_folder(folder)
+                if self.is_uri:
+                    self._delete_uncommitted(folder)
+                else:
+                    self.files.delete_folder(folder)
             except StorageError as error:
                 _logger.warning("%s could not be removed, trying later: %s", folder, error)
                 if self.is_uri:  # no answer: each further deletion would take as long to fail
                     return
+
+    def _delete_uncommitted(self, folder: str) -> None:
+        """Delete a step under a URI that is not committed. Without its manifest it cannot be, so that goes first."""
+        self.files.delete_file(f"{folder}/{MANIFEST_FILE}")
+        if not self._committed_of([folder]):
+            self.files.delete_folder(folder)
+        elif self.objects is not None:  # a program that has been suspended has committed it meanwhile, so it stays
+            self.objects.copy(folder, COMMITTED, MANIFEST_FILE)
 
     def unfinished(self) -> list[int]:
         """See `Storage.unfinished`. A local disk has none."""

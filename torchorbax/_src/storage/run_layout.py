@@ -24,7 +24,8 @@ MANIFEST_FILE = f"{MANIFEST}/metadata"
 BASE = "base"
 """The subfolder with the run's bases, which hold its frozen parameters."""
 COMMITTED = "commit_success.txt"
-"""The commit marker of a step under a URI. Orbax's name for it."""
+"""The commit marker of a step under a URI. Orbax's name for it. It is a copy of the manifest, so that it cannot be made
+when the manifest is gone: a program that has been suspended commits nothing of which another has disposed."""
 MOST_MANIFEST_BYTES = 1 << 30
 """No manifest is larger: a million leaves take less than half of that."""
 
@@ -79,13 +80,15 @@ def may_be_step(files: Files, folder: str) -> bool:
     """Is a folder whose name is a number a step, whole or damaged? An empty folder may be one, too."""
     inside = files.entries(folder)
     return not inside or any(
-        name in _OF_A_STEP
-        or any(
-            below.name in _OF_AN_ITEM or below.name.startswith(_OF_A_PROCESS)
-            for below in files.entries(f"{folder}/{name}")
-        )
-        for name, _ in inside
+        name in _OF_A_STEP or (kind == "folder" and _may_be_item(files, f"{folder}/{name}")) for name, kind in inside
     )
+
+
+def _may_be_item(files: Files, folder: str) -> bool:
+    """Is a folder in a step an item? Under a URI no folder is empty, so one that is now is being deleted."""
+    inside = files.entries(folder)
+    known = any(name in _OF_AN_ITEM or name.startswith(_OF_A_PROCESS) for name, _ in inside)
+    return known or (gcs.is_uri(files.root) and not inside)
 
 
 def _belongs_to_run(name: str) -> bool:
