@@ -140,7 +140,8 @@ class EvalStep:
         values = self._live.values(program.inputs, beside)
         call = put(np.asarray(next(self._calls) % 2**32, np.uint32), beside)
         try:
-            arrays: list[Any] = program.run(key_beside(beside), call, arrays_of(program.tensors), values, batch)
+            tensors = arrays_of(program.tensors)
+            arrays: list[Any] = program.run(key_beside(beside, tensors), call, tensors, values, batch)
         except (RuntimeError, ValueError):
             self._live.check_deleted(program.inputs)
             raise

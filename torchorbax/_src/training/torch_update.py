@@ -13,15 +13,13 @@ import torch
 import torch.optim.optimizer as torch_optimizer
 from jax.sharding import Sharding
 
-from torchorbax._src.arrays.leaves import put
 from torchorbax._src.arrays.sharding_rules import replicated_like, state_sharding
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.tensors.live import host_copy
 from torchorbax._src.training import torchax_modes
 from torchorbax._src.training.batches import number_on_devices
 from torchorbax._src.training.hyperparameters import Feeding, Hyperparameter, check_groups, constant, floats_in, sign
 from torchorbax._src.training.programs import Part
-from torchorbax._src.training.traced_state import TracedState, entry_array
+from torchorbax._src.training.traced_state import TracedState, entry_on_device
 from torchorbax._src.training.tracing import Arrays, arrays_of, holding, laid_out, settled
 from torchorbax.errors import ConfigError
 
@@ -108,7 +106,7 @@ class TorchUpdate:
         state: dict[str, Arrays] = {}
         for name, param in by_name.items():
             if entries := states.get(param):
-                state[name] = {key: _on_device(entries, key, shardings[name]) for key in entries}
+                state[name] = {key: entry_on_device(entries, key, param, shardings[name]) for key in entries}
         beside = replicated_like(next(iter(shardings.values())))
         return state, self._further(by_name, state, beside)
 
@@ -390,11 +388,3 @@ def _feed(derived: Derived, given: Sequence[Any] | None) -> Callable[[Hyperparam
         return torchax_tensors.wrap(given[list(derived).index(number.text)])
 
     return feed
-
-
-def _on_device(entries: dict[str, Any], key: str, beside: Sharding) -> jax.Array:
-    """The array of an entry of the live state; moved beside its parameter if on the CPU (Adam's counter)."""
-    value = entries[key]
-    if isinstance(value, torch.Tensor) and not torchax_tensors.is_torchax(value):
-        value = entries[key] = torchax_tensors.wrap(put(host_copy(value), replicated_like(beside)))
-    return entry_array(key, value)

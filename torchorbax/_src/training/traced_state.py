@@ -8,8 +8,12 @@ from typing import Any
 
 import jax
 import torch
+from jax.sharding import Sharding
 
+from torchorbax._src.arrays.leaves import put
+from torchorbax._src.arrays.sharding_rules import replicated_like
 from torchorbax._src.tensors import torchax_tensors
+from torchorbax._src.tensors.live import host_copy
 from torchorbax._src.training.tracing import Arrays
 from torchorbax.errors import ConfigError
 
@@ -65,3 +69,16 @@ def entry_array(key: str, value: Any) -> jax.Array:
             "optimizer with capturable state, or optax"
         )
     return torchax_tensors.array_of(value)
+
+
+def entry_on_device(entries: dict[str, Any], key: str, param: torch.Tensor, beside: Sharding) -> jax.Array:
+    """The array of an entry of the live state; moved beside its parameter if on the CPU (Adam's counter).
+
+    It is bound to its device only if the parameter is: the step gives back everything bound if something was.
+    """
+    value = entries[key]
+    if isinstance(value, torch.Tensor) and not torchax_tensors.is_torchax(value):
+        committed = getattr(torchax_tensors.array_of(param), "committed", True)
+        placed = put(host_copy(value), replicated_like(beside) if committed else None)
+        value = entries[key] = torchax_tensors.wrap(placed)
+    return entry_array(key, value)

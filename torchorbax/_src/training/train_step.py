@@ -226,7 +226,7 @@ class TrainStep:
         values = self._live.values(program.inputs, beside)
         try:
             return program.run(
-                key_beside(beside), trained, buffers, state, arrays_of(program.frozen), values, further, batch
+                key_beside(beside, trained), trained, buffers, state, arrays_of(program.frozen), values, further, batch
             )
         except (RuntimeError, ValueError):
             self._live.check_deleted(program.inputs)
