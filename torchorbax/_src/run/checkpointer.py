@@ -15,6 +15,7 @@ from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.distributed.torch_processes import refuse_torch_processes
 from torchorbax._src.run import at_exit
+from torchorbax._src.run.compile_cache import use_compile_cache
 from torchorbax._src.run.loop import StepInput, run_steps
 from torchorbax._src.run.options import (
     RunKeywords,
@@ -72,6 +73,7 @@ class Checkpointer:
     def __init__(self, path: str | os.PathLike[str], state: Mapping[str, Any], **options: Unpack[RunKeywords]) -> None:
         settings = run_options(Checkpointer, options)
         refuse_torch_processes()
+        use_compile_cache(settings.compile_cache)
         self._processes = Processes(settings.barrier_timeout_s)
         # The live objects by name, and as items.
         self._state: MutableMapping[str, Any] = state if isinstance(state, MutableMapping) else dict(state)
