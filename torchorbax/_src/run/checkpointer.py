@@ -29,6 +29,7 @@ from torchorbax._src.run.preemption import PreemptionNotice
 from torchorbax._src.run.saves import Saves
 from torchorbax._src.run.step_choice import Restorer
 from torchorbax._src.run.tier import open_tiers
+from torchorbax._src.run.timings import Stopwatch, Timings
 from torchorbax._src.run.turns import Turns, in_turn
 from torchorbax._src.save.save import SaveRecord
 from torchorbax._src.state.registry import items_of
@@ -72,6 +73,7 @@ class Checkpointer:
     @takes_run_options
     def __init__(self, path: str | os.PathLike[str], state: Mapping[str, Any], **options: Unpack[RunKeywords]) -> None:
         settings = run_options(Checkpointer, options)
+        self._stopwatch = Stopwatch()
         refuse_torch_processes()
         use_compile_cache(settings.compile_cache)
         self._processes = Processes(settings.barrier_timeout_s)
@@ -83,12 +85,13 @@ class Checkpointer:
         self._preemption = PreemptionNotice(
             settings.preemption_patience_s, self._save_overdue, settings.preemption_notice
         )
-        self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
+        with self._stopwatch.part("open_s"):
+            self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
         self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._saves = Saves(self._tiers, self._items, self._processes, settings)
         self._turns = Turns(self._main.storage.path, lambda: self._saves.is_saving_thread)
         rules, verify = rules_of(settings), settings.verify
-        self._restorer = Restorer(self._items, rules, self._main, self._local, channel, verify=verify)
+        self._restorer = Restorer(self._items, rules, self._main, self._local, channel, self._stopwatch, verify=verify)
         # Where the run stands.
         self._read_only = settings.read_only
         self._given = StepInput()
@@ -112,6 +115,11 @@ class Checkpointer:
         A tree that could not be restored in place is replaced here, and so in the mapping that was given.
         """
         return self._state
+
+    @property
+    def timings(self) -> Timings:
+        """How long it has taken to come back: opening, restoring, compiling, the first step. Also in the log, then."""
+        return self._stopwatch.timings
 
     @property
     def preempted(self) -> bool:
@@ -181,6 +189,7 @@ class Checkpointer:
         step = step_number(step)
         check_save_arguments(state, metrics)
         self._check_open()
+        self._stopwatch.step_done(self.path, step)
         self.next_step = max(self.next_step, step + 1)  # it has been run, whatever comes of its save
         given = self._given
         given.metrics |= self._saves.checked(metrics or {})
@@ -359,6 +368,7 @@ def get_ready(run: Checkpointer) -> None:
     if not run._read_only:
         run._check_open()
         run._saves.prepare()
+    run._stopwatch.ready()
 
 
 def listen_for_preemption(run: Checkpointer) -> None:

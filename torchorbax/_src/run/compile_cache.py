@@ -68,8 +68,9 @@ def use_compile_cache(where: bool | str | os.PathLike[str]) -> None:
         if ours:
             compilation_cache.reset_cache()
         return
-    off = not jax.config.jax_enable_compilation_cache
-    if off or jax.config.jax_compilation_cache_dir is not None or not (ours or current is None):
+    configured = jax.config.values
+    off = not configured["jax_enable_compilation_cache"]
+    if off or configured["jax_compilation_cache_dir"] is not None or not (ours or current is None):
         if where is not True:
             why = "is turned off" if off else "has a folder already"
             raise ConfigError(f"compile_cache={where!r}: JAX's compilation cache {why}; leave one of the two out")
@@ -77,7 +78,7 @@ def use_compile_cache(where: bool | str | os.PathLike[str]) -> None:
     folder = _default_folder() if where is True else _given_folder(where)
     if folder is None:
         return
-    if jax.config.jax_persistent_cache_min_compile_time_secs == _JAX_DEFAULT_S:
+    if configured["jax_persistent_cache_min_compile_time_secs"] == _JAX_DEFAULT_S:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_S)
     if not isinstance(current, ProgramCache) or current.folder != folder:
         compilation_cache._cache = ProgramCache(folder)

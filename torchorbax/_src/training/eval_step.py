@@ -17,14 +17,14 @@ from jax.sharding import PartitionSpec, Sharding, SingleDeviceSharding
 from torchorbax._src.arrays.jax_context import training_context
 from torchorbax._src.arrays.leaves import put
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.training import in_flight
+from torchorbax._src.training import compile_times, in_flight
 from torchorbax._src.training.batches import BatchSharding, device_batch, signature
 from torchorbax._src.training.live_function import LiveFunction, check_function, replicated
 from torchorbax._src.training.live_inputs import LiveInputs, MoreInputs, Values, names_of
 from torchorbax._src.training.programs import Part, Programs
 from torchorbax._src.training.random_keys import key_beside
 from torchorbax._src.training.results import Outputs
-from torchorbax._src.training.tracing import Arrays, arrays_of
+from torchorbax._src.training.tracing import Arrays, arrays_of, without_collections
 from torchorbax.errors import ConfigError
 
 EvalFn = Callable[[torch.nn.Module, Any], Any]
@@ -96,14 +96,15 @@ class EvalStep:
         if program is not None and self._live.still_live(program.inputs):
             return self._result(program, self._run(program, beside, on_device))
         inputs = self._live.first_inputs()
-        while True:
-            program = self._new_program(tensors, inputs)
-            try:
-                arrays = self._run(program, beside, on_device)
-                break
-            except MoreInputs as more:
-                inputs = self._live.with_more(inputs, more, beside)
-        self._live.after_trace()
+        with without_collections(), compile_times.first_call():
+            while True:
+                program = self._new_program(tensors, inputs)
+                try:
+                    arrays = self._run(program, beside, on_device)
+                    break
+                except MoreInputs as more:
+                    inputs = self._live.with_more(inputs, more, beside)
+            self._live.after_trace()
         self._programs.put(self._parts(shardings, on_device), program)
         return self._result(program, arrays)
 
@@ -131,6 +132,7 @@ class EvalStep:
                 raise ConfigError(
                     f"fn writes into {names}; an evaluation changes nothing. Return the new values instead"
                 )
+            compile_times.traced()
             results: list[Any] = found
             return results
 
