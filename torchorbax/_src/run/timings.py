@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torchorbax._src.training import compile_times
+from torchorbax._src.arrays import compile_times
 
 _logger = logging.getLogger(__name__)
 

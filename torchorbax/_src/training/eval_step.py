@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from jax.sharding import PartitionSpec, Sharding, SingleDeviceSharding
 
+from torchorbax._src.arrays import compile_times
 from torchorbax._src.arrays.jax_context import training_context
 from torchorbax._src.arrays.leaves import put
 from torchorbax._src.tensors import torchax_tensors
-from torchorbax._src.training import compile_times, in_flight
+from torchorbax._src.training import in_flight
 from torchorbax._src.training.batches import BatchSharding, device_batch, signature
 from torchorbax._src.training.live_function import LiveFunction, check_function, replicated
 from torchorbax._src.training.live_inputs import LiveInputs, MoreInputs, Values, names_of

@@ -11,11 +11,12 @@ import jax
 import torch
 from jax.sharding import PartitionSpec, Sharding
 
+from torchorbax._src.arrays import compile_times
 from torchorbax._src.arrays.jax_context import training_context
 from torchorbax._src.arrays.leaves import put
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.optimizers import Optimizer
-from torchorbax._src.training import compile_times, in_flight, torchax_modes
+from torchorbax._src.training import in_flight, torchax_modes
 from torchorbax._src.training.batches import BatchSharding, device_batch, signature
 from torchorbax._src.training.live_function import LiveFunction, check_function, replicated, unshare
 from torchorbax._src.training.live_inputs import LiveInputs, MoreInputs, Values, settled_values

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchorbax
-from torchorbax._src.training import compile_times
+from torchorbax._src.arrays import compile_times
 
 from tests.helpers.models import batch_of, loss_fn, seeded
 
