@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -165,8 +168,40 @@ def adapter(folder: Path, repeats: int, tensors: int = 2000) -> Samples:
     )
 
 
+def back(folder: Path, repeats: int, layers: int = 12) -> Samples:
+    """Seconds from the start of a process to the end of its first new step: of a fresh run, and of one that was killed."""
+
+    def life(number: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name in ("cold", "resumed"):
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "benchmarks.llama", folder / f"run{number}", str(layers)],
+                env={
+                    **os.environ,
+                    "XDG_CACHE_HOME": str(folder / f"cache{number}"),
+                    "JAX_ENABLE_COMPILATION_CACHE": "1",
+                    "XLA_FLAGS": "",
+                },
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            with process:
+                if process.stdout is None or process.stdout.readline() != "trained\n":
+                    raise RuntimeError(f"the {name} program has ended before its first step")
+                found[f"{name}_s"] = time.perf_counter() - started
+                if not process.stdout.readline().startswith(f"saved {1 if name == 'cold' else 2} "):
+                    raise RuntimeError(f"the {name} program has not saved the step that it should")
+                process.kill()
+        return found
+
+    numbers = itertools.count()
+    return interleaved({"back": lambda: life(next(numbers))}, repeats)
+
+
 CASES: dict[str, Callable[..., Samples]] = {
-    case.__name__: case for case in (save, restore, skipped, loop, memory, adapter)
+    case.__name__: case for case in (save, restore, skipped, loop, memory, adapter, back)
 }
 
 

@@ -74,6 +74,7 @@ ROWS = [
     Row("– an interval of ten commits", "loop", "rare/steps_per_s", "no saves", "none/steps_per_s", 0.95, "/s", True),
     Row("peak extra host memory of a save", "memory_save", "ours/peak_bytes", _ORBAX, "orbax/peak_bytes", 0.5, "MiB"),
     Row("– of a restore, beside the state", "memory_restore", "ours/peak_bytes", _ORBAX, "orbax/peak_bytes", 0.5, "MiB"),
+    Row("first new step after `kill -9`, 12 layers", "back", "back/resumed_s", "a fresh start", "back/cold_s", 0.4),
     Row("`to_jax`, per tensor", "adapter", "to_jax/tensor_s", "–", None, 2e-6, "µs"),
 ]  # fmt: skip
 

@@ -33,8 +33,9 @@ _logger = logging.getLogger(__name__)
 MOST_BYTES = 2 << 30
 """Above this, the programs go that were used longest ago."""
 
-SHORTEST_S = 0.1
-"""Programs that compile faster are not kept. JAX's default is a second, which steps of small models do not take."""
+SHORTEST_S = 0.02
+"""Programs that compile faster are not kept: to find one takes some milliseconds. JAX's default is a second, which is
+longer than the steps of small models take."""
 
 _JAX_DEFAULT_S = 1.0
 _DIGEST_BYTES = hashlib.sha256().digest_size
