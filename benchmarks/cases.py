@@ -169,7 +169,7 @@ def adapter(folder: Path, repeats: int, tensors: int = 2000) -> Samples:
 
 
 def back(folder: Path, repeats: int, layers: int = 12) -> Samples:
-    """Seconds from the start of a process to the end of its first new step: of a fresh run, and of one that was killed."""
+    """Seconds from the start of a process to the end of its first new step: fresh, and after a `kill -9`."""
 
     def life(number: int) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""A training program that is killed and comes back: twelve layers of Llama, small enough that nothing but coming back counts.
+"""A training program that is killed and comes back: a Llama so small that only coming back takes time.
 
 `python -m benchmarks.llama RUN LAYERS` trains one step, says `trained`, saves it, says `saved`, and waits to be killed.
 """

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -139,20 +139,6 @@ def test_a_folder_that_fails_costs_one_warning(tmp_path: Path, caplog: pytest.Lo
 
 
 # What is set up in JAX.
-
-
-@pytest.fixture
-def jax_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """JAX's cache as in a new process of a user who has set nothing up."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shortest_s = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest_s)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.usefixtures("jax_cache")

@@ -26,6 +26,7 @@ from torchorbax._src.run.options import (
     takes_run_options,
 )
 from torchorbax._src.run.preemption import PreemptionNotice
+from torchorbax._src.run.programs_ahead import load_ahead
 from torchorbax._src.run.saves import Saves
 from torchorbax._src.run.step_choice import Restorer
 from torchorbax._src.run.tier import open_tiers
@@ -87,6 +88,7 @@ class Checkpointer:
         )
         with self._stopwatch.part("open_s"):
             self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
+        self._programs = load_ahead(self._main.storage.path)
         self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._saves = Saves(self._tiers, self._items, self._processes, settings)
         self._turns = Turns(self._main.storage.path, lambda: self._saves.is_saving_thread)
@@ -189,7 +191,8 @@ class Checkpointer:
         step = step_number(step)
         check_save_arguments(state, metrics)
         self._check_open()
-        self._stopwatch.step_done(self.path, step)
+        if self._stopwatch.step_done(self.path, step) and self._programs is not None:
+            self._programs.finish()
         self.next_step = max(self.next_step, step + 1)  # it has been run, whatever comes of its save
         given = self._given
         given.metrics |= self._saves.checked(metrics or {})

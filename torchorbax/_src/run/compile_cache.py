@@ -115,6 +115,13 @@ class ProgramCache(CacheInterface):
             return None
         return content[_DIGEST_BYTES:]
 
+    def size(self, key: str) -> int:
+        """The bytes of an entry; 0 if there is none."""
+        try:
+            return self._path_of(key).stat().st_size
+        except OSError:
+            return 0
+
     def put(self, key: str, value: bytes) -> None:
         """Keep a program."""
         if len(value) > self._most_bytes:

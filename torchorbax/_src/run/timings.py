@@ -65,10 +65,10 @@ class Stopwatch:
         self._ready_at = time.monotonic()
         self._compiled = compile_times.total()
 
-    def step_done(self, path: str, step: int) -> None:
-        """A step is complete: the first one is logged with all parts."""
+    def step_done(self, path: str, step: int) -> bool:
+        """A step is complete: the first one is logged with all parts. Is it the first?"""
         if self._ready_at is None or self.timings.first_step_s is not None:
-            return
+            return False
         now = compile_times.total()
         self.timings = dataclasses.replace(
             self.timings,
@@ -79,3 +79,4 @@ class Stopwatch:
         known = {name: seconds for name, seconds in vars(self.timings).items() if seconds is not None}
         parts = [f"{name.removesuffix('_s').replace('_', ' ')} {seconds:.2f} s" for name, seconds in known.items()]
         _logger.info("%s: step %d is the first of this start: %s", path, step, ", ".join(parts))
+        return True
