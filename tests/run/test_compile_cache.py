@@ -128,6 +128,16 @@ def test_the_programs_used_longest_ago_go_first(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(0, 600), min_size=1, max_size=30))
+def test_the_folder_never_holds_more_than_it_may(tmp_path: Path, sizes: list[int]) -> None:
+    cache = ProgramCache(tmp_path, most_bytes=1000)
+    for index, size in enumerate(sizes):
+        cache.put(str(index), bytes(size))
+        assert cache.get(str(index)) == bytes(size)
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
+
+
 def test_a_folder_that_fails_costs_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = ProgramCache(tmp_path / "gone")
     for _ in range(2):

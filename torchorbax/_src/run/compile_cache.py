@@ -96,6 +96,7 @@ class ProgramCache(CacheInterface):
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
         self.folder = self._path = folder
         self._most_bytes = most_bytes
+        self._room = 0  # bytes that may be written before the folder is looked through again
         self._has_warned = False
 
     def get(self, key: str) -> bytes | None:
@@ -124,10 +125,13 @@ class ProgramCache(CacheInterface):
 
     def put(self, key: str, value: bytes) -> None:
         """Keep a program."""
-        if len(value) > self._most_bytes:
+        size = _DIGEST_BYTES + len(value)
+        if size > self._most_bytes:
             return
         try:
-            self._make_room(len(value))
+            if size > self._room:
+                self._make_room(size)
+            self._room -= size
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as partial:
                 try:
                     partial.write(_digest(value) + value)
@@ -142,8 +146,9 @@ class ProgramCache(CacheInterface):
     def _path_of(self, key: str) -> Path:
         return self.folder / hashlib.sha256(key.encode()).hexdigest()
 
-    def _make_room(self, more: int) -> None:
-        """Delete what was used longest ago, leftovers of killed processes among it, until `more` bytes have room."""
+    def _make_room(self, needed: int) -> None:
+        """Delete what was used longest ago, leftovers of killed processes among it, until there is room."""
+        room = max(needed, self._most_bytes // 16)
         entries = []
         with os.scandir(self.folder) as found:
             for entry in found:
@@ -152,11 +157,12 @@ class ProgramCache(CacheInterface):
                     entries.append((about.st_mtime, about.st_size, entry.path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
-            if total + more <= self._most_bytes:
+            if total + room <= self._most_bytes:
                 break
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             total -= size
+        self._room = room
 
     def _warn(self, error: OSError) -> None:
         if not self._has_warned:
