@@ -197,7 +197,7 @@ def back(folder: Path, repeats: int, layers: int = 12) -> Samples:
         return found
 
     numbers = itertools.count()
-    return interleaved({"back": lambda: life(next(numbers))}, repeats)
+    return interleaved({"back": lambda: life(next(numbers))}, repeats, warmup=0)
 
 
 CASES: dict[str, Callable[..., Samples]] = {
