@@ -100,12 +100,12 @@ class ProgramCache(CacheInterface):
         self._has_warned = False
 
     def get(self, key: str) -> bytes | None:
-        """A program, as `put` got it; None if there is none, or none that is whole and of this machine."""
+        """A program, as `put` got it on a machine like this one; None if there is none, or none that is whole."""
         path = self._path_of(key)
         try:
             content = path.read_bytes()
-            if content[:_DIGEST_BYTES] != _digest(content[_DIGEST_BYTES:]):
-                _logger.info("%s is damaged or from another machine, and compiled again", path)
+            if content[:_DIGEST_BYTES] != hashlib.sha256(content[_DIGEST_BYTES:]).digest():
+                _logger.info("%s is damaged, and compiled again", path)
                 path.unlink()
                 return None
             os.utime(path)  # says when it was used
@@ -134,7 +134,7 @@ class ProgramCache(CacheInterface):
             self._room -= size
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", delete=False) as partial:
                 try:
-                    partial.write(_digest(value) + value)
+                    partial.write(hashlib.sha256(value).digest() + value)
                     partial.flush()
                     os.replace(partial.name, self._path_of(key))
                 except BaseException:
@@ -144,7 +144,8 @@ class ProgramCache(CacheInterface):
             self._warn(error)
 
     def _path_of(self, key: str) -> Path:
-        return self.folder / hashlib.sha256(key.encode()).hexdigest()
+        # XLA compiles for the very processor, and machines of several kinds may share the folder.
+        return self.folder / hashlib.sha256(_machine() + key.encode()).hexdigest()
 
     def _make_room(self, needed: int) -> None:
         """Delete what was used longest ago, leftovers of killed processes among it, until there is room."""
@@ -170,13 +171,9 @@ class ProgramCache(CacheInterface):
             _logger.warning("%s: compiled programs are not kept: %s", self.folder, error)
 
 
-def _digest(program: bytes) -> bytes:
-    """Tells a program that is whole, and of this kind of machine: XLA compiles for the very processor."""
-    return hashlib.sha256(_machine() + program).digest()
-
-
 @functools.cache
 def _machine() -> bytes:
+    """The kind of processor, with what it can do."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as about:
         flags = next((line for line in about if line.startswith(("flags", "Features"))), "")
         return f"{platform.machine()} {flags}".encode()
