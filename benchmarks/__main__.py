@@ -94,6 +94,7 @@ def measure_table(folder: Path, repeats: int, scale: int) -> dict[str, Samples]:
         step_s=0.05 / scale,
         seconds=8 / scale,
     )
+    found["back"] = run_case("back", _fresh(folder / "back"), repeats=repeats, **({"layers": 1} if scale > 1 else {}))
     return found
 
 

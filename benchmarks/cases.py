@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -227,8 +229,41 @@ def step(folder: Path, repeats: int, parameters: int, calls: int = 20) -> Sample
     return interleaved(measured, repeats)
 
 
+def back(folder: Path, repeats: int, layers: int = 12) -> Samples:
+    """Seconds from the start of a process to the end of its first new step: fresh, and after a `kill -9`."""
+
+    def life(number: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name in ("cold", "resumed"):
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "benchmarks.llama", folder / f"run{number}", str(layers)],
+                env={
+                    **os.environ,
+                    "XDG_CACHE_HOME": str(folder / f"cache{number}"),
+                    "JAX_ENABLE_COMPILATION_CACHE": "1",
+                    "XLA_FLAGS": "",
+                },
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            with process:
+                if process.stdout is None or process.stdout.readline() != "trained\n":
+                    raise RuntimeError(f"the {name} program has ended before its first step")
+                found[f"{name}_s"] = time.perf_counter() - started
+                if not process.stdout.readline().startswith(f"saved {1 if name == 'cold' else 2} "):
+                    raise RuntimeError(f"the {name} program has not saved the step that it should")
+                process.kill()
+        return found
+
+    numbers = itertools.count()
+    return interleaved({"back": lambda: life(next(numbers))}, repeats, warmup=0)
+
+
 CASES: dict[str, Callable[..., Samples]] = {
-    case.__name__: case for case in (save, restore, read_back, object_storage, skipped, loop, memory, adapter, step)
+    case.__name__: case
+    for case in (save, restore, read_back, object_storage, skipped, loop, memory, adapter, step, back)
 }
 
 

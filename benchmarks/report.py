@@ -86,6 +86,7 @@ ROWS = [
     Row("– the same, alone", "step", "optax/thread_s", "–", None, 5e-3),
     Row("– on one device", "step_alone", "torch/thread_s", _HAND, "hand/thread_s", 1.0),
     Row("– on one device, `OptaxOptimizer`", "step_alone", "optax/thread_s", _HAND, "hand/thread_s", 1.0),
+    Row("first new step after `kill -9`, 12 layers", "back", "back/resumed_s", "a fresh start", "back/cold_s", 0.4),
     Row("`to_jax`, per tensor", "adapter", "to_jax/tensor_s", "–", None, 2e-6, "µs"),
 ]  # fmt: skip
 

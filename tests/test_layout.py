@@ -38,7 +38,6 @@ TESTED_ELSEWHERE = {
     "storage/owner": ("storage/test_ownership", "what an owner is, for those who ask who owns a run"),
     "storage/owner_records": ("storage/test_two_programs", "records on a disk and under gs://, by real programs"),
     "storage/opening": ("storage/test_run_folder", "three lines that open what is at a path"),
-    "storage/run_path": ("storage/test_run_folder", "paths that can name a run, and those that cannot"),
     "storage/orbax_storage": ("storage/test_storage", "one of the two storages that must do the same"),
     "storage/run_layout": ("storage/test_run_folder", "what a run's folder may hold"),
     "storage/step_reader": ("storage/test_storage", "the reading half of `orbax_storage`"),

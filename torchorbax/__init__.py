@@ -13,6 +13,7 @@ from torchorbax._src.run.init_from import Params, params
 from torchorbax._src.run.maintenance import GceMaintenanceNotice
 from torchorbax._src.run.options import RunOptions
 from torchorbax._src.run.resume import resume
+from torchorbax._src.run.timings import Timings
 from torchorbax._src.save.save import SaveRecord
 from torchorbax._src.save.staging import Staging
 from torchorbax._src.state.request import Rename
@@ -60,6 +61,7 @@ __all__ = [
     "Shardings",
     "Staging",
     "StorageError",
+    "Timings",
     "TorchorbaxError",
     "TrainStep",
     "UnsupportedLeafError",

@@ -49,6 +49,10 @@ def test_loops_and_calls(run_python: RunPython, tmp_path: Path) -> None:
     assert keys_of("step") | keys_of("step_alone") <= stepped.keys()
 
 
+def test_comes_back_from_a_kill(run_python: RunPython, tmp_path: Path) -> None:
+    assert keys_of("back") <= case(run_python, tmp_path, "back", repeats=1, layers=1).keys()
+
+
 def test_the_accelerator_script_runs_on_the_cpu(run_python: RunPython, tmp_path: Path) -> None:
     code = "import runpy, sys; sys.argv[0] = 'it'; runpy.run_module('benchmarks.accelerator', run_name='__main__')"
     options = ("--gb", 0.001, "--repeats", 1, "--seconds", 0.1, "--folder", tmp_path, "--out", tmp_path / "out.json")

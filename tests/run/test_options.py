@@ -58,6 +58,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"preemption_notice": "SIGUSR1"}, "preemption_notice must be a callable .* or None, not 'SIGUSR1'"),
     ({"preemption_notice": torchorbax.GceMaintenanceNotice}, "preemption_notice must be a callable .* not <class"),
     ({"preemption_patience_s": -1}, "preemption_patience_s must be a number of seconds, not -1"),
+    ({"compile_cache": None}, "compile_cache must be True, False or a folder, not None"),
 ]
 
 

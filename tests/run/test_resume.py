@@ -178,3 +178,18 @@ def test_bad_arguments(what: str, tmp_path: Path) -> None:
     call, message = BAD_ARGUMENTS[what]
     with pytest.raises(ConfigError, match=message):
         call(seeded(), tmp_path)
+
+
+@pytest.mark.parametrize("devices", [0, 1, 8], ids=["default device", "mesh of 1", "mesh of 8"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "optax"])
+def test_a_step_is_compiled_once_in_each_life(kind: str, devices: int, tmp_path: Path, compilations: list[str]) -> None:
+    """What a step gives back is of the same kind as what a fresh start or a restore had given it."""
+    shardings = (Mesh(np.array(jax.devices()[:devices]), ("fsdp",)), {}) if devices else None
+    for start in (0, 2):
+        model, optimizer, _ = objects(kind)
+        step = torchorbax.train_step(model, optimizer, loss_fn)
+        compilations.clear()
+        with torchorbax.resume(model, optimizer, tmp_path / "run", shardings=shardings) as run:
+            assert run.next_step == start
+            train(run, step, start + 2)
+        assert compilations.count("step") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchorbax import assign_, to_jax
 from torchorbax._src.tensors import torchax_tensors as _torchax
+from torchorbax._src.tensors.live import overwrite
 
 from tests.helpers.tensors import DTYPES, NO_TORCHAX, WIDE, bits, tensor_of_bits, tensors
 
@@ -97,3 +99,25 @@ def _wiped(leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray):
         return np.ones_like(leaf)
     return jnp.ones_like(leaf) if isinstance(leaf, jax.Array) else "wiped"
+
+
+@pytest.mark.parametrize("stride", [0, 1, 2, 5])
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_only_the_values_of_a_tensor_are_overwritten_and_come_back(stride: int, length: int) -> None:
+    stride = stride or (1 if length > 1 else 0)
+    whole = torch.arange(12.0)
+    part = whole.as_strided((length,), (stride,), 2)
+    expected = np.arange(12.0, dtype=np.float32)
+    expected[2 : 2 + length * max(stride, 1) : max(stride, 1)] = 99
+    with ExitStack() as undo:
+        overwrite(part, np.full(length, 99, np.float32), undo)
+        assert whole.tolist() == expected.tolist()
+    assert whole.tolist() == list(range(12))
+
+
+def test_a_graph_notices_that_what_it_needs_was_overwritten() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * weight).sum()
+    overwrite(weight, np.zeros(3, np.float32), ExitStack())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

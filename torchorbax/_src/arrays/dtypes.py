@@ -47,6 +47,17 @@ def host_to_torch(array: np.ndarray) -> torch.Tensor:
 
 def torch_to_host(tensor: torch.Tensor) -> np.ndarray:
     """A numpy array with the values, shape and dtype of a CPU torch tensor, in memory of its own."""
-    dense = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-    bits = dense.reshape(-1).view(torch.uint8).numpy()
-    return bits.view(TORCH_TO_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))
+    dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    bits = bits_of(dense)
+    own = bits.copy() if dense.data_ptr() == tensor.data_ptr() else bits
+    return own.view(TORCH_TO_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape))
+
+
+def bits_of(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a contiguous CPU tensor, as uint8.
+
+    numpy copies it with one thread. torch would wake its own for a few kilobytes, which takes milliseconds where other
+    threads need the processors, such as those that load programs during a restore.
+    """
+    # A single value counts as contiguous whatever its stride, so the strides are said anew.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()

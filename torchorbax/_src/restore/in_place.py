@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Restored:
         exact: the leaves that now have the same names and dtypes live as in the step.
         damaged_bases: the bases that are missing or damaged, for which live frozen arrays have stood in.
         proved: the whole step has been read and compared with its fingerprints.
+        place_s: seconds that it took to write what had been read into the live objects.
     """
 
     manifest: Manifest
@@ -50,6 +52,7 @@ class Restored:
     exact: frozenset[Key]
     damaged_bases: frozenset[int]
     proved: bool
+    place_s: float
 
 
 class Restore:
@@ -102,14 +105,16 @@ class Restore:
         # Plan, read and verify, again if something is wrong; then convert.
         arrays = twice(self._read_and_check)
         converted = self._channel.attempt("convert", functools.partial(self._convert, arrays))
+        started = time.monotonic()
         # Write into the live objects. If it fails in any process, what was written is undone in all of them.
         with ExitStack() as undo:
             self._channel.attempt("apply", lambda: self._apply(converted, undo))
             undo.pop_all()
+        place_s = time.monotonic() - started
         self._warn()
         proved = self._verify and self._request.only is None and not self._plan.left_out and not self._replaced
         bases = frozenset(base for key in self._replaced if (base := self._manifest.leaves[key].base) is not None)
-        return Restored(self._manifest, self._plan.left_out, self._exact(), bases, proved)
+        return Restored(self._manifest, self._plan.left_out, self._exact(), bases, proved, place_s)
 
     def _read_and_check(self) -> dict[Key, Any]:
         arrays = self._channel.attempt("read", self._read)

@@ -15,6 +15,7 @@ from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.distributed.processes import Processes
 from torchorbax._src.distributed.torch_processes import refuse_torch_processes
 from torchorbax._src.run import at_exit
+from torchorbax._src.run.compile_cache import use_compile_cache
 from torchorbax._src.run.loop import StepInput, run_steps
 from torchorbax._src.run.options import (
     RunKeywords,
@@ -25,9 +26,11 @@ from torchorbax._src.run.options import (
     takes_run_options,
 )
 from torchorbax._src.run.preemption import PreemptionNotice
+from torchorbax._src.run.programs_ahead import load_ahead
 from torchorbax._src.run.saves import Saves
 from torchorbax._src.run.step_choice import Restorer
 from torchorbax._src.run.tier import open_tiers
+from torchorbax._src.run.timings import Stopwatch, Timings
 from torchorbax._src.run.turns import Turns, in_turn
 from torchorbax._src.save.save import SaveRecord
 from torchorbax._src.state.registry import items_of
@@ -71,7 +74,9 @@ class Checkpointer:
     @takes_run_options
     def __init__(self, path: str | os.PathLike[str], state: Mapping[str, Any], **options: Unpack[RunKeywords]) -> None:
         settings = run_options(Checkpointer, options)
+        self._stopwatch = Stopwatch()
         refuse_torch_processes()
+        use_compile_cache(settings.compile_cache)
         self._processes = Processes(settings.barrier_timeout_s)
         # The live objects by name, and as items.
         self._state: MutableMapping[str, Any] = state if isinstance(state, MutableMapping) else dict(state)
@@ -81,12 +86,14 @@ class Checkpointer:
         self._preemption = PreemptionNotice(
             settings.preemption_patience_s, self._save_overdue, settings.preemption_notice
         )
-        self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
+        with self._stopwatch.part("open_s"):
+            self._main, self._local = open_tiers(path, self._items, settings, channel, self._preemption)
+        self._programs = load_ahead(self._main.storage.path)
         self._tiers = [self._main] if self._local is None else [self._main, self._local]
         self._saves = Saves(self._tiers, self._items, self._processes, settings)
         self._turns = Turns(self._main.storage.path, lambda: self._saves.is_saving_thread)
         rules, verify = rules_of(settings), settings.verify
-        self._restorer = Restorer(self._items, rules, self._main, self._local, channel, verify=verify)
+        self._restorer = Restorer(self._items, rules, self._main, self._local, channel, self._stopwatch, verify=verify)
         # Where the run stands.
         self._read_only = settings.read_only
         self._given = StepInput()
@@ -110,6 +117,11 @@ class Checkpointer:
         A tree that could not be restored in place is replaced here, and so in the mapping that was given.
         """
         return self._state
+
+    @property
+    def timings(self) -> Timings:
+        """How long it has taken to come back: opening, restoring, compiling, the first step. Also in the log, then."""
+        return self._stopwatch.timings
 
     @property
     def preempted(self) -> bool:
@@ -179,6 +191,8 @@ class Checkpointer:
         step = step_number(step)
         check_save_arguments(state, metrics)
         self._check_open()
+        if self._stopwatch.step_done(self.path, step) and self._programs is not None:
+            self._programs.finish()
         self.next_step = max(self.next_step, step + 1)  # it has been run, whatever comes of its save
         given = self._given
         given.metrics |= self._saves.checked(metrics or {})
@@ -357,6 +371,7 @@ def get_ready(run: Checkpointer) -> None:
     if not run._read_only:
         run._check_open()
         run._saves.prepare()
+    run._stopwatch.ready()
 
 
 def listen_for_preemption(run: Checkpointer) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 from torchorbax import policies
 from torchorbax._src.arrays.sharding_rules import ShardingRules, Shardings
 from torchorbax._src.distributed.processes import Processes
+from torchorbax._src.run.compile_cache import check_compile_cache
 from torchorbax._src.save.read_back import VerifyAfterSave
 from torchorbax._src.save.staging import Staging, check_staging
 from torchorbax._src.storage.traffic import Traffic, traffic
@@ -69,6 +70,9 @@ class RunOptions:
             alone, for which `resume` listens.
         preemption_patience_s: seconds after SIGTERM, or after the notice, for which the loop may go on with its body.
             After them, the last complete step is saved from another thread if no step has begun to change the state.
+        compile_cache: where JAX keeps what this process compiles, for its next life: a folder, True for `torchorbax` in
+            the user's cache folder, or False. Whoever can write there can run code in this process. A compilation cache
+            that is set up for JAX itself is left alone.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -95,6 +99,7 @@ class RunOptions:
     local_keep: int | policies.PreservationPolicy | None = 2
     preemption_notice: Callable[[], bool] | None = None
     preemption_patience_s: float = 2.0
+    compile_cache: bool | str | os.PathLike[str] = True
 
     def __post_init__(self) -> None:
         Processes(self.barrier_timeout_s, index=0, count=1)  # raises if the limit cannot work
@@ -121,6 +126,7 @@ class RunOptions:
         patience_s = self.preemption_patience_s
         if isinstance(patience_s, bool) or not isinstance(patience_s, int | float) or not 0 <= patience_s < math.inf:
             raise ConfigError(f"preemption_patience_s must be a number of seconds, not {patience_s!r}")
+        check_compile_cache(self.compile_cache)
 
 
 class RunKeywords(TypedDict, total=False):
@@ -147,6 +153,7 @@ class RunKeywords(TypedDict, total=False):
     local_keep: int | policies.PreservationPolicy | None
     preemption_notice: Callable[[], bool] | None
     preemption_patience_s: float
+    compile_cache: bool | str | os.PathLike[str]
 
 
 def takes_run_options(function: F) -> F:

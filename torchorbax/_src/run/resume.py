@@ -85,10 +85,11 @@ def resume(
         _check_meta(modules, run, restored)
         # Place what has not been restored.
         if shardings is not None:
-            for module in modules:
-                place_(module, None, shardings, skip=meta_tensors(module))
-            for each in optimizers:
-                place_optimizer_(each)
+            with run._stopwatch.part("place_s"):
+                for module in modules:
+                    place_(module, None, shardings, skip=meta_tensors(module))
+                for each in optimizers:
+                    place_optimizer_(each)
         get_ready(run)
         listen_for_preemption(run)
     except BaseException:

@@ -13,6 +13,7 @@ from torchorbax._src.distributed.channel import Channel
 from torchorbax._src.restore.in_place import Restore, Restored
 from torchorbax._src.restore.local_tier import open_step
 from torchorbax._src.run.tier import Tier
+from torchorbax._src.run.timings import Stopwatch
 from torchorbax._src.state.item import Item
 from torchorbax._src.state.request import Request
 from torchorbax._src.storage.storage import Source, Storage
@@ -42,6 +43,7 @@ class Restorer:
         main: the run's path.
         local: the fast tier, if there is one.
         channel: to the other processes.
+        stopwatch: measures what a restore takes.
         verify: compare what is read with its fingerprints.
     """
 
@@ -52,6 +54,7 @@ class Restorer:
         main: Tier,
         local: Tier | None,
         channel: Channel,
+        stopwatch: Stopwatch,
         *,
         verify: bool,
     ) -> None:
@@ -60,6 +63,7 @@ class Restorer:
         self._main = main
         self._local = local
         self._channel = channel
+        self._stopwatch = stopwatch
         self._verify = verify
         self._restores = 0
 
@@ -79,7 +83,8 @@ class Restorer:
         """
         self._restores += 1
         self._channel.begin(f"restore{self._restores}")
-        candidates = self._candidates(storage)
+        with self._stopwatch.part("find_s"):
+            candidates = self._candidates(storage)
         if step is not None:
             candidates = [candidate for candidate in candidates if candidate.step == step] or [Candidate(step, None)]
         damaged: dict[int, str] = {}  # the reasons by step, under the path
@@ -87,7 +92,8 @@ class Restorer:
         for attempt, candidate in enumerate(candidates):
             self._channel.begin(f"restore{self._restores}.{attempt}")
             try:
-                restored = self._restore_step(storage, candidate, wanted)
+                with self._stopwatch.part("read_s"):
+                    restored = self._restore_step(storage, candidate, wanted)
             except CorruptCheckpointError as error:
                 if candidate.holders is None:
                     damaged.update(error.reasons)
@@ -98,6 +104,8 @@ class Restorer:
                     if self._channel.processes.count == 1:
                         damaged_local.update(error.reasons)
                 continue
+            self._stopwatch.add("read_s", -restored.place_s)
+            self._stopwatch.add("place_s", restored.place_s)
             self._mark_damaged(storage, damaged)
             if storage is self._main.storage:
                 self._tell_of(candidate, restored, candidates)

@@ -7,9 +7,8 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
-from torchorbax._src.arrays.leaves import Array, is_key, without_key_type
+from torchorbax._src.arrays.leaves import Array, is_key, put, without_key_type
 from torchorbax._src.arrays.sharding_rules import ShardingRules
 from torchorbax._src.format.encode import add_leaf
 from torchorbax._src.format.manifest import ItemMeta, LeafMeta
@@ -22,6 +21,7 @@ from torchorbax._src.state.sharing import Restoring
 from torchorbax._src.state.values import decode, encode
 from torchorbax._src.tensors.optimizers import OptaxOptimizer
 from torchorbax._src.tensors.placement import target_shardings
+from torchorbax._src.tensors.torchax_tensors import array_of, is_torchax
 from torchorbax.errors import MismatchError, Problem, UnsupportedLeafError
 
 _AS_SAVED = {"params": "params"}
@@ -125,8 +125,15 @@ class OptaxItem:
             where = {name: sharding or default_device() for name, sharding in placed.items()}
             shardings = jax.tree.leaves(self._optimizer.state_shardings(where, names))
             by_name = dict(zip(owners, shardings, strict=True))
-            plan.targets = {leaf: by_name[name] for name, leaf in plan.sources.items()}
+            bound = {} if rules is None and self._is_free() else by_name
+            plan.targets = {leaf: bound.get(name) for name, leaf in plan.sources.items()}
         return plan
+
+    def _is_free(self) -> bool:
+        """Are the parameters bound to no device? Then the state must not be either, as before the restore: a training
+        step gives back everything bound if something was, and its next call compiles again."""
+        params = self._optimizer.model.parameters()
+        return not any(is_torchax(param) and getattr(array_of(param), "committed", True) for param in params)
 
     def _names(self, saved: ItemMeta, plan: ItemPlan) -> Collection[str]:
         """The parameters that the restored state is for."""
@@ -178,4 +185,5 @@ def _abstract_meta(leaf: Any) -> LeafMeta:
 
 def _like(leaf: Any, array: Array) -> Any:
     """`array`, as a typed PRNG key if `leaf` is one."""
-    return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)) if is_key(leaf) else array
+    on_device = put(array, None)
+    return jax.random.wrap_key_data(on_device, impl=jax.random.key_impl(leaf)) if is_key(leaf) else on_device

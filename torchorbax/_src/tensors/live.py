@@ -10,7 +10,14 @@ import jax
 import numpy as np
 import torch
 
-from torchorbax._src.arrays.dtypes import NUMPY_TO_TORCH, TORCH_TO_NUMPY, fits_on_device, host_to_torch, torch_to_host
+from torchorbax._src.arrays.dtypes import (
+    NUMPY_TO_TORCH,
+    TORCH_TO_NUMPY,
+    bits_of,
+    fits_on_device,
+    host_to_torch,
+    torch_to_host,
+)
 from torchorbax._src.arrays.leaves import Array, leaf_name
 from torchorbax._src.tensors import torchax_tensors
 from torchorbax.errors import ConfigError, DeletedArrayError, UnsupportedLeafError
@@ -157,9 +164,16 @@ def overwrite(live: np.ndarray | torch.Tensor, array: np.ndarray, undo: ExitStac
         undo.callback(np.copyto, live, live.copy())
         np.copyto(live, array)
         return
-    memory = live.detach()
-    undo.callback(memory.copy_, memory.clone())
-    memory.copy_(host_to_torch(array))
+    plain = live.is_contiguous() and not (live.is_conj() or live.is_neg() or live.is_inference())
+    if not plain or TORCH_TO_NUMPY.get(live.dtype) != array.dtype:
+        memory = live.detach()
+        undo.callback(memory.copy_, memory.clone())
+        memory.copy_(host_to_torch(array))
+        return
+    bits = bits_of(live)
+    undo.callback(np.copyto, bits, bits.copy())
+    np.copyto(bits, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    torch.autograd.graph.increment_version(live)
 
 
 def tensor_of(array: Array) -> torch.Tensor:

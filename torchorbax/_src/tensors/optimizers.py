@@ -12,7 +12,6 @@ from jax.sharding import Sharding
 from torchorbax._src.arrays.jax_context import training_context
 from torchorbax._src.arrays.leaves import leaf_name, put
 from torchorbax._src.arrays.sharding_rules import replicated_like, state_sharding
-from torchorbax._src.tensors import torchax_tensors
 from torchorbax._src.tensors.convert import to_jax
 from torchorbax._src.tensors.live import live_dtype
 from torchorbax.errors import ConfigError
@@ -131,8 +130,10 @@ class OptaxOptimizer:
     def place_state(self) -> None:
         """Move existing state to where the parameters are."""
         if self.state is not None:
-            params = {name: torchax_tensors.array_of(param).sharding for name, param in self.state_params().items()}
-            self.state = jax.tree.map(put, self.state, self.state_shardings(params, params))
+            arrays = to_jax(self.state_params())
+            shardings = self.state_shardings({name: array.sharding for name, array in arrays.items()}, arrays)
+            bound = any(getattr(array, "committed", True) for array in arrays.values())
+            self.state = jax.tree.map(lambda leaf, at: put(leaf, at if bound else None), self.state, shardings)
 
 
 Optimizer = torch.optim.Optimizer | OptaxOptimizer

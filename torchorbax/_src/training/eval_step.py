@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jax.sharding import PartitionSpec, Sharding, SingleDeviceSharding
 
+from torchorbax._src.arrays import compile_times
 from torchorbax._src.arrays.jax_context import training_context
 from torchorbax._src.arrays.leaves import put
 from torchorbax._src.tensors import torchax_tensors
@@ -25,6 +26,7 @@ from torchorbax._src.training.live_inputs import LiveInputs, MoreInputs, Values,
 from torchorbax._src.training.programs import Part, Programs
 from torchorbax._src.training.random_keys import key_beside
 from torchorbax._src.training.results import Outputs
+from torchorbax._src.training.tracing import without_collections
 from torchorbax.errors import ConfigError
 
 EvalFn = Callable[[torch.nn.Module, Any], Any]
@@ -98,14 +100,15 @@ class EvalStep:
         if program is not None and self._live.still_live(program.inputs):
             return self._result(program, self._run(program, beside, on_device))
         inputs = self._live.first_inputs()
-        while True:
-            program = self._new_program(tensors, inputs)
-            try:
-                arrays = self._run(program, beside, on_device)
-                break
-            except MoreInputs as more:
-                inputs = self._live.with_more(inputs, more, beside)
-        self._live.after_trace()
+        with without_collections(), compile_times.first_call():
+            while True:
+                program = self._new_program(tensors, inputs)
+                try:
+                    arrays = self._run(program, beside, on_device)
+                    break
+                except MoreInputs as more:
+                    inputs = self._live.with_more(inputs, more, beside)
+            self._live.after_trace()
         self._programs.put(self._parts(on_device), program)
         return self._result(program, arrays)
 
@@ -134,6 +137,7 @@ class EvalStep:
                 raise ConfigError(
                     f"fn writes into {names}; an evaluation changes nothing. Return the new values instead"
                 )
+            compile_times.traced()
             results: list[Any] = found
             return results
 
@@ -144,7 +148,8 @@ class EvalStep:
         values = self._live.values(program.inputs, beside)
         call = put(np.asarray(next(self._calls) % 2**32, np.uint32), beside)
         try:
-            arrays: list[Any] = program.run(key_beside(beside), call, program.tensors.get(), values, batch)
+            tensors = program.tensors.get()
+            arrays: list[Any] = program.run(key_beside(beside, tensors), call, tensors, values, batch)
         except (RuntimeError, ValueError):
             self._live.check_deleted(program.inputs)
             raise

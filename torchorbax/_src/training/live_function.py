@@ -197,8 +197,10 @@ class LiveFunction:
                 self._what,
                 ", ".join(kept[:5]),
             )
-        self._ignored |= {slot.place for slot in changed}
-        self._surroundings = Surroundings({self._what: self._fn, "": self.model}, self._ignored)
+        if changed:
+            self._ignored |= {slot.place for slot in changed}
+            now = Surroundings({self._what: self._fn, "": self.model}, self._ignored)
+        self._surroundings = now
 
     def check_deleted(self, inputs: LiveInputs) -> None:
         """Raise a `DeletedArrayError` that names those of the live tensors whose buffers were donated elsewhere."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
@@ -14,10 +16,12 @@ _WORDS = {2: "threefry2x32", 4: "rbg"}
 """The implementations of raw keys, which do not say theirs, by their length."""
 
 
-def key_beside(beside: Sharding) -> jax.Array:
-    """Torchax's key of this thread on the devices of a step.
+def key_beside(beside: Sharding, arrays: Sequence[jax.Array]) -> jax.Array:
+    """Torchax's key of this thread on the devices of a step with these arrays.
 
-    It may have been restored, be of another mesh, or be a raw key of another implementation than JAX's default now.
+    It may have been restored, be of another mesh, or be a raw key of another implementation than JAX's default now. It
+    is bound to the devices if the arrays are: the step gives it back so, and a second call with a key of another kind
+    than the first would compile again.
     """
     key = torchax_tensors.rng_key()
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -26,6 +30,8 @@ def key_beside(beside: Sharding) -> jax.Array:
         key = jax.random.wrap_key_data(key, impl=implementation)
     if key.sharding.device_set != beside.device_set:
         key = put(_shared(key, beside), beside)
+    elif not getattr(key, "committed", True) and getattr(next(iter(arrays), key), "committed", True):
+        key = put(key, beside)
     return key
 
 

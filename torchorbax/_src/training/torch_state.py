@@ -147,7 +147,7 @@ class LiveState:
         found = [(name, entries) for name, entries in held if entries]
         for name, entries in found:
             for key, value in entries.items():
-                entries[key] = _on_devices(key, value, shardings[name])
+                entries[key] = _on_devices(key, value, params[name], shardings[name])
         self._params, self._owners = params, [entries for _, entries in found]
         self._names = [name for name, entries in found for _ in entries]
         self._keys = [key for entries in self._owners for key in entries]
@@ -167,10 +167,14 @@ class LiveState:
         self._places = Places(zip(self._names, self._keys, self._indices, strict=True))
 
 
-def _on_devices(key: str, value: Any, beside: Sharding) -> Any:
-    """An entry as a torchax tensor."""
+def _on_devices(key: str, value: Any, param: torch.Tensor, beside: Sharding) -> Any:
+    """An entry as a torchax tensor.
+
+    It is bound to its device only if the parameter is: the step gives back everything bound if something was.
+    """
     if isinstance(value, torch.Tensor) and not torchax_tensors.is_torchax(value):
-        value = torchax_tensors.wrap(put(host_copy(value), replicated_like(beside)))
+        committed = getattr(torchax_tensors.array_of(param), "committed", True)
+        value = torchax_tensors.wrap(put(host_copy(value), replicated_like(beside) if committed else None))
     entry_array(key, value)
     return value
 

@@ -11,6 +11,7 @@ import jax
 import torch
 from jax.sharding import PartitionSpec, Sharding
 
+from torchorbax._src.arrays import compile_times
 from torchorbax._src.arrays.jax_context import training_context
 from torchorbax._src.arrays.leaves import put
 from torchorbax._src.tensors import torchax_tensors
@@ -23,7 +24,7 @@ from torchorbax._src.training.live_inputs import LiveInputs, MoreInputs, Values,
 from torchorbax._src.training.programs import Part, Programs
 from torchorbax._src.training.random_keys import key_beside
 from torchorbax._src.training.results import Outputs, scalar
-from torchorbax._src.training.tracing import Arrays, arrays_of, laid_out, settled
+from torchorbax._src.training.tracing import Arrays, arrays_of, laid_out, settled, without_collections
 from torchorbax._src.training.updates import update_of
 from torchorbax.errors import ConfigError
 
@@ -132,14 +133,15 @@ class TrainStep:
         if program is not None and self._live.still_live(program.inputs):
             return self._set(program, *self._run(program, beside, state, further, on_device))
         inputs = self._live.first_inputs()
-        while True:
-            program = self._new_program(trained, shardings, inputs)
-            try:
-                outputs = self._run(program, beside, state, further, on_device)
-                break
-            except MoreInputs as more:
-                inputs = self._live.with_more(inputs, more, beside)
-        self._live.after_trace()
+        with without_collections(), compile_times.first_call():
+            while True:
+                program = self._new_program(trained, shardings, inputs)
+                try:
+                    outputs = self._run(program, beside, state, further, on_device)
+                    break
+                except MoreInputs as more:
+                    inputs = self._live.with_more(inputs, more, beside)
+            self._live.after_trace()
         self._programs.put(self._parts(on_device), program)
         return self._set(program, *outputs)
 
@@ -211,6 +213,7 @@ class TrainStep:
                 params, {**old_buffers, **constants}, values, key, batch
             )
             new_params, state = self._update.apply(params, grads, state, further, shardings)
+            compile_times.traced()
             return (
                 (loss, rest),
                 laid_out(key, replicated(shardings.values())),
@@ -233,7 +236,7 @@ class TrainStep:
             unshare(program.inputs.tensors, (*trained, *buffers))
         values = self._live.values(program.inputs, beside)
         try:
-            return program.run(key_beside(beside), trained, buffers, state, frozen, values, further, batch)
+            return program.run(key_beside(beside, trained), trained, buffers, state, frozen, values, further, batch)
         except (RuntimeError, ValueError):
             self._live.check_deleted(program.inputs)
             raise
