@@ -73,6 +73,15 @@ FOUND: dict[str, Schedule] = {
         faults=(Fault(0, 0, "put run/0/model/", 0, "slow", 15.0),),
         keep=1,
     ),
+    # The same, of a request to a step that had been deleted by the time it arrived.
+    "a run is opened that has nothing of a step but the marker of an item": Schedule(
+        seed=15968,
+        store="gcs",
+        programs=(Program(steps=2, elsewhere=True), Program(steps=1, start_s=70.0, elsewhere=True)),
+        faults=(Fault(0, 0, "put", 4, "late", 45.0),),
+        keep=1,
+        verify_after_save=False,
+    ),
     # Opening took as long as the other program was suspended.
     "an owner is suspended while it changes the record": Schedule(
         programs=(ONE, Program(steps=1, start_s=35.0)), faults=(Fault(0, 0, "look ", 1, "suspend", 3000.0),)

@@ -36,7 +36,7 @@ DAMAGED = ".torchorbax-damaged"
 _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's name for what it is writing
 
 _OF_A_STEP = ("_CHECKPOINT_METADATA", MANIFEST, COMMITTED)
-_OF_AN_ITEM = ("_METADATA", "_sharding", "manifest.ocdbt", "d", "metadata")
+_OF_AN_ITEM = ("_METADATA", "_sharding", COMMITTED, "manifest.ocdbt", "d", "metadata")
 _OF_A_PROCESS = "ocdbt.process_"  # how the name of a folder within an item begins, as Orbax has it
 
 _MAY_PASS = (
