@@ -25,6 +25,7 @@ from torchorbax._src.run.options import RunOptions
 from torchorbax._src.run.preemption import PreemptionNotice
 from torchorbax._src.run.step_choice import Restorer
 from torchorbax._src.run.tier import Tier, open_tiers
+from torchorbax._src.run.timings import Stopwatch
 from torchorbax._src.save.save import Save, SaveRecord
 from torchorbax._src.state.capture import capture_all
 from torchorbax._src.state.item import Captured, Item
@@ -203,7 +204,7 @@ class TrainingProcess:
     def _restored(self, tier: Tier, channel: Channel) -> int:
         """Restore, and return the next step."""
         began = self._scheduler.now
-        restorer = Restorer(self._items, None, tier, None, channel, verify=True)
+        restorer = Restorer(self._items, None, tier, None, channel, Stopwatch(), verify=True)
         program, index = self._process.program, self._process.index
         try:
             found = restorer.restore(tier.storage, None, Request())
