@@ -27,6 +27,8 @@ from torchorbax import (
     train_step,
     verify,
 )
+from torchorbax._src.format.values import LayoutError
+from torchorbax._src.state.torch_optimizer_tree import checked_tree
 
 from tests.helpers.tensors import bits
 
@@ -303,3 +305,14 @@ def test_weakly_typed_arrays_stay_so(lives: Callable[..., Any], mesh: Mesh) -> N
         assert (array.weak_type, array.dtype, bits(array)) == (other.weak_type, other.dtype, bits(other)), name
     assert second["x"]["sharded"].sharding == first["x"]["sharded"].sharding
     assert (second["x"]["w"] * second["x"]["lr"]).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "shape", [[10**5000], [-1], [True], [2.0], [2**40, 2**40]], ids=["digits", "negative", "bool", "float", "bytes"]
+)
+def test_a_parameter_that_cannot_be_is_no_state_of_an_optimizer(shape: list[Any]) -> None:
+    """A stranger may have written it; a message that has the shape in it could not even be made."""
+    tree = {"class": "SGD", "state": {}, "param_groups": [], "params": {"w": [[2, 2], "float32"]}}
+    assert checked_tree(tree) == tree
+    with pytest.raises(LayoutError, match="not the state of a torch.optim optimizer"):
+        checked_tree({**tree, "params": {"w": [shape, "float32"]}})

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -346,15 +346,22 @@ def _file_digest(path: str, content: Json) -> FileDigest:
     return nbytes, crc32c
 
 
+def is_possible(shape: Sequence[Json], dtype: str) -> bool:
+    """Can an array have this shape and dtype, which somebody else may have written?"""
+    return (
+        len(shape) <= _MOST_DIMENSIONS
+        and all(type(size) is int and size >= 0 for size in shape)
+        and dtype in BY_NAME
+        and math.prod(size or 1 for size in shape) * BY_NAME[dtype].itemsize <= _MOST_BYTES
+    )
+
+
 def leaf_meta(name: str, content: Json) -> LeafMeta:
     """The description of a leaf in a JSON object. Raises ValueError if no array can be so."""
     shape, dtype, residence = tuple(content["shape"]), content["dtype"], content["residence"]
     base, weak_type = content.get("base"), content.get("weak_type", False)
     if (
-        len(shape) > _MOST_DIMENSIONS
-        or not all(type(size) is int and size >= 0 for size in shape)
-        or dtype not in BY_NAME
-        or math.prod(size or 1 for size in shape) * BY_NAME[dtype].itemsize > _MOST_BYTES
+        not is_possible(shape, dtype)
         or residence not in get_args(Residence)
         or not _FINGERPRINT.fullmatch(content["fingerprint"])
         or not (base is None or (type(base) is int and base >= 0))

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from jax.sharding import Sharding
 
-from torchorbax._src.arrays.dtypes import BY_NAME
 from torchorbax._src.arrays.sharding_rules import replicated_like, state_sharding
-from torchorbax._src.format.manifest import LeafMeta
+from torchorbax._src.format.manifest import LeafMeta, is_possible
 from torchorbax._src.format.values import LayoutError, Path, StoredLeaf
 from torchorbax._src.state.live_leaves import live_meta
 from torchorbax._src.tensors.live import live_dtype
@@ -42,7 +41,7 @@ def _all_names(names: Any, known: Collection[str]) -> bool:
 def _is_shape_and_dtype(meta: Any) -> bool:
     match meta:
         case [list(shape), str(dtype)] | [list(shape), str(dtype), "jax" | "host"]:
-            return dtype in BY_NAME and all(type(size) is int for size in shape)
+            return is_possible(shape, dtype)
     return False
 
 
