@@ -314,5 +314,5 @@ def test_a_parameter_that_cannot_be_is_no_state_of_an_optimizer(shape: list[Any]
     """A stranger may have written it; a message that has the shape in it could not even be made."""
     tree = {"class": "SGD", "state": {}, "param_groups": [], "params": {"w": [[2, 2], "float32"]}}
     assert checked_tree(tree) == tree
-    with pytest.raises(LayoutError, match="not the state of a torch.optim optimizer"):
+    with pytest.raises(LayoutError, match=r"not the state of a torch\.optim optimizer"):
         checked_tree({**tree, "params": {"w": [shape, "float32"]}})
