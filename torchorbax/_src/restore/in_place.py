@@ -26,7 +26,7 @@ from torchorbax._src.state.item import Item, ItemPlan
 from torchorbax._src.state.request import Request
 from torchorbax._src.state.sharing import Restoring, in_order
 from torchorbax._src.storage.storage import Source
-from torchorbax._src.tensors.live import live_array
+from torchorbax._src.tensors.live import host_copy, live_array
 from torchorbax._src.verification.checked_read import CheckedReader
 from torchorbax._src.verification.step_check import twice
 from torchorbax.errors import CorruptCheckpointError, MismatchError, Problem, summary
@@ -177,7 +177,8 @@ class Restore:
         for (item, name), target in targets.items():
             if name not in captured[item].leaves:
                 return None
-            array: Any = live_array(name, captured[item].leaves[name])
+            held = live_array(name, captured[item].leaves[name])
+            array: Array = held if isinstance(held, jax.Array) else host_copy(held)
             meta = leaves[item, name]
             if tuple(array.shape) != meta.shape or str(array.dtype) != meta.dtype:
                 return None

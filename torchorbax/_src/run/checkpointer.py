@@ -36,7 +36,7 @@ from torchorbax._src.save.save import SaveRecord
 from torchorbax._src.state.registry import items_of
 from torchorbax._src.state.request import Rename, Request, request
 from torchorbax._src.storage.storage import Storage
-from torchorbax.errors import ConfigError, Problem, SaveError
+from torchorbax.errors import ConfigError, OwnershipError, Problem, SaveError
 
 _logger = logging.getLogger(__name__)
 
@@ -340,10 +340,19 @@ class Checkpointer:
             if exc is None:
                 raise
             exc.add_note(f"Besides: {error}")
+        if exc is None or self._read_only or _is_about_owner(exc):  # then this program is not the one that goes on
+            return
         if isinstance(exc, SystemExit):  # the interpreter does not print its notes
             _logger.warning("%s", self._main.standing())
-        elif exc is not None:
+        else:
             exc.add_note(self._main.standing())
+
+
+def _is_about_owner(error: BaseException | None) -> bool:
+    """Does an error come from another program having taken the run over?"""
+    while error is not None and not isinstance(error, OwnershipError):
+        error = error.__cause__
+    return error is not None
 
 
 # What only `resume` does with a run.

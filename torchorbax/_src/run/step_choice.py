@@ -119,6 +119,18 @@ class Restorer:
     def _tell_of(self, candidate: Candidate, restored: Restored, candidates: Sequence[Candidate]) -> None:
         """Tell somebody who has moved steps where a step comes from that is not the newest of the run."""
         path, step = self._main.storage.path, candidate.step
+        if newer := sorted({one.step for one in candidates if one.step > step}.intersection(self._main.steps.infos)):
+            _logger.warning(
+                "%s: step %d has been restored, and step %d is newer. A run goes forward only: nothing is saved here up to "
+                "step %d. To train on from step %d, start a run with another path and init_from='%s/%d'",
+                path,
+                step,
+                newer[-1],
+                newer[-1],
+                step,
+                path,
+                step,
+            )
         under_path = max((one.step for one in candidates if one.holders is None), default=None)
         if candidate.holders is not None and under_path is not None and under_path < step:
             _logger.info(

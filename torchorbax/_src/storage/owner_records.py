@@ -53,6 +53,10 @@ class LocalRecord:
             if self.read()[1] != version:
                 raise RecordChangedError(OWNER)
             self._files.write(OWNER, content)
+        if self._descriptor is not None and not self._files.exists(LOCK):  # the folder has been moved, with the lock
+            self.unlock()
+            if self.lock() is False:
+                raise RecordChangedError(LOCK)
         return content
 
     def lock(self) -> bool | None:

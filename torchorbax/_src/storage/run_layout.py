@@ -138,5 +138,6 @@ def as_config_error(path: str) -> Iterator[None]:
         if gcs.is_uri(path):
             raise gcs.refused(path, cause) from error
         refused = isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        advice = "; to restore from it without writing, open it with read_only=True" if refused else ""
+        is_there = refused and os.path.isdir(path)
+        advice = "; to restore from it without writing, open it with read_only=True" if is_there else ""
         raise ConfigError(f"{path} cannot be used for a run: {type(cause).__name__}: {cause}{advice}") from error
