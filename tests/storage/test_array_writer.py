@@ -44,6 +44,16 @@ def test_every_dtype(compressed: bool, rows: int, mesh: Mesh, tmp_path: Path) ->
     assert {dtype: leaf.fingerprint for dtype, leaf in leaves.items()} == fingerprints(hosts)
 
 
+@pytest.mark.parametrize("rows", [1, 256], ids=["small", "large"])
+@pytest.mark.parametrize("names", [[""], ["", "a"], ["", "0"], ["a.", ".a", "a/", "/a", "."]], ids=repr)
+def test_any_name(names: list[str], rows: int, mesh: Mesh, tmp_path: Path) -> None:
+    """A bare tensor has none, and the key of a dict may be empty."""
+    arrays = {name: jnp.asarray(random((rows, 512))) + index for index, name in enumerate(names)}
+    storage = write(tmp_path, arrays)
+    found = read(storage, dict.fromkeys(names))
+    assert {name: bits(array) for name, array in found.items()} == {name: bits(arrays[name]) for name in names}
+
+
 LAYOUTS = [P(), P("fsdp"), P(None, "tp"), P("tp", "fsdp"), P(("fsdp", "tp"))]
 
 

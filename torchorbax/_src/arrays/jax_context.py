@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 
 def transfers_allowed() -> AbstractContextManager[None]:
     """Saving and restoring move arrays between host and devices, whatever `jax_transfer_guard` says of the loop."""
     return jax.transfer_guard("allow")
+
+
+def context_here() -> Callable[[], AbstractContextManager[None]]:
+    """Makes, on another thread, the settings of this one that matter to where arrays go and what becomes of 64 bits."""
+    with_64_bits = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+    @contextmanager
+    def there() -> Iterator[None]:
+        with jax.enable_x64(with_64_bits), transfers_allowed():
+            yield
+
+    return there
 
 
 @contextmanager

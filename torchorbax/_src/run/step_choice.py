@@ -121,8 +121,8 @@ class Restorer:
         path, step = self._main.storage.path, candidate.step
         if newer := sorted({one.step for one in candidates if one.step > step}.intersection(self._main.steps.infos)):
             _logger.warning(
-                "%s: step %d has been restored, and step %d is newer. A run goes forward only: nothing is saved here up to "
-                "step %d. To train on from step %d, start a run with another path and init_from='%s/%d'",
+                "%s: step %d has been restored, and step %d is newer. A run goes forward only: nothing is saved here "
+                "up to step %d. To train on from step %d, start a run with another path and init_from='%s/%d'",
                 path,
                 step,
                 newer[-1],

@@ -31,8 +31,9 @@ from torchorbax._src.arrays.shards import HostShards, is_on_device, shards
 from torchorbax._src.arrays.stacks import GATHERED_BYTES, Stack, by_layout, can_be_stacked, in_programs
 from torchorbax._src.format.manifest import Key
 from torchorbax._src.storage import gcs
+from torchorbax._src.storage.array_index import Indexes
 from torchorbax._src.storage.traffic import BATCH_BYTES, CHUNK_BYTES, Traffic
-from torchorbax._src.storage.zarr import Index, context_of, first_chunk, longest_wait_s, zarr_metadata
+from torchorbax._src.storage.zarr import Index, first_chunk, zarr_metadata
 
 _STACKED = 64
 """The fewest small leaves of one layout that a program copies together. Fewer leaves are copied one by one: that takes
@@ -109,27 +110,30 @@ def merge(folders: Mapping[str, str], written: Mapping[str, Sequence[str]], traf
         traffic: how arrays are written.
     """
     options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.MERGE)
+    indexes = Indexes(next(iter(folders.values())), traffic)
+    context, wait_s = indexes.context, indexes.wait_s
     started = []
     # All at once: what one database needs does not depend on another.
     for item, names in written.items():
         folder = folders[item]
-        context, wait_s = context_of(folder, traffic), longest_wait_s(folder, traffic)
         transaction = ts.Transaction(atomic=True)
         spec = tensorstore_utils.build_kvstore_tspec(folder, use_ocdbt=True, ocdbt_write_options=options)
-        whole = ts.KvStore.open(spec, context=context).result(wait_s).with_transaction(transaction)
+        whole = ts.KvStore.open(indexes.spec(folder, spec), context=context).result(wait_s)
+        into = whole.with_transaction(transaction)
         copies = []
         for name in names:
             spec = tensorstore_utils.build_kvstore_tspec(f"{folder}/{name}", use_ocdbt=True)
-            part = ts.KvStore.open(spec, context=context).result(wait_s)
-            copies.append(part.experimental_copy_range_to(whole))
-        started.append((transaction, copies, wait_s))
+            part = ts.KvStore.open(indexes.spec(folder, spec, below=name), context=context).result(wait_s)
+            copies.append(part.experimental_copy_range_to(into))
+        started.append((transaction, copies))
     commits = []
-    for transaction, copies, wait_s in started:
+    for transaction, copies in started:
         for copy in copies:
             copy.result(wait_s)
-        commits.append((transaction.commit_async(), wait_s))
-    for commit, wait_s in commits:
+        commits.append(transaction.commit_async())
+    for commit in commits:
         commit.result(wait_s)
+    indexes.create()
 
 
 def _add_small(out: _Batches, arrays: MutableMapping[Key, Array], process: int) -> dict[Key, Callable[[], Sums]]:
@@ -178,8 +182,9 @@ class _Databases:
         self._process = None if process is None else ocdbt_process_spec.OcdbtProcessSpec(str(process))
         self._opened: dict[str, tuple[Any, ts.KvStore]] = {}
         anywhere = next(iter(folders.values()))
-        self.wait_s = longest_wait_s(anywhere, traffic)
-        self.context = context_of(anywhere, traffic)
+        self._indexes = Indexes(anywhere, traffic)
+        self.wait_s = self._indexes.wait_s
+        self.context = self._indexes.context
         self.at_once_bytes = traffic.max_host_bytes if gcs.is_uri(anywhere) else _LOCAL_BATCHES * BATCH_BYTES
 
     def spec(self, item: str) -> Any:
@@ -190,12 +195,18 @@ class _Databases:
         """An item's database."""
         return self._of(item)[1]
 
+    def create_indexes(self) -> None:
+        """Write what says where the arrays are, when all of them have been written."""
+        self._indexes.create()
+
     def _of(self, item: str) -> tuple[Any, ts.KvStore]:
         if item not in self._opened:
             options = tensorstore_utils.OcdbtKvStoreWriteOptions(mode=tensorstore_utils.OcdbtWriteMode.WRITE)
             spec = tensorstore_utils.build_kvstore_tspec(
                 self._folders[item], ocdbt_process_spec=self._process, ocdbt_write_options=options
             )
+            folder = self._folders[item] + ("" if self._process is None else f"/{self._process}")
+            spec = self._indexes.spec(folder, spec)
             self._opened[item] = spec, ts.KvStore.open(spec, context=self.context).result(self.wait_s)
         return self._opened[item]
 
@@ -259,7 +270,8 @@ class _Batches:
         if self._is_first:
             self._room_for(0)
             database = self._databases.database(item).with_transaction(self._batch.transaction(item))
-            database[f"{name}/.zarray"] = zarray
+            # TensorStore looks for the chunks of an array without a name, such as a bare tensor, at the top.
+            database[f"{name}/.zarray" if name else ".zarray"] = zarray
         for index, host in _chunks(array, chunks, shares):
             self._room_for(host.nbytes)
             target = store.with_transaction(self._batch.transaction(item))[index]
@@ -270,10 +282,11 @@ class _Batches:
         self._batch.written.append(then)
 
     def finish(self) -> None:
-        """Commit the last batch and wait for all of them."""
+        """Commit the last batch, wait for all of them, and write the indexes."""
         self._commit()
         while self._committing:
             self._wait_for_oldest()
+        self._databases.create_indexes()
 
     def abort(self) -> None:
         """Abort all transactions that are not committed."""

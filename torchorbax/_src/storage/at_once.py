@@ -6,9 +6,10 @@ what a save or a restore takes.
 
 from __future__ import annotations
 
-import concurrent.futures
+import itertools
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -20,22 +21,41 @@ _MOST = 32
 def at_once(actions: Sequence[Callable[[], Result]]) -> list[Result]:
     """The results of actions, in their order. The last action runs on this thread, the others on threads of their own.
 
+    Ctrl-C is not kept waiting: it leaves the other actions to themselves.
+
     Raises:
         Exception: what the first action in the order has raised that has failed. All actions have ended by then.
     """
     *others, last = actions
     if not others:
         return [last()]
-    with ThreadPoolExecutor(min(len(others), _MOST), "torchorbax-request") as executor:
-        futures = [executor.submit(action) for action in others]
-        try:
-            result = last()
-        except BaseException:
-            concurrent.futures.wait(futures)
-            for future in futures:
-                future.result()  # an earlier one has failed, too: that is the reason, perhaps of both
+    futures: list[Future[Result]] = [Future() for _ in actions]
+    numbers = itertools.count()  # `next` is atomic
+
+    def work() -> None:
+        while (number := next(numbers)) < len(others):
+            _run(others[number], futures[number])
+
+    for _ in range(min(len(others), _MOST)):
+        # Daemons, which an interpreter that ends does not wait for.
+        threading.Thread(target=work, name="torchorbax-request", daemon=True).start()
+    _run(last, futures[-1])
+    errors = [future.exception() for future in futures]
+    for error in errors:
+        if error is not None:
+            raise error
+    return [future.result() for future in futures]
+
+
+def _run(action: Callable[[], Result], future: Future[Result]) -> None:
+    try:
+        future.set_result(action())
+    except Exception as error:  # `at_once` raises it
+        future.set_exception(error)
+    except BaseException as error:
+        if threading.current_thread() is threading.main_thread():  # such as Ctrl-C
             raise
-        return [*(future.result() for future in futures), result]
+        future.set_exception(error)
 
 
 def one_by_one(actions: Sequence[Callable[[], Result]]) -> list[Result]:

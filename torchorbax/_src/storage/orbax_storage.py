@@ -73,10 +73,11 @@ class OrbaxStorage(StepReader):
         try:
             self._prepare(step)
             metadata = orbax_layout.files(items, markers=self.is_uri)
-            # Metadata and arrays, also on a local disk at the same time: each of them waits for the disk.
+            # Metadata and arrays, also on a local disk at the same time: each of them waits for the disk. Nothing is
+            # written over what is there: a request of a program that has been taken over may come late.
             manifests: list[Manifest] = []
             writes: list[Callable[[], None]] = [
-                functools.partial(self.files.write, f"{folder}/{path}", text) for path, text in metadata.items()
+                functools.partial(self.files.create, f"{folder}/{path}", text) for path, text in metadata.items()
             ]
             at_once([*writes, lambda: manifests.append(fill(folders))])
             manifest = manifests[0]
@@ -87,6 +88,8 @@ class OrbaxStorage(StepReader):
         except SaveError:
             raise
         except Exception as error:
+            if self._loss() is None and isinstance(error, FileExistsError):  # a write that was given up has arrived now
+                error = StorageError(self.path, f"step {step}: something has come in the way meanwhile: {error}")
             cause = self._loss() or error  # whoever has taken over has removed what this process was writing
             self._remove_failed(folder, cause)
             raise SaveError(step, self.path, reason_of(cause, cut=self.is_uri)) from cause
@@ -167,7 +170,6 @@ class OrbaxStorage(StepReader):
         if self.objects is not None:
             self.check_owned()  # not beside the manifest, which may take so long that this is no longer true
             self.objects.copy(folder, MANIFEST_FILE, COMMITTED)
-            self._note_committed(step)
             self._finish(folder)
             return
         self.files.flush(folder)

@@ -80,7 +80,6 @@ class RunFolder:
         self._timeout_s = timeout_s
         self._parent = parent
         self._told: set[str] = set()  # names that are no steps, of which a warning has told
-        self._committed: set[str] = set()  # under a URI, the steps that this process has committed
         self._given_up: dict[str, float] = {}  # under a URI, by folder: `time.monotonic()` when a save of it failed
         self.files: Files
         self.objects: GcsFiles | None = None
@@ -229,17 +228,11 @@ class RunFolder:
         return {entry.name for entry in entries if entry.kind == "folder"}
 
     def _committed_of(self, names: Sequence[str]) -> list[str]:
-        """Which of these folders are complete. What this process has committed itself stays so until it deletes it."""
+        """Which of these folders are complete."""
         if not self.is_uri:
             return list(names)
-        others = [name for name in names if name not in self._committed]
-        markers = [functools.partial(self.files.is_file, f"{name}/{COMMITTED}") for name in others]
-        complete = {name for name, found in zip(others, self.at_once(markers), strict=True) if found}
-        return [name for name in names if name in self._committed or name in complete]
-
-    def _note_committed(self, step: int) -> None:
-        """Note that this process has committed a step under a URI."""
-        self._committed.add(str(step))
+        markers = [functools.partial(self.files.is_file, f"{name}/{COMMITTED}") for name in names]
+        return [name for name, found in zip(names, self.at_once(markers), strict=True) if found]
 
     def existing_steps(self) -> list[int]:
         """The committed steps in ascending order, at least one.
@@ -309,7 +302,6 @@ class RunFolder:
         """
         if self.is_uri:
             self._begin(str(step))
-            self._committed.discard(str(step))
             self.files.delete_file(f"{step}/{COMMITTED}")
             self._delete_uncommitted(str(step))
             self._finish(str(step))

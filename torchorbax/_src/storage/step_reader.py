@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from torchorbax._src.arrays.dtypes import BY_NAME, fits_on_device
-from torchorbax._src.arrays.jax_context import transfers_allowed
+from torchorbax._src.arrays.jax_context import context_here
 from torchorbax._src.arrays.leaves import Array, put
 from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import Key, LeafMeta, Manifest, by_base
@@ -168,9 +168,10 @@ class StepReader(RunFolder):
         by_item: dict[str, dict[str, Sharding | None]] = {}
         for (item, name), target in targets.items():
             by_item.setdefault(item, {})[name] = target
-        lock, readers = threading.Lock(), len(by_item) if self.is_uri else 1
+        lock, context = threading.Lock(), context_here()
+        waves = _waves(by_item, leaves, self._traffic.max_host_bytes)
 
-        def read_item(item: str) -> dict[Key, Any] | str:
+        def read_item(item: str, readers: int) -> dict[Key, Any] | str:
             """What has been read; or, if the item is damaged, the reason."""
             wanted = {
                 name: (leaves[item, name], target)
@@ -182,7 +183,7 @@ class StepReader(RunFolder):
             then = None if when_read is None else functools.partial(_called, when_read, lock, item)
             path = f"{self.path}/{step}/{item}"
             try:
-                with transfers_allowed():
+                with context():
                     found = self._translated(
                         step, lambda: array_reader.read(path, wanted, self._traffic, then, readers=readers)
                     )
@@ -191,7 +192,13 @@ class StepReader(RunFolder):
             return {(item, name): array for name, array in found.items()}
 
         try:
-            of_items = self.at_once([functools.partial(read_item, item) for item in by_item])
+            of_items = [
+                found
+                for wave in waves
+                for found in self.at_once(
+                    [functools.partial(read_item, item, len(wave) if self.is_uri else 1) for item in wave]
+                )
+            ]
         except _CallerError as error:
             raise error.error from None
         if reasons := [found for found in of_items if isinstance(found, str)]:
@@ -228,6 +235,20 @@ class StepReader(RunFolder):
             if isinstance(error, OSError | ValueError | RuntimeError | NotImplementedError):
                 raise StorageError(self.path, f"step {step}: {gcs.error_line(error)}") from error
             raise
+
+
+def _waves(by_item: Mapping[str, Collection[str]], leaves: Mapping[Key, LeafMeta], most_bytes: int) -> list[list[str]]:
+    """Items that are read at the same time: so many that the largest leaves of all have room in the host's memory."""
+    waves: list[list[str]] = []
+    room = 0
+    for item, names in by_item.items():
+        largest = max(leaves[item, name].nbytes for name in names)
+        if not waves or largest > room:
+            waves.append([])
+            room = most_bytes // 2
+        waves[-1].append(item)
+        room -= largest
+    return waves
 
 
 class _CallerError(Exception):
