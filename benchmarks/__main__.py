@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,7 @@ def measure_table(folder: Path, repeats: int, scale: int) -> dict[str, Samples]:
     place = _fresh(folder / "small")
     found["save_small"] = run_case("save", place, **small, repeats=repeats)
     found["restore_small"] = run_case("restore", place, devices=16, **small, repeats=repeats)
-    found["read_back"] = run_case("read_back", _fresh(folder / "read_back"), **large, repeats=repeats)
-    found["object_storage"] = run_case(
-        "object_storage",
-        _fresh(folder / "object_storage"),
-        leaves=10,
-        leaf_bytes=MB // scale,
-        answer_s=0.05 / scale,
-        repeats=repeats,
-    )
+    found |= {name: measure(folder, repeats, scale) for name, measure in MEASURED_ALONE.items()}
     found["loop"] = run_case(
         "loop",
         _fresh(folder / "loop"),
@@ -94,8 +87,28 @@ def measure_table(folder: Path, repeats: int, scale: int) -> dict[str, Samples]:
         step_s=0.05 / scale,
         seconds=8 / scale,
     )
-    found["back"] = run_case("back", _fresh(folder / "back"), repeats=repeats, **({"layers": 1} if scale > 1 else {}))
     return found
+
+
+def _read_back(folder: Path, repeats: int, scale: int = 1) -> Samples:
+    return run_case("read_back", _fresh(folder / "read_back"), leaves=64, leaf_bytes=8 * MB // scale, repeats=repeats)
+
+
+def _object_storage(folder: Path, repeats: int, scale: int = 1) -> Samples:
+    place = _fresh(folder / "object_storage")
+    return run_case("object_storage", place, leaves=10, leaf_bytes=MB // scale, answer_s=0.05 / scale, repeats=repeats)
+
+
+def _back(folder: Path, repeats: int, scale: int = 1) -> Samples:
+    return run_case("back", _fresh(folder / "back"), repeats=repeats, layers=1 if scale > 1 else 12)
+
+
+MEASURED_ALONE: dict[str, Callable[..., Samples]] = {
+    "read_back": _read_back,
+    "object_storage": _object_storage,
+    "back": _back,
+}
+"""Cases that need no other case, which `--only` takes."""
 
 
 def measure_growth(folder: Path, repeats: int) -> dict[str, dict[str, dict[str, Samples]]]:
@@ -150,22 +163,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count; medians are shown")
     parser.add_argument("--folder", type=Path, help="where to save to; a temporary folder by default")
     parser.add_argument("--growth-repeats", type=int, default=5, help="0 keeps the growth that was measured before")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="measure these cases alone; others stay as they were")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, nothing is written")
     options = parser.parse_args()
     about = machine()
     with tempfile.TemporaryDirectory(dir=options.folder, ignore_cleanup_errors=True) as place:
         repeats = 1 if options.tiny else options.repeats
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        if options.only:
+            new = {name: MEASURED_ALONE[name](Path(place), repeats) for name in options.only}
+            write({**before, "table": {**before["table"], **new}})
+            return
         measured = measure_table(Path(place), repeats, scale=64 if options.tiny else 1)
         print(report.table(measured))
         if options.tiny:
             return
-        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         growth = (
             {"repeats": options.growth_repeats, "axes": measure_growth(Path(place), options.growth_repeats)}
             if options.growth_repeats
             else before.get("growth", {"repeats": 0, "axes": {}})
         )
-    content = {"machine": about, "repeats": repeats, "table": measured, "growth": growth}
+    write({"machine": about, "repeats": repeats, "table": measured, "growth": growth})
+
+
+def write(content: dict[str, Any]) -> None:
+    """Write the results, the page and the plot."""
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     PAGE.write_text(report.filled(PAGE.read_text(), report.sections(content)))
     report.plot(content, RESULTS.with_suffix(".png"))

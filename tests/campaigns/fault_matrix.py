@@ -69,8 +69,8 @@ class Fault:
 
 
 PLACES = [
-    Place("array data", "save", "kind=read,data-write name=/{step}/.*ocdbt.process"),
-    Place("merge of the array data", "save", "kind=read,data-write name=/{step}/[^/]+/(d/|manifest.ocdbt)"),
+    Place("array data", "save", "kind=data-write name=/{step}/[^/]+/d/"),
+    Place("index of the array data", "save", "kind=metadata-write name=/{step}/[^/]+/manifest.ocdbt"),
     Place("metadata", "save", "kind=metadata-write name=/{step}/.*(_METADATA|metadata)$"),
     Place("shardings", "save", "kind=metadata-write name=/{step}/.*_sharding$"),
     Place("commit marker", "save", "kind=copy name=/{step}/commit_success"),

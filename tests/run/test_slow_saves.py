@@ -34,10 +34,10 @@ class Blocked:
         self.here, self.go = threading.Event(), threading.Event()
         works = getattr(storage, name)
 
-        def blocked(*args: Any) -> Any:
+        def blocked(*args: Any, **options: Any) -> Any:
             self.here.set()
             assert self.go.wait(60)
-            return works(*args)
+            return works(*args, **options)
 
         patch.setattr(storage, name, blocked)
 

@@ -245,6 +245,6 @@ def _of_system(scheduler: Scheduler, disk: Disk | None, names: random.Random) ->
         # JAX's settings belong to threads of the system, of which there is one here.
         mock.patch.object(background_save, "transfers_allowed", contextlib.nullcontext),
         mock.patch.object(step_choice, "transfers_allowed", contextlib.nullcontext),
-        mock.patch.object(step_reader, "transfers_allowed", contextlib.nullcontext),
+        mock.patch.object(step_reader, "context_here", return_value=contextlib.nullcontext),
         mock.patch.object(step_choice, "warnings", types.SimpleNamespace(warn=lambda *args, **kwargs: None)),
     ]

@@ -59,5 +59,6 @@ def bits_of(tensor: torch.Tensor) -> np.ndarray:
     numpy copies it with one thread. torch would wake its own for a few kilobytes, which takes milliseconds where other
     threads need the processors, such as those that load programs during a restore.
     """
-    # A single value counts as contiguous whatever its stride, so the strides are said anew.
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+    # A single value counts as contiguous whatever its stride, so the strides are said anew. Not by `Tensor.numpy`:
+    # after it torch refuses to resize the storage, which FSDP does.
+    return np.from_dlpack(tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8))

@@ -21,7 +21,7 @@ from torchorbax._src.format import per_process
 from torchorbax._src.format.manifest import FileDigest, Key, Manifest
 from torchorbax._src.format.per_process import HostItem
 from torchorbax._src.storage import array_writer, orbax_layout
-from torchorbax._src.storage.at_once import at_once
+from torchorbax._src.storage.at_once import at_once, one_by_one
 from torchorbax._src.storage.damage import reason_of
 from torchorbax._src.storage.files_at import files_at
 from torchorbax._src.storage.run_layout import BASE, COMMITTED, MANIFEST, MANIFEST_FILE
@@ -76,10 +76,11 @@ class OrbaxStorage(StepReader):
             # Metadata and arrays, also on a local disk at the same time: each of them waits for the disk. Nothing is
             # written over what is there: a request of a program that has been taken over may come late.
             manifests: list[Manifest] = []
-            writes: list[Callable[[], None]] = [
+            writes: list[Callable[[], object]] = [
                 functools.partial(self.files.create, f"{folder}/{path}", text) for path, text in metadata.items()
             ]
-            at_once([*writes, lambda: manifests.append(fill(folders))])
+            others = writes if self.is_uri else [lambda: one_by_one(writes)]
+            at_once([*others, lambda: manifests.append(fill(folders))])
             manifest = manifests[0]
             # The manifest, with all files in it.
             manifest = dataclasses.replace(manifest, files=self._merged(folders, folder, manifest.files))
