@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -63,8 +64,6 @@ def measure_table(folder: Path, repeats: int, scale: int) -> dict[str, Samples]:
         "adapter": run_case("adapter", folder, repeats=repeats),
         "skipped": run_case("skipped", _fresh(folder / "skipped"), repeats=repeats),
     }
-    for case, devices in (("step", 8), ("step_alone", 1)):
-        found[case] = run_case("step", folder, devices=devices, repeats=repeats, parameters=max(500 // scale, 10))
     place = _fresh(folder / "large")
     found["save"] = run_case("save", place, **large, repeats=repeats, with_torch=True)
     found["restore"] = run_case("restore", place, devices=16, **large, repeats=repeats)
@@ -99,6 +98,10 @@ def _object_storage(folder: Path, repeats: int, scale: int = 1) -> Samples:
     return run_case("object_storage", place, leaves=10, leaf_bytes=MB // scale, answer_s=0.05 / scale, repeats=repeats)
 
 
+def _step(folder: Path, repeats: int, scale: int = 1, devices: int = 8) -> Samples:
+    return run_case("step", folder, devices=devices, repeats=repeats, parameters=max(500 // scale, 10))
+
+
 def _back(folder: Path, repeats: int, scale: int = 1) -> Samples:
     return run_case("back", _fresh(folder / "back"), repeats=repeats, layers=1 if scale > 1 else 12)
 
@@ -107,6 +110,8 @@ MEASURED_ALONE: dict[str, Callable[..., Samples]] = {
     "read_back": _read_back,
     "object_storage": _object_storage,
     "back": _back,
+    "step": _step,
+    "step_alone": functools.partial(_step, devices=1),
 }
 """Cases that need no other case, which `--only` takes."""
 
@@ -183,14 +188,15 @@ def main() -> None:
             if options.growth_repeats
             else before.get("growth", {"repeats": 0, "axes": {}})
         )
-    write({"machine": about, "repeats": repeats, "table": measured, "growth": growth})
+    content = {"machine": about, "repeats": repeats, "table": measured, "growth": growth}
+    write(content)
+    report.plot(content, RESULTS.with_suffix(".png"))
 
 
 def write(content: dict[str, Any]) -> None:
-    """Write the results, the page and the plot."""
+    """Write the results and the page."""
     RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     PAGE.write_text(report.filled(PAGE.read_text(), report.sections(content)))
-    report.plot(content, RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":
