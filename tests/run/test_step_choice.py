@@ -189,6 +189,10 @@ def test_who_moves_steps_is_told_where_a_step_comes_from(tmp_path: Path, caplog:
         caplog.clear()
         assert run.restore(1) == 1
         assert "another run" not in caplog.text
+        assert "is newer" not in caplog.text  # who only reads saves nothing anyway
+    with Checkpointer(tmp_path / "one", {"x": tree}, save=None, rng=False) as run:
+        assert run.restore(1) == 1
+    assert "step 1 has been restored, and step 2 is newer" in caplog.text
     # With a local tier, a newer step there wins.
     local = tmp_path / "local"
     with Checkpointer(tmp_path / "two", {"x": tree}, save=None, rng=False, local=local, local_save=1) as run:

@@ -103,7 +103,7 @@ class SimulatedGcs:
         for path in paths:
             name = path.partition("/")[2]
             try:
-                self._asked(f"unlink {name}", lambda name=name: self._bucket.delete(name))  # type: ignore[misc]
+                self._asked(f"unlink {name}", lambda name=name: self._bucket.delete(name))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
             except FileNotFoundError:
                 outcomes.append(OSError("No such object"))
             else:
@@ -155,7 +155,7 @@ def finished(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         coroutine.send(None)
     except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
+        return end.value  # type: ignore[no-any-return]  # what the coroutine has returned
     raise RuntimeError("it waits for something else")
 
 

@@ -77,7 +77,7 @@ class Disk:
         key = (self.scheduler.running.host, label)
         at, answer = self._seen.get(key, (-STALE_S, None))
         if self.is_shared and self.scheduler.now - at < STALE_S:
-            return answer  # type: ignore[no-any-return]
+            return answer  # type: ignore[no-any-return]  # what `act` has returned
         began, found = self.scheduler.now, self.asked(label, act)
         if believed(found):
             self._seen[key] = began, found
@@ -280,7 +280,7 @@ class SimulatedRecord(LocalRecord):
     """The owner's record on a simulated disk: the real one, with the locks of the simulated kernel."""
 
     def __init__(self, files: SimulatedFiles) -> None:
-        super().__init__(files)  # type: ignore[arg-type]
+        super().__init__(files)  # type: ignore[arg-type]  # files of the same protocol
         self._disk = files.disk
         self._lock = f"{files.root}/.torchorbax-lock"
 

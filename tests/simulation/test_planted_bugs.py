@@ -25,7 +25,7 @@ def commit_without_a_look_at_the_record() -> Any:
     real = OrbaxStorage._commit
 
     def commit(storage: OrbaxStorage, step: int, folder: str) -> None:
-        storage.check_owned = lambda: None  # type: ignore[method-assign]
+        storage.check_owned = lambda: None  # type: ignore[method-assign]  # the mistake
         try:
             real(storage, step, folder)
         finally:

@@ -164,11 +164,11 @@ def test_of_two_that_come_at_once_one_is_second(record: MemoryRecord) -> None:
     first, swapped = another(record, 1000.0), record.swap
 
     def late(content: bytes, version: Any) -> Any:
-        record.swap = swapped  # type: ignore[method-assign]
+        record.swap = swapped  # type: ignore[method-assign]  # a fake of one call
         of_another_machine(record, released=False, beat_time=1000.0)
         return swapped(content, version)
 
-    record.swap = late  # type: ignore[method-assign]
+    record.swap = late  # type: ignore[method-assign]  # a fake of one call
     with pytest.raises(OwnershipError, match="process 77 on elsewhere"):
         Ownership("run", record, lambda: 1000.0, lambda seconds: record.write(beat=record.owner.beat + 1)).acquire()
     first.release()
@@ -243,11 +243,11 @@ def test_a_run_that_is_dropped_while_a_sign_of_life_is_written_does_not_wait_for
     mine.acquire(takeover=True)
 
     def swap_and_drop(content: bytes, version: Any) -> Any:
-        record.swap = swap  # type: ignore[method-assign]
+        record.swap = swap  # type: ignore[method-assign]  # a fake of one call
         mine.release()  # as the garbage collector does
         return swap(content, record.content)
 
-    record.swap = swap_and_drop  # type: ignore[method-assign]
+    record.swap = swap_and_drop  # type: ignore[method-assign]  # a fake of one call
     mine.begin([])
 
 

@@ -84,7 +84,7 @@ class Restorer:
         self._restores += 1
         self._channel.begin(f"restore{self._restores}")
         with self._stopwatch.part("find_s"):
-            candidates = self._candidates(storage)
+            candidates = found = self._candidates(storage)
         if step is not None:
             candidates = [candidate for candidate in candidates if candidate.step == step] or [Candidate(step, None)]
         damaged: dict[int, str] = {}  # the reasons by step, under the path
@@ -108,7 +108,7 @@ class Restorer:
             self._stopwatch.add("place_s", restored.place_s)
             self._mark_damaged(storage, damaged)
             if storage is self._main.storage:
-                self._tell_of(candidate, restored, candidates)
+                self._tell_of(candidate, restored, found)
                 if step is None:
                     self._drop_local_after(candidate.step)
             return restored
@@ -116,10 +116,11 @@ class Restorer:
             raise CorruptCheckpointError(storage.path, {**damaged_local, **damaged})
         return None
 
-    def _tell_of(self, candidate: Candidate, restored: Restored, candidates: Sequence[Candidate]) -> None:
+    def _tell_of(self, candidate: Candidate, restored: Restored, found: Sequence[Candidate]) -> None:
         """Tell somebody who has moved steps where a step comes from that is not the newest of the run."""
         path, step = self._main.storage.path, candidate.step
-        if newer := sorted({one.step for one in candidates if one.step > step}.intersection(self._main.steps.infos)):
+        newer = sorted({one.step for one in found if one.step > step}.intersection(self._main.steps.infos))
+        if newer and self._main.storage.epoch:  # this process is the one that writes
             _logger.warning(
                 "%s: step %d has been restored, and step %d is newer. A run goes forward only: nothing is saved here "
                 "up to step %d. To train on from step %d, start a run with another path and init_from='%s/%d'",
@@ -131,7 +132,7 @@ class Restorer:
                 path,
                 step,
             )
-        under_path = max((one.step for one in candidates if one.holders is None), default=None)
+        under_path = max((one.step for one in found if one.holders is None), default=None)
         if candidate.holders is not None and under_path is not None and under_path < step:
             _logger.info(
                 "%s: step %d comes from the local tier; the newest step here is %d. To go back to it: restore(%d)",

@@ -1,6 +1,6 @@
 """What is different about gs://: credentials and access, time limits, and the meaning of errors.
 
-Array data goes through TensorStore; everything else goes through gcsfs, by way of etils. Both retry a request when it
+Array data goes through TensorStore; everything else goes through gcsfs. Both retry a request when it
 fails with 408, 429 or 5xx or when the connection breaks: TensorStore 32 times, for a quarter of an hour; gcsfs 6 times,
 for half a minute. For a server that does not answer at all, gcsfs waits for ever. Time limits are set here.
 """

@@ -166,7 +166,7 @@ class LocalFiles:
     def flush(self, folder: str) -> None:
         """See `Files.flush`.
 
-        TensorStore flushes its own files, but Orbax does not flush its metadata, and neither flushes the folders.
+        TensorStore flushes the files that it writes, but not their folders.
         """
         with self._translated(folder):
             for subfolder, _, files in _walk(self._path(folder)):

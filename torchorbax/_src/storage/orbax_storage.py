@@ -89,7 +89,7 @@ class OrbaxStorage(StepReader):
         except SaveError:
             raise
         except Exception as error:
-            if self._loss() is None and isinstance(error, FileExistsError):  # a write that was given up has arrived now
+            if isinstance(error, FileExistsError):  # a write that was given up has arrived now
                 error = StorageError(self.path, f"step {step}: something has come in the way meanwhile: {error}")
             cause = self._loss() or error  # whoever has taken over has removed what this process was writing
             self._remove_failed(folder, cause)

@@ -282,6 +282,7 @@ class RunFolder:
     def is_other_run(self, identity: str) -> bool:
         """Is an identity in a manifest that of another run? Nothing is written to find out."""
         run = self if self._parent is None else self._parent
+        # To ask for `_identity` would make one where there is none, in a run that is only read, too.
         mine = run.__dict__.get("_identity") or run._stored_identity()
         return bool(identity and mine) and identity != mine
 
